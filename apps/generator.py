@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from veneer import activate, attachments, base_models
-from veneer.base_models.devices import resolve_device, resolve_dtype
+from veneer import activate, attachments
+from veneer.base_models.devices import resolve_device
+from veneer.base_models.loading import load_on_device
 from veneer.formats import load_all
 from veneer.injection import Attachment, ConditionError, VeneerError
 from veneer.training import param_groups
@@ -122,7 +123,7 @@ class Generator:
             while len(self._bases) >= MAX_BASES:
                 self._bases.popitem(last=False)
                 gc.collect()  # adapters and their host layers form reference cycles
-            pipe = base_models.load(name, dtype=resolve_dtype(None, self.device)).to(self.device)
+            pipe = load_on_device(name, self.device)
             param_groups.freeze(pipe)
             self._bases[name] = _LoadedBase(pipe)
         self._bases.move_to_end(name)

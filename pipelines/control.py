@@ -12,8 +12,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from veneer import base_models
-from veneer.base_models.devices import resolve_dtype
+from veneer.base_models.loading import load_on_device
 from veneer.control.artifacts import ControlRun, write_files, write_maps, write_preview, write_results
 from veneer.control.config import ControlConfig
 from veneer.control.evaluation import Subject
@@ -73,8 +72,7 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
         else PhaseReport()
     )
     report("loading")
-    dtype, device = resolve_dtype(config.dtype, accelerator.device), accelerator.device
-    pipe = base_models.load(config.base, quantize=config.quantize, device=device, dtype=dtype).to(device)
+    pipe = load_on_device(config.base, accelerator.device, config.dtype, config.quantize)
     param_groups.freeze(pipe)
     kind = family(pipe)
     data = on_main(accelerator, lambda: open_training_images(config, kind, out, _generation_progress(config, report)))

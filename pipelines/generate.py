@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer import base_models
-from veneer.base_models.devices import Dtype, resolve_device, resolve_dtype
+from veneer.base_models.devices import Dtype, resolve_device
+from veneer.base_models.loading import load_on_device
 from veneer.formats import load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, OptionError
@@ -69,8 +70,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     """
     adapters, device = [parse_adapter(text) for text in config.adapter], resolve_device(config.device)
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "bundled")
-    dtype = resolve_dtype(config.dtype, device)
-    pipe = base_models.load(base, quantize=config.quantize, device=device, dtype=dtype).to(device)
+    pipe = load_on_device(base, device, config.dtype, config.quantize)
     param_groups.freeze(pipe)
     attached = [a for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
     prompts = [_truncated(family(pipe), prompt) for prompt in config.prompt]

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from veneer import base_models
-from veneer.base_models.devices import resolve_dtype
+from veneer.base_models.loading import load_on_device
 from veneer.injection import Attachment, OptionError
 from veneer.training import param_groups
 from veneer.training.adapter_trainer import adapter_trainer
@@ -65,8 +65,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     main = accelerator.is_main_process
     report = PhaseReport(None if config.dry_run else out / "progress.jsonl", sys.stderr) if main else PhaseReport()
     report("loading")
-    dtype, device = resolve_dtype(config.dtype, accelerator.device), accelerator.device
-    pipe = base_models.load(config.base, quantize=config.quantize, device=device, dtype=dtype).to(device)
+    pipe = load_on_device(config.base, accelerator.device, config.dtype, config.quantize)
     param_groups.freeze(pipe)
     kind = family(pipe, truncate=config.truncate)
     config, photos = _named(config.with_captions(labels=not kind.text_towers), kind, photos, accelerator)

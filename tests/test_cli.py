@@ -227,7 +227,8 @@ def test_an_invalid_value_is_a_one_line_error(
 ) -> None:
     """Raised before a model is loaded or a run is started."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("veneer.base_models.load", None)
+    for name in ("veneer.base_models.load", "veneer.base_models.loading.load"):
+        monkeypatch.setattr(name, None)
     try:
         status = main([*words.split(), *(["--no-browser", "--port", "0"] if words.startswith("app") else [])])
     except SystemExit as stop:  # of the parser

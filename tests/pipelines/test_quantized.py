@@ -16,7 +16,6 @@ from veneer.pipelines.personalize import PersonalizeConfig, personalize
 from tests.base_models.quantized import needs
 from tests.raising import raises
 from tests.training.images import save
-from veneer import base_models
 from veneer.control.generation import ControlGenerateConfig
 from veneer.injection.errors import OptionError, UnsupportedSite
 from veneer.training.loop.checkpoints import CheckpointError
@@ -85,7 +84,7 @@ def test_control_methods_whose_base_weights_train() -> None:
 
 @pytest.mark.parametrize("config", [PersonalizeConfig, ControlConfig])
 def test_unknown_kinds_are_rejected_before_loading(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_models, "load", None)
+    monkeypatch.setattr("veneer.base_models.loading.load", None)
     with raises(OptionError, option="quantize", given="nf5"):
         config(quantize=("nf5",)).with_defaults()
 

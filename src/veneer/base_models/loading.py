@@ -13,6 +13,7 @@ from veneer.extras import require
 from veneer.injection.errors import BaseModelError
 
 from .architectures import ARCHITECTURES
+from .devices import Dtype, resolve_dtype
 from .folders import BUNDLED, PICKLES, check_pipeline_folder, check_unquantized, path
 from .gguf_file import load_gguf
 from .hub import download
@@ -56,6 +57,15 @@ def load(base: str | Path = "bundled", *, quantize: Quantize | None = None, devi
     for layers in quantize_components(pipe, recipes, device):
         logger.info("%s", layers)
     return pipe
+
+
+def load_on_device(base: str | Path, device: Any, dtype: Dtype | None = None, quantize: Quantize | None = None) -> Any:
+    """`load` for training and generation: the pipeline on a device.
+
+    Args:
+        device: a device or its name. `dtype`: of the base model (default: `resolve_dtype`). `base`, `quantize`: see `load`.
+    """
+    return load(base, quantize=quantize, device=device, dtype=resolve_dtype(dtype, device)).to(device)
 
 
 def _load_float(source: Path | str, **kwargs: Any) -> Any:

@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image
 
 from veneer import base_models
-from veneer.base_models.devices import Dtype, resolve_device, resolve_dtype
+from veneer.base_models.devices import Dtype, resolve_device
+from veneer.base_models.loading import load_on_device
 from veneer.formats import format_of, load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, VeneerError, methods
@@ -90,8 +91,7 @@ def generate_with_control(config: ControlGenerateConfig, adapters: list[tuple[Pa
         message = "expected either --image, whose maps are computed, or --map, the maps themselves, not both."
         raise OptionError(message, option="map", expected="image or map")
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
-    pipe = base_models.load(base, quantize=config.quantize, device=device, dtype=dtype).to(device)
+    pipe = load_on_device(base, device, config.dtype, config.quantize)
     param_groups.freeze(pipe)
     kind = family(pipe)
     loaded = [(a, path) for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
