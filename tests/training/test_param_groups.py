@@ -7,7 +7,7 @@ import pytest
 from veneer.injection import methods
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training import param_groups
-from veneer.training.personalization_config import trainable_methods
+from veneer.training.param_groups import trainable_methods
 
 ALONE = {"textual_inversion", "lst", "diffusekrona", "boft"}
 """Methods that train the text encoder by themselves, have no sites in this UNet, or need options for its widths."""

@@ -15,7 +15,8 @@ from veneer.injection import OptionError
 from veneer.training import param_groups
 from veneer.training.loop.config import PRESETS, preset_steps
 from veneer.training.method_names import SHORTHANDS, split_methods
-from veneer.training.personalization_config import PersonalizeConfig, trainable_methods
+from veneer.training.param_groups import trainable_methods
+from veneer.training.personalization_config import PersonalizeConfig
 from veneer.training.preflight.estimates import size
 from veneer.training.preflight.step_cost import STATES
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from veneer.formats._core.options import validate_options
 from veneer.injection import Attachment, attach, methods
 from veneer.injection.attachment.gradient_flow import check_gradient_flow
-from veneer.injection.attachment.plan import effective_where
+from veneer.injection.attachment.plan import effective_where, hosts_for
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
 from veneer.injection.select import NOT
@@ -27,6 +28,8 @@ from .method_names import split_methods as split_methods
 
 TEXT = ("text*/attn",)
 """Default sites in text encoders, for methods that support them."""
+DIFFUSION = ("diffusers_dit", "diffusers_unet")
+"""Hosts of the models in a pipeline."""
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> Method:
@@ -227,3 +230,11 @@ def _groups(attachment: Attachment, rate: float, text_rate: float, base: float) 
         for params, speed, label in ((others, rate, attachment.name), (in_text, text_rate, f"{attachment.name}.text")):
             if params:
                 yield {"params": params, "lr_scale": group.get("lr_scale", 1.0) * speed / base, "name": label}
+
+
+@functools.cache
+def trainable_methods() -> tuple[str, ...]:
+    """Names of the methods that `personalize` supports, on weights of a diffusion model or token embeddings."""
+    classes = {name: methods.get(name) for name in methods.names()}
+    alone = {name: cls for name, cls in classes.items() if not (cls.conditions or cls.prepares or cls.keeps_head)}
+    return tuple(name for name, cls in alone.items() if trains_token_embeddings(cls) or hosts_for(cls, DIFFUSION))

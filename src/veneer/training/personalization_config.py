@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ from typing import Any, get_args
 
 from veneer import base_models, methods
 from veneer.base_models.devices import Dtype
-from veneer.injection.attachment.plan import hosts_for
 from veneer.injection.errors import OptionError
 
 from . import param_groups
@@ -34,8 +32,8 @@ WITHOUT_EFFECT = (
     "features", "dry_run", "out", "truncate", "dtype", "offload_encoders",
 )  # fmt: skip
 """Options that may change when a run is resumed, or that are compared by content."""
-DIFFUSION, TEXTS = ("diffusers_dit", "diffusers_unet"), ("template", "prompts")
-"""Hosts of the models in a pipeline; fields that contain the concept."""
+TEXTS = ("template", "prompts")
+"""Fields that contain the concept."""
 DEMO = {"concept": "<octopus>", "class_word": "fish"}
 """Default subject: the bundled example photos."""
 
@@ -191,8 +189,7 @@ class PersonalizeConfig:
         resolved["batch"] = int(first.get("batch", 1)) if self.batch is None else self.batch
         resolved["schedule"] = str(first.get("schedule", "constant")) if self.schedule is None else self.schedule
         resolved["options"] = {**self.options, **{n: {**known[n].get("options", {}), **self.options.get(n, {})} for n in names}}
-        plain = re.sub(r"[^\w-]+", "", resolved.get("concept", self.concept))
-        resolved["out"] = self.out or new_folder(Path("runs"), f"{plain or 'concept'}-{self.method}")
+        resolved["out"] = self.out or new_folder(Path("runs"), f"{_plain(resolved.get('concept', self.concept))}-{self.method}")
         return dataclasses.replace(self, **resolved)._checked()
 
     def _checked(self) -> PersonalizeConfig:
@@ -291,9 +288,5 @@ class PersonalizeConfig:
         return NoiseOptions(offset=self.noise_offset, pyramid=self.pyramid_noise, perturbation=self.input_perturbation)
 
 
-@functools.cache
-def trainable_methods() -> tuple[str, ...]:
-    """Names of the methods that `personalize` supports, on weights of a diffusion model or token embeddings."""
-    classes = {name: methods.get(name) for name in methods.names()}
-    alone = {name: cls for name, cls in classes.items() if not (cls.conditions or cls.prepares or cls.keeps_head)}
-    return tuple(n for n, cls in alone.items() if param_groups.trains_token_embeddings(cls) or hosts_for(cls, DIFFUSION))
+def _plain(word: str) -> str:
+    return re.sub(r"[^\w-]+", "", word) or "concept"
