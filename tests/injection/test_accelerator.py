@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 from veneer.pipelines.transfer import TransferConfig, transfer
 
 import veneer
+from tests.accelerators import accelerator_on
 from tests.injection.test_mixed_batch_rows import WHERE, Net, inputs
 from veneer.injection import Attachment, attach
 from veneer.testing.case import perturb
@@ -114,15 +114,11 @@ def test_a_classifier_trains_on_the_device(tmp_path: Path) -> None:
         image.save(file)
     accuracies = []
     for device in ("cpu", DEVICE):
-        accelerator = Accelerator(cpu=True)
-        accelerator.state.device = torch.device(device)
         out = tmp_path / device[:3]
         settings: dict[str, Any] = {"method": "vpt", "epochs": 1, "batch": 4, "validation": 0.2, "optimizer": "sgd"}
         config = TransferConfig(data=str(photos), out=out, learning_rate=0.1, **settings)
-        try:
+        with accelerator_on(device) as accelerator:
             transfer(config, accelerator)
-        finally:
-            accelerator.state.device = torch.device("cpu")
         result = json.loads((out / "result.json").read_text())
         accuracies.append(result["test"]["accuracy"])
     assert accuracies[1] == pytest.approx(accuracies[0], abs=0.02)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from veneer.pipelines.personalize import PersonalizeConfig, personalize
 
-from tests.training.images import save
+from tests.accelerators import accelerator_on
 from veneer import base_models
 from veneer.testing.pipelines import FAMILIES, tiny_pipeline
 from veneer.testing.simulated_accelerator import DEVICE, simulated_accelerator
@@ -25,15 +22,6 @@ SYNCHRONIZATIONS = 7
 """Allowed in a training step: the loss and the norm of the gradient are read, and the noise schedule is looked up on the CPU."""
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(3):
-        save(folder / f"{i}.png", 48, 40, seed=i)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases")
@@ -41,17 +29,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny_pipeline(kind).save_pretrained(folder / kind)
         (folder / kind / "veneer.json").write_text('{"steps": 2}')
     return folder
-
-
-@contextlib.contextmanager
-def accelerator_on(device: str) -> Iterator[Accelerator]:
-    """accelerate finds no simulated devices by itself."""
-    accelerator = Accelerator(cpu=True)
-    accelerator.state.device = torch.device(device)
-    try:
-        yield accelerator
-    finally:
-        accelerator.state.device = torch.device("cpu")
 
 
 def train(base: Path, photos: Path, out: Path, device: str = "cpu", **settings: Any) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from veneer.pipelines.personalize import PersonalizeConfig, personalize
 
 import veneer
 from tests.raising import raises
-from tests.training.images import save
 from veneer import base_models
 from veneer.formats import load_all
 from veneer.injection import SaveError
@@ -45,15 +44,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
             (made[kind] / "veneer.json").write_text('{"steps": 4}')
         return str(made[kind])
 
-    return folder
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(3):
-        save(folder / f"{i}.png", 48, 40, seed=i)
     return folder
 
 
