@@ -118,8 +118,8 @@ def check_unquantized(folder: Path, given: Collection[str] = ()) -> None:
     import torch
 
     for config in sorted(folder.glob("*/config.json")):
-        found = read_json(config).get("quantization_config") if config.parent.name not in given else None
-        method = str(found.get("quant_method", "unknown")) if isinstance(found, dict) else ""
+        quantization = read_json(config).get("quantization_config") if config.parent.name not in given else None
+        method = str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else ""
         if "bitsandbytes" in method.lower() and not torch.accelerator.is_available():
             message = (
                 f"{folder}: {config.parent.name} is saved in a quantization of {method}, which diffusers loads on an accelerator "

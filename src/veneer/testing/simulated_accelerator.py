@@ -2,7 +2,7 @@
 
 Placement errors of a GPU become errors here, without a GPU: an operator whose inputs are on two devices, a CPU generator for
 random numbers on the device, a conversion to numpy. Unlike with fake tensors the values are real, so outputs and gradients can
-be compared with those of the CPU, bitwise, and whole training runs work. Besides, host synchronizations and the bytes on the
+be compared with those of the CPU, and whole training runs work. Besides, host synchronizations and the bytes on the
 device are counted.
 
     with simulated_accelerator() as accelerator:

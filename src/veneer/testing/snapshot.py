@@ -65,9 +65,10 @@ class _TensorState:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _TensorState):
             return False
-        pairs = list(zip(self.values, other.values, strict=True))
-        alike = self.tensor is other.tensor and self.flag == other.flag and all(a.dtype == b.dtype for a, b in pairs)
-        return alike and all(torch.equal(a, b) for a, b in pairs)
+        if self.tensor is not other.tensor or self.flag != other.flag or len(self.values) != len(other.values):
+            return False
+        pairs = zip(self.values, other.values, strict=True)
+        return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from ..adapter_forms import BiasAdapter, LowRankAdapter, WeightAdapter
 from ..errors import UnsupportedSite
 from ..method import Adapter
-from ..quantized_weight import float_weight, is_ordinary, is_quantized, release, stored_state
+from ..quantized_weight import float_tensor, is_ordinary, is_quantized, release, stored_state
 from ..seams.adapter_calls import base_tensor, blend
 from ..seams.effective_weight import BiasForm, bias_site, constant_weight
 from ..seams.seam import Seam
@@ -56,7 +56,7 @@ def merge_weights(
     """
     groups = _group_by_tensor(towers, parts, requantize)
     with torch.inference_mode(False), torch.no_grad():
-        before = {key: _float_tensor(towers, key) for key in groups}
+        before = {key: float_tensor(towers[key[0]], *key[1:]) for key in groups}
         for key, part in _bias_parts(towers, parts, before):
             groups.setdefault(key, []).append(part)
             before.setdefault(key, _tensor(towers, key))
@@ -112,11 +112,6 @@ def _tied_keys(towers: Mapping[str, nn.Module], tensors: Mapping[TensorKey, Tens
 def _tensor(towers: Mapping[str, nn.Module], key: TensorKey) -> Tensor:
     component, path, param = key
     return base_tensor(towers[component], path, param)
-
-
-def _float_tensor(towers: Mapping[str, nn.Module], key: TensorKey) -> Tensor:
-    tensor = _tensor(towers, key)
-    return float_weight(towers[key[0]].get_submodule(key[1]), key[2]) if is_quantized(tensor) else tensor
 
 
 def _cast_like(tensor: Tensor, current: Tensor) -> Tensor:

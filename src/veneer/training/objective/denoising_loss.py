@@ -85,22 +85,19 @@ class DenoisingLoss:
         """
         epoch = -(-max(len(self.dataset), len(self.dataset.prior_photos)) // self.samples)
         planned = range(min(steps, 2 * epoch))
-        for step in planned:
-            self._encode_examples(step)
-        misses = self._misses
-        for step in planned:
-            self._encode_examples(step)
-        return self._misses == misses
+        self._encode_steps(planned)
+        return self._encode_steps(planned) == 0
 
-    @property
-    def _misses(self) -> int:
-        return 0 if self.cache is None else self.cache.misses
-
-    def _encode_examples(self, step: int) -> None:
-        examples = self.dataset.examples(step, self.samples)
-        for example in examples:
-            self._latents(step, example)
-        self._text([example.caption for example in examples])
+    def _encode_steps(self, steps: Sequence[int]) -> int:
+        """Encodes the examples of some steps. Returns how many encodings were not in the cache."""
+        assert self.cache is not None
+        misses = self.cache.misses
+        for step in steps:
+            examples = self.dataset.examples(step, self.samples)
+            for example in examples:
+                self._latents(step, example)
+            self._text([example.caption for example in examples])
+        return self.cache.misses - misses
 
     def __call__(self, step: int, rows: Sequence[int]) -> Tensor:
         """The loss over the photos `rows` of the step and their class images."""
