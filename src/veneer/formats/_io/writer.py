@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         SaveError: a tensor is not finite or on `meta`, or writing fails; an existing file at `path` stays unchanged.
     """
     reject_unusable(path, tensors)
-    return _replace(path, to_bytes(tensors, metadata))
+    return _replace(path, serialize(tensors, metadata))
 
 
 def reject_unusable(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -52,44 +52,60 @@ def write_text(path: Path, text: str) -> Path:
     Raises:
         SaveError: writing fails; an existing file at `path` stays unchanged.
     """
-    return _replace(path, text.encode())
+    return _replace(path, [text.encode()])
 
 
-def _replace(path: Path, data: bytes) -> Path:
+def _replace(path: Path, parts: Sequence[bytes | memoryview]) -> Path:
     temporary = path.with_name(f".saving-{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write(temporary, data)
+            _write(temporary, parts)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
     except OSError as error:
+        size = sum(map(len, parts))
         raise SaveError(
-            f"{path}: cannot write {len(data):,} bytes ({error.strerror or error}); an existing file is unchanged. "
+            f"{path}: cannot write {size:,} bytes ({error.strerror or error}); an existing file is unchanged. "
             "Free some space, or save to another folder.",
             file=path,
             given=error.errno,
-            expected=len(data),
+            expected=size,
         ) from error
     return path
 
 
-def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Serializes safetensors with metadata in the given order; the library shuffles it, so its files are not reproducible."""
-    data = safetensors.torch.save({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()})
+def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
+    """Header and tensors of a safetensors file, with metadata in the given order; the library shuffles it, so its files are not
+    reproducible."""
+    data = safetensors.torch.save(_separate(tensors))
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     text = json.dumps({"__metadata__": dict(metadata), **header}, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+    return len(text).to_bytes(8, "little") + text, memoryview(data)[8 + length :]
 
 
-def _write(path: Path, data: bytes) -> None:
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, each with a storage of its own, as the library requires; copied where needed."""
+    separate, storages = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        separate[name] = tensor
+    return separate
+
+
+def _write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
     with open(path, "wb") as file:
-        file.write(data)
+        for part in parts:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
 
