@@ -41,6 +41,7 @@ from veneer.training.report.phases import PhaseReport
 from veneer.training.report.progress import ProgressLine
 from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
 from veneer.training.report.verdict import read_verdict
+from veneer.training.save_dtype import rounded_to
 
 from .generate import base_of, parse_adapter
 
@@ -118,7 +119,7 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     )
     result = trainer.fit(config.resume)
     if accelerator.is_main_process:
-        with trainer.averaged():
+        with trainer.averaged(), rounded_to([attached], config.save_dtype):
             if result.stopped:
                 write_files(run)
                 print(stopped_message(result, loop.steps, out))

@@ -38,6 +38,7 @@ from veneer.training.report.artifacts import (
 from veneer.training.report.phases import PhaseReport
 from veneer.training.report.progress import ProgressLine
 from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
+from veneer.training.save_dtype import rounded_to
 
 __all__ = ["PersonalizeConfig", "personalize"]
 
@@ -134,7 +135,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     )
     result = trainer.fit(config.resume)
     if main:
-        with trainer.averaged():
+        with trainer.averaged(), rounded_to(attached, config.save_dtype):
             if result.stopped:
                 write_files(run)
                 print(stopped_message(result, loop.steps, out))

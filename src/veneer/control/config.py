@@ -15,7 +15,7 @@ from veneer.injection import methods
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
 from veneer.training.data.buckets import Crop
-from veneer.training.loop.config import TrainConfig, check_dtype
+from veneer.training.loop.config import TrainConfig, check_dtypes
 from veneer.training.objective.objectives import ObjectiveOptions
 from veneer.training.param_groups import check_options
 from veneer.training.report.feature_models import check_features
@@ -25,7 +25,7 @@ from .maps import maps
 
 WITHOUT_EFFECT = (
     "data", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "eval_seeds", "features", "dry_run", "out",
-    "generated_images", "grid_images", "dtype",
+    "generated_images", "grid_images", "dtype", "save_dtype",
 )  # fmt: skip
 """Options that a resumed run may change, or that are compared by content."""
 
@@ -73,6 +73,7 @@ class ControlConfig:
         gradient_checkpointing: recompute activations in the backward pass, which saves memory.
         cache: cache latents and text embeddings instead of computing them in each step.
         cache_folder: folder for the cache, which later runs reuse (default: in memory).
+        save_dtype: dtype of the saved adapter; 16 bits halve the file, and training stays in float32.
         seed: seed of all random numbers.
         checkpoint_every: optimizer steps between checkpoints; 0 saves one only when a run is stopped.
         resume: continue from the newest checkpoint in `out`.
@@ -119,6 +120,7 @@ class ControlConfig:
     gradient_checkpointing: bool = False
     cache: bool = True
     cache_folder: Path | None = None
+    save_dtype: Dtype = "float32"
     seed: int = 0
     checkpoint_every: int = 0
     resume: bool = False
@@ -157,7 +159,7 @@ class ControlConfig:
     def with_defaults(self) -> ControlConfig:
         """The config with all defaults resolved: the base model's preset and a new results folder."""
         check_features(self.features)
-        check_dtype(self.dtype, self.mixed_precision)
+        check_dtypes(self.dtype, self.mixed_precision, self.save_dtype)
         quantized = base_models.parse_quantize(self.quantize, self.mixed_precision)
         known = base_models.preset(self.base).training.get(self.method, {})
         condition = self.condition or ("image" if self.uses_image_embeddings else "canny")

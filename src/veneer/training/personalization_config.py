@@ -17,7 +17,7 @@ from veneer.injection.errors import OptionError
 from . import param_groups
 from .data.buckets import Crop
 from .data.captions import rename_concept
-from .loop.config import TrainConfig, check_dtype
+from .loop.config import TrainConfig, check_dtypes
 from .objective.losses import LossKind
 from .objective.noise import NoiseOptions
 from .objective.objectives import ObjectiveOptions
@@ -29,7 +29,7 @@ LABELS = ("{concept}",), ("{concept}",), ("207", "360", "387", "974")
 
 WITHOUT_EFFECT = (
     "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "drift_prompts", "eval_seeds",
-    "features", "dry_run", "out", "truncate", "dtype", "offload_encoders",
+    "features", "dry_run", "out", "truncate", "dtype", "save_dtype", "offload_encoders",
 )  # fmt: skip
 """Options that may change when a run is resumed, or that are compared by content."""
 TEXTS = ("template", "prompts")
@@ -93,6 +93,7 @@ class PersonalizeConfig:
             `int8-torchao`, `int8-quanto`, `fp8`) or a GGUF file, or COMPONENT=KIND for each component (default: none).
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
         gradient_checkpointing: recompute activations in the backward pass, which saves memory.
+        save_dtype: dtype of the saved adapter; 16 bits halve the file, and training stays in float32.
         seed: seed of all random numbers.
         checkpoint_every: optimizer steps between checkpoints; 0 saves one only when a run is stopped.
         resume: continue from the newest checkpoint in `out`.
@@ -154,6 +155,7 @@ class PersonalizeConfig:
     quantize: tuple[str, ...] = ()
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
+    save_dtype: Dtype = "float32"
     seed: int = 0
     checkpoint_every: int = 0
     resume: bool = False
@@ -195,7 +197,7 @@ class PersonalizeConfig:
     def _checked(self) -> PersonalizeConfig:
         """The config, after checks of its values before a base model is loaded."""
         self.loop(), self.objective(), self.noise(), base_models.parse_quantize(self.quantize, self.mixed_precision)
-        check_dtype(self.dtype, self.mixed_precision)
+        check_dtypes(self.dtype, self.mixed_precision, self.save_dtype)
         for name in ("eval_seeds", "class_images"):
             if (given := getattr(self, name)) < 0:
                 raise OptionError(f"{name} is {given}; expected at least 0.", option=name, given=given, expected=0)

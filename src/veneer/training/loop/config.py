@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
+
+from veneer.base_models.devices import Dtype
 
 from .errors import TrainError
 from .optimizers import OPTIMIZERS
@@ -113,12 +115,16 @@ class TrainConfig:
         return fields
 
 
-def check_dtype(dtype: str | None, mixed_precision: str) -> None:
-    """Rejects a float16 base model without loss scaling: gradients below 6e-8 would become 0 in it.
+def check_dtypes(dtype: str | None, mixed_precision: str, save_dtype: str) -> None:
+    """Rejects a float16 base model without loss scaling, in which gradients below 6e-8 would become 0, and unknown dtypes.
 
     Raises:
-        TrainError: `dtype` is float16 and `mixed_precision` is not fp16.
+        TrainError: `dtype` is float16 and `mixed_precision` is not fp16, or one is unknown.
     """
+    for name, value in (("dtype", dtype or "float32"), ("save_dtype", save_dtype)):
+        if value not in get_args(Dtype):
+            message = f"{name} is {value!r}; expected one of {', '.join(get_args(Dtype))}."
+            raise TrainError(message, where=name, given=value, expected=get_args(Dtype))
     if dtype == "float16" and mixed_precision != "fp16":
         message = (
             f"dtype is float16 and mixed_precision is {mixed_precision!r}, so that small gradients would become zero; expected "

@@ -26,6 +26,7 @@ from ..data.photo_folder import Photo
 from ..loop.checkpoints import write_atomically
 from ..loop.disk_space import optional, writing
 from ..loop.trainer import TrainResult
+from ..save_dtype import cast_to
 from .feature_models import features
 from .image_grid import GridRow, before_after, make_grid
 from .metrics import Metrics, measure
@@ -136,6 +137,11 @@ def final_message(run: PersonalizationRun, record: dict[str, Any]) -> str:
 
 def write_files(run: PersonalizationRun) -> list[str]:
     """Writes the native file of all methods, and the files that diffusers loads."""
+    with cast_to(run.attached, run.config.save_dtype):
+        return _write_files(run)
+
+
+def _write_files(run: PersonalizationRun) -> list[str]:
     provenance = {"base": str(run.config.base), "concept": run.config.concept, "class_word": run.config.class_word}
     with writing(run.out, ADAPTER):
         native.save(run.attached, run.out / ADAPTER, provenance=provenance)
