@@ -9,6 +9,7 @@ from typing import Any
 from veneer import base_models
 from veneer.base_models.devices import Dtype, resolve_device
 from veneer.base_models.loading import load_on_device
+from veneer.base_models.offloading import Offload, check_offload, offload_pipeline
 from veneer.formats import load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, OptionError
@@ -36,6 +37,8 @@ class GenerateConfig:
         side_by_side: also write an image grid with the base model's image beside each, from the same noise.
         dtype: dtype of the frozen base model; adapters are in float32 (default: bfloat16 on a GPU, float32 on a CPU).
         quantize: quantization of frozen linear layers, as in training: `nf4` or another kind, or COMPONENT=KIND (default: none).
+        offload: weights on the GPU: `none` (all), `model` (one component at a time) or `group` (one block at a time; slow, with the
+            least memory); the others are in host memory.
         device: device such as `cuda` (default: a GPU if there is one).
         out: folder for the images.
     """
@@ -52,6 +55,7 @@ class GenerateConfig:
     side_by_side: bool = False
     dtype: Dtype | None = None
     quantize: tuple[str, ...] = ()
+    offload: Offload = "none"
     device: str | None = None
     out: Path = Path("images")
 
@@ -70,9 +74,11 @@ def generate(config: GenerateConfig) -> list[Path]:
     """
     adapters, device = [parse_adapter(text) for text in config.adapter], resolve_device(config.device)
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "bundled")
-    pipe = load_on_device(base, device, config.dtype, config.quantize)
+    check_offload(config.offload, device, quantized=bool(config.quantize))
+    pipe = load_on_device(base, device, config.dtype, config.quantize, offload=config.offload != "none")
     param_groups.freeze(pipe)
     attached = [a for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
+    offload_pipeline(pipe, config.offload, device)
     prompts = [_truncated(family(pipe), prompt) for prompt in config.prompt]
 
     settings = settings_of(config, base_models.preset(base))

@@ -59,13 +59,17 @@ def load(base: str | Path = "bundled", *, quantize: Quantize | None = None, devi
     return pipe
 
 
-def load_on_device(base: str | Path, device: Any, dtype: Dtype | None = None, quantize: Quantize | None = None) -> Any:
+def load_on_device(
+    base: str | Path, device: Any, dtype: Dtype | None = None, quantize: Quantize | None = None, *, offload: bool = False
+) -> Any:
     """`load` for training and generation: the pipeline on a device.
 
     Args:
         device: a device or its name. `dtype`: of the base model (default: `resolve_dtype`). `base`, `quantize`: see `load`.
+        offload: leave float weights on the CPU, for `offload_pipeline`.
     """
-    return load(base, quantize=quantize, device=device, dtype=resolve_dtype(dtype, device)).to(device)
+    pipe = load(base, quantize=quantize, device=device, dtype=resolve_dtype(dtype, device))
+    return pipe if offload else pipe.to(device)
 
 
 def _load_float(source: Path | str, **kwargs: Any) -> Any:
