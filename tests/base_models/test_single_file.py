@@ -46,15 +46,45 @@ def original_vae(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
     return found
 
 
+OPEN_CLIP = (
+    (r"(?:text_model\.)?encoder\.layers\.", "transformer.resblocks."), (r"layer_norm(\d)", r"ln_\1"), (r"mlp\.fc1", "mlp.c_fc"),
+    (r"mlp\.fc2", "mlp.c_proj"), (r"self_attn\.out_proj", "attn.out_proj"), (r"(?:text_model\.)?final_layer_norm", "ln_final"),
+    (r"(?:text_model\.)?embeddings\.token_embedding", "token_embedding"),
+    (r"(?:text_model\.)?embeddings\.position_embedding\.weight", "positional_embedding"),
+)  # fmt: skip
+"""The names of a CLIP text encoder in transformers and in open_clip, which fuses q, k and v."""
+
+
+def open_clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the text encoder of SDXL that comes from open_clip, as there."""
+    tensors = {}
+    for key, tensor in state.items():
+        name = key
+        for pattern, new in OPEN_CLIP:
+            name = re.sub(pattern, new, name)
+        tensors[name] = tensor
+    for name in [n for n in tensors if ".self_attn.q_proj." in n]:
+        start, kind = name.split(".self_attn.q_proj.")
+        fused = [tensors.pop(f"{start}.self_attn.{letter}_proj.{kind}") for letter in "qkv"]
+        tensors[f"{start}.attn.in_proj_{kind}"] = torch.cat(fused)
+    tensors["text_projection"] = tensors.pop("text_projection.weight").T
+    return tensors
+
+
 def single_file(pipe: Any, path: Path) -> Path:
-    """A pipeline of Stable Diffusion 1.x as one file in the layout of the original code."""
+    """A pipeline of Stable Diffusion 1.x or XL as one file in the layout of the original code."""
     unet, text = pipe.unet.state_dict(), pipe.text_encoder.state_dict()
     names = original_names(pipe.unet, list(unet))
     tensors = {f"model.diffusion_model.{names[key]}": tensor for key, tensor in unet.items()}
     levels = len(pipe.vae.config.block_out_channels)
     tensors |= {f"first_stage_model.{key}": t for key, t in original_vae(pipe.vae.state_dict(), levels).items()}
     prefix = "" if next(iter(text)).startswith("text_model.") else "text_model."
-    tensors |= {f"cond_stage_model.transformer.{prefix}{key}": tensor for key, tensor in text.items()}
+    xl = hasattr(pipe, "text_encoder_2")
+    start = "conditioner.embedders.0.transformer" if xl else "cond_stage_model.transformer"
+    tensors |= {f"{start}.{prefix}{key}": tensor for key, tensor in text.items()}
+    if xl:
+        second = open_clip_names(pipe.text_encoder_2.state_dict())
+        tensors |= {f"conditioner.embedders.1.model.{key}": tensor for key, tensor in second.items()}
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
     return path
 
@@ -62,15 +92,20 @@ def single_file(pipe: Any, path: Path) -> Path:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
     """A tiny pipeline, its folder, and its single file."""
-    pipe, folder = tiny_pipeline("sd"), tmp_path_factory.mktemp("single")
+    return pipeline_and_files("sd", tmp_path_factory)
+
+
+def pipeline_and_files(family: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
+    pipe, folder = tiny_pipeline(family), tmp_path_factory.mktemp("single")
     pipe.save_pretrained(folder / "folder")
     return pipe, folder / "folder", single_file(pipe, folder / "model.safetensors")
 
 
-def test_a_single_file_is_loaded_as_the_folder_is(made: tuple[Any, Path, Path], tmp_path: Path) -> None:
-    pipe, folder, file = made
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_single_file_is_loaded_as_the_folder_is(family: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    pipe, folder, file = pipeline_and_files(family, tmp_path_factory)
     loaded = base_models.load(file, config=folder)
-    for part in ("unet", "vae", "text_encoder"):
+    for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])):
         expected = getattr(pipe, part).state_dict()
         got = getattr(loaded, part).state_dict()
         assert got.keys() == expected.keys()
