@@ -34,6 +34,7 @@ from veneer.apps.workspace import Workspace
 from tests.methods.controls import picture
 from tests.raising import raises
 from veneer import methods
+from veneer.base_models.quantized_linear import KINDS
 from veneer.injection import VeneerError
 from veneer.injection.errors import OptionError
 from veneer.testing.pipelines import tiny_pipeline
@@ -46,6 +47,14 @@ def asked(**given: str) -> PersonalizeRequest:
     settings = [given.get(field.name, field.default if field.kind == "check" else "") for field in SETTINGS]
     options = [field.default if field.kind == "check" else "" for field in options_of("lora")]
     return PersonalizeRequest("<toy>", "toy", "bundled", "lora", settings, options)
+
+
+@pytest.mark.parametrize("value", ["/etc/passwd.gguf", "unet=nf4", "nf5"])
+def test_quantization_is_one_of_the_kinds(value: str, tmp_path: Path) -> None:
+    """In particular no file of the server."""
+    assert command(asked(quantize="nf4"), tmp_path)[-3:] == ["--quantize", "nf4", "--tracker=none"]
+    with raises(OptionError, option="quantize", given=value, expected=tuple(KINDS)):
+        command(asked(quantize=value), tmp_path)
 
 
 @pytest.mark.parametrize(

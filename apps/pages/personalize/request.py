@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from veneer import base_models, methods
 from veneer.base_models.loading import find
+from veneer.base_models.quantized_linear import KINDS
 from veneer.injection import OptionError
 from veneer.training import param_groups
 from veneer.training.loop.config import PRESETS, preset_steps
@@ -23,7 +24,7 @@ from veneer.training.preflight.step_cost import STATES
 from ...jobs import Job
 from ...limits import LIMITS
 from ...workspace import Workspace, check_text
-from ..shared.config_form import Field, fields_of, flags_of
+from ..shared.config_form import Field, fields_of, flags_of, with_choices
 from ..shared.time_estimates import REFERENCE, Timing, duration, measure_timing
 from ..shared.verdict import read_result
 
@@ -38,9 +39,10 @@ REFERENCE_TIMINGS = {"pivotal": Timing(0.09, 35.0, REFERENCE), "lora": Timing(0.
 MAIN = ("steps", "batch", "learning_rate", "resolution", "schedule", "seed")
 MORE = (
     "where", "text_encoder", "class_images", "caption_dropout", "crop", "flip", "buckets", "optimizer", "weight_decay", "ema",
-    "min_snr_gamma", "dtype", "mixed_precision", "gradient_checkpointing", "preview_every", "checkpoint_every", "eval_seeds",
+    "min_snr_gamma", "dtype", "quantize", "mixed_precision", "gradient_checkpointing", "save_dtype", "preview_every",
+    "checkpoint_every", "eval_seeds",
 )  # fmt: skip
-SETTINGS = fields_of(PersonalizeConfig, [*MAIN, *MORE])
+SETTINGS = with_choices(fields_of(PersonalizeConfig, [*MAIN, *MORE]), {"quantize": tuple(KINDS)})
 MINIMUM = {"steps": 1, "batch": 1, "resolution": 8, "class_images": 0, "preview_every": 0, "checkpoint_every": 0, "eval_seeds": 0}
 """Minimum of each setting; for the command, 0 steps and 0 images mean the default."""
 FROM_CONCEPT = ("tokens", "initialize", "ids")

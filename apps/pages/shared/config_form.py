@@ -31,6 +31,7 @@ class Field:
         name: of the field. `help`: from its docstring. `kind`: dropdown of `choices`, checkbox or text box.
         multiple: accepts several values, or `key=value` pairs. `default`: of the config class.
         commas: spaces and commas separate several values; False if only spaces do, because a value may contain commas.
+        only: values other than `choices` are rejected.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Field:
     multiple: bool
     default: Any
     commas: bool = True
+    only: bool = False
 
     @property
     def label(self) -> str:
@@ -57,6 +59,14 @@ def fields_of(config: Any, include: Sequence[str] | None = None, skip: Sequence[
     all_fields = {f.name: _field(f, hints[f.name], texts.get(f.name, "")) for f in fields_in_order(config)}
     names = [name for name in all_fields if name not in skip] if include is None else include
     return [all_fields[name] for name in names]
+
+
+def with_choices(fields: Sequence[Field], choices: Mapping[str, Sequence[str]]) -> list[Field]:
+    """The fields, with dropdowns for those in `choices`, by name; other values than these are errors."""
+    return [
+        dataclasses.replace(f, kind="choice", choices=tuple(choices[f.name]), default=None, only=True) if f.name in choices else f
+        for f in fields
+    ]
 
 
 def _field(field: dataclasses.Field[Any], hint: Any, texts: str) -> Field:
@@ -103,6 +113,9 @@ def _flags(field: Field, value: Any, prefix: str) -> list[str]:
     text = check_text("" if value is None else str(value), field.label)
     if text in ("", DEFAULT):
         return []
+    if field.only and text not in field.choices:
+        message = f"{field.label}: {printable(text)!r} is not available; expected one of {', '.join(field.choices)}."
+        raise OptionError(message, option=field.name, given=text, expected=field.choices)
     if not field.multiple:
         return [f"--{name}={text}"]
     parts = (text.replace(",", " ") if field.commas else text).split()
