@@ -37,8 +37,8 @@ class GenerateConfig:
         side_by_side: also write an image grid with the base model's image beside each, from the same noise.
         dtype: dtype of the frozen base model; adapters are in float32 (default: bfloat16 on a GPU, float32 on a CPU).
         quantize: quantization of frozen linear layers, as in training: `nf4` or another kind, or COMPONENT=KIND (default: none).
-        offload: weights on the GPU: `none` (all), `model` (one component at a time) or `group` (one block at a time; slow, with the
-            least memory); the others are in host memory.
+        offload: move weights to host memory while they are not used: `none`, `model` (one component at a time is on the GPU) or
+            `group` (one block at a time: slower, and least memory).
         device: device such as `cuda` (default: a GPU if there is one).
         out: folder for the images.
     """
