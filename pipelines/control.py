@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from veneer.base_models.loading import load_on_device
+from veneer.config_file import CONFIG, write_config
 from veneer.control.artifacts import ControlRun, write_files, write_maps, write_preview, write_results
 from veneer.control.config import ControlConfig
 from veneer.control.evaluation import Subject
@@ -72,6 +73,8 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
         if accelerator.is_main_process
         else PhaseReport()
     )
+    if accelerator.is_main_process and not config.dry_run:
+        write_config(out / CONFIG, "control train", config)
     report("loading")
     pipe = load_on_device(config.base, accelerator.device, config.dtype, config.quantize)
     param_groups.freeze(pipe)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from veneer import base_models
 from veneer.base_models.loading import load_on_device
+from veneer.config_file import CONFIG, write_config
 from veneer.injection import Attachment, OptionError
 from veneer.training import param_groups
 from veneer.training.adapter_trainer import adapter_trainer
@@ -65,6 +66,8 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     photos = find_photos(config.photos or "", concept=config.concept)
     main = accelerator.is_main_process
     report = PhaseReport(None if config.dry_run else out / "progress.jsonl", sys.stderr) if main else PhaseReport()
+    if main and not config.dry_run:
+        write_config(out / CONFIG, "personalize", config)
     report("loading")
     pipe = load_on_device(config.base, accelerator.device, config.dtype, config.quantize)
     param_groups.freeze(pipe)

@@ -19,6 +19,7 @@ from veneer.classification.models.loading import open_classifier
 from veneer.classification.report.artifacts import tidy, write_files, write_results
 from veneer.classification.train.hyperparameter_search import search_hyperparameters
 from veneer.classification.train.train import ClassifierTrainer, attach_methods
+from veneer.config_file import CONFIG, write_config
 from veneer.injection import Attachment
 from veneer.training.loop.distributed import on_main
 from veneer.training.loop.optimizer_step import AUTOCAST
@@ -66,6 +67,8 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
         if accelerator.is_main_process
         else PhaseReport()
     )
+    if accelerator.is_main_process and not config.dry_run:
+        write_config(out / CONFIG, "transfer", config)
     report("loading")
     classifier = open_classifier(
         config.model, data.classes, weights=config.weights, keep_head=config.keeps_head(), size=config.size, seed=config.seed,

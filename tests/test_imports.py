@@ -20,6 +20,7 @@ JOBS = {"base_models", "extras", "formats", "injection", "models", "training"}
 ALLOWED = {
     "allocator": set(),
     "discovery": set(),
+    "config_file": {"extras", "injection", "training"},
     "flags": set(),
     "version": set(),
     "functional": set(),
@@ -41,9 +42,9 @@ ALLOWED = {
     "classification": JOBS,
     "control": JOBS,
     "benchmarks": {*JOBS, "testing"},
-    "commands": {*JOBS, "classification", "discovery", "flags", "listing", "methods", "static_source"},
+    "commands": {*JOBS, "classification", "config_file", "discovery", "flags", "listing", "methods", "static_source"},
     "cli": {"allocator", "commands", "extras", "version"},
-    "pipelines": {*JOBS, "adapter_merging", "benchmarks", "classification", "cli", "control", "flags", "methods"},
+    "pipelines": {*JOBS, "adapter_merging", "benchmarks", "classification", "cli", "config_file", "control", "flags", "methods"},
     "apps": {
         *JOBS, "adapter_merging", "allocator", "classification", "cli", "control", "flags", "full_size_models", "method_catalog",
         "method_search", "methods", "pipelines", "veneer",

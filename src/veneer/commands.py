@@ -8,8 +8,9 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from veneer.config_file import add_config_flags, entries_of, read_config, to_toml
 from veneer.discovery import find_entries
-from veneer.flags import add_flags, values
+from veneer.flags import add_flags, required_fields, values
 from veneer.static_source import class_named, class_of
 from veneer.training.method_names import split_methods
 
@@ -30,8 +31,10 @@ def _training_command(function: str, config_name: str, positional: str) -> AddFl
     def add(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         module = f"veneer.pipelines.{function}"
         config_class = class_of(module, config_name)
-        names = _method_names(arguments, config_class.method)
+        file = read_config(arguments)
+        names = _method_names(arguments, str(file.get("method", config_class.method)))
         taken = add_flags(parser, config_class, positional=(positional,), skip=("options",))
+        add_config_flags(parser)
         for name in names:
             group = parser.add_argument_group(f"options of {name}")
             taken |= add_flags(group, _method_class(name), prefix=name, taken=taken)
@@ -40,13 +43,29 @@ def _training_command(function: str, config_name: str, positional: str) -> AddFl
             pipeline = importlib.import_module(module)
             from veneer import methods
 
-            config, flags = getattr(pipeline, config_name), vars(namespace)
-            options = {name: values(methods.get(name), flags, name) for name in names}
-            return getattr(pipeline, function)(config(**values(config, flags), options={n: o for n, o in options.items() if o}))
+            kind, classes = getattr(pipeline, config_name), {name: methods.get(name) for name in names}
+            flags = _flags_over(entries_of(file, kind, classes), namespace)
+            options = {name: values(method, flags, name) for name, method in classes.items()}
+            config = kind(**values(kind, flags), options={n: o for n, o in options.items() if o})
+            command = parser.prog.removeprefix("veneer ")
+            return _run_or_print(command, config, getattr(pipeline, function), namespace)
 
         parser.set_defaults(run=run)
 
     return add
+
+
+def _flags_over(entries: Mapping[str, Any], namespace: argparse.Namespace) -> dict[str, Any]:
+    """Entries of a config file, and over them what the command line has; absent positional arguments are None or empty."""
+    return {**entries, **{name: value for name, value in vars(namespace).items() if value not in (None, [])}}
+
+
+def _run_or_print(command: str, config: Any, function: Callable[[Any], Any], namespace: argparse.Namespace) -> Any:
+    """Calls the function of a command, or prints its config for `--print-config`."""
+    if vars(namespace).get("print config"):
+        print(to_toml(command, config), end="")
+        return None
+    return function(config)
 
 
 def _method_names(arguments: Sequence[str], default: str) -> list[str]:
@@ -83,18 +102,30 @@ def _config_command(
 
     def add(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         path = f"veneer.{module}" if "." in module else f"veneer.pipelines.{module}"
-        add_flags(parser, class_of(path, config_name), positional=positional)
+        file = read_config(arguments)
+        add_flags(parser, class_of(path, config_name), positional=positional, required=not file)
+        add_config_flags(parser)
 
         def run(namespace: argparse.Namespace) -> None:
             pipeline = importlib.import_module(path)
-            config = getattr(pipeline, config_name)
-            result = getattr(pipeline, function)(config(**values(config, vars(namespace))))
-            for line in result if prints_lines else ():
+            kind = getattr(pipeline, config_name)
+            flags = _flags_over(entries_of(file, kind), namespace)
+            _check_positional(parser, kind, positional, flags)
+            command = parser.prog.removeprefix("veneer ")
+            result = _run_or_print(command, kind(**values(kind, flags)), getattr(pipeline, function), namespace)
+            for line in (result or ()) if prints_lines else ():
                 print(line)
 
         parser.set_defaults(run=run)
 
     return add
+
+
+def _check_positional(parser: argparse.ArgumentParser, config: type, names: Sequence[str], flags: Mapping[str, Any]) -> None:
+    """Rejects a command line whose required arguments are neither in it nor in its config file."""
+    missing = [name for name in required_fields(config) if name in names and name not in flags]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
 
 
 def _command_group(**commands: tuple[str, AddFlags]) -> AddFlags:

@@ -23,6 +23,8 @@ EXTRAS: Mapping[str, str] = {
     "starlette": "app",
     "pandas": "app",
     "argcomplete": "completion",
+    "tomlkit": "train",
+    "yaml": "train",
     "bitsandbytes": "quantize",
     "torchao": "quantize",
     "optimum": "quantize",

@@ -25,6 +25,7 @@ def add_flags(
     skip: Sequence[str] = (),
     prefix: str = "",
     taken: Collection[str] = (),
+    required: bool = True,
 ) -> set[str]:
     """Adds one flag per field of `config`. The parsed namespace has only the fields that were passed.
 
@@ -32,7 +33,8 @@ def add_flags(
     mappings of options `pattern:option=value,option=value`.
 
     Args:
-        positional: fields that are positional arguments; required unless the field has a default.
+        positional: fields that are positional arguments.
+        required: whether a positional argument whose field has no default is required.
         skip: fields without a flag.
         prefix: prefix such as `lora`: the flags are `--lora.rank`, and also `--rank` if it is not in `taken`.
         taken: flags that the parser already has.
@@ -48,7 +50,8 @@ def add_flags(
         settings: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, **_value_settings(hints[field.name])}
         if field.name in positional:
             settings.pop("metavar", None)
-            parser.add_argument(field.name, **{**settings, **_optional_positional(field, settings)})
+            optional = not required or field.name not in required_fields(config)
+            parser.add_argument(field.name, **{**settings, **(_optional_positional(settings) if optional else {})})
             continue
         flags = [f"--{name.replace('_', '-')}"]
         if prefix and (plain := f"--{field.name.replace('_', '-')}") not in taken:
@@ -63,10 +66,14 @@ def fields_in_order(config: Any) -> list[dataclasses.Field[Any]]:
     return sorted(dataclasses.fields(config), key=lambda field: field.kw_only is True)
 
 
-def _optional_positional(field: dataclasses.Field[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The `nargs` that makes a positional argument optional if its field has a default."""
-    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-        return {}
+def required_fields(config: Any) -> list[str]:
+    """Names of the fields without a default."""
+    missing = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(config) if f.default is missing and f.default_factory is missing]
+
+
+def _optional_positional(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The `nargs` and default that make a positional argument optional."""
     return {"nargs": "*" if "nargs" in settings else "?", "default": None}
 
 

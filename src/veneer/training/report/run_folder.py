@@ -14,7 +14,7 @@ from ..data.image_io import DataError
 from ..loop.trainer import TrainResult
 from .phases import read_phase
 
-DISPOSABLE = frozenset({"logs", "progress.jsonl", "splits.json"})
+DISPOSABLE = frozenset({"config.toml", "logs", "progress.jsonl", "splits.json"})
 """Files that a run writes before training, and that the next start writes again."""
 
 

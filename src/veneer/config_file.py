@@ -1,0 +1,216 @@
+"""Config files of commands: the options of a command as TOML or YAML.
+
+    veneer personalize --config run.toml --seed 1
+
+Keys are the names of flags, with `_` or `-`; options of a method are in a table of its name. Flags on the command line win.
+
+    photos = "photos/octopus"
+    concept = "<octopus>"
+    method = "lora"
+    learning_rate = 1e-3
+
+    [lora]
+    rank = 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union
+
+Table = Mapping[str, Any]
+CONFIG = "config.toml"
+"""Name of the file in the folder of a run."""
+UNSAVED = ("out", "resume", "dry_run", "options")
+"""Fields that `write_config` leaves out: they are of one run. Options are written as a table for each method."""
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config` and `--print-config`."""
+    group = parser.add_argument_group("config file")
+    group.add_argument("--config", dest="config file", metavar="FILE", help="read options from a .toml or .yaml file; flags win")
+    group.add_argument(
+        "--print-config", dest="print config", action="store_true", help="print the options as a config file, and stop"
+    )
+
+
+def read_config(arguments: Sequence[str]) -> Table:
+    """The content of the file after `--config` in a command line, with `_` in names; empty without one.
+
+    Raises:
+        OptionError: no such file, another type of file, or not a table.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        name = parser.parse_known_args(list(arguments))[0].config
+    except argparse.ArgumentError:  # no value: the command's own parser reports it
+        name = None
+    return {} if name is None else _read(Path(name).expanduser())
+
+
+def _read(file: Path) -> Table:
+    parse = {".toml": _parse_toml, ".yaml": _parse_yaml, ".yml": _parse_yaml}.get(file.suffix)
+    if parse is None:
+        _fail(f"--config {file}: expected a .toml or .yaml file.", file, given=file.suffix, expected=(".toml", ".yaml"))
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        _fail(f"--config {file}: cannot be read ({error.strerror}).", file, given="unreadable")
+    except ValueError as error:
+        _fail(f"--config {file}: {error}", file, given="syntax")
+    if not isinstance(content, dict):
+        _fail(f"--config {file}: expected names and values, got {type(content).__name__}.", file, given=type(content).__name__)
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _parse_toml(text: str) -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
+
+
+def _parse_yaml(text: str) -> Any:
+    from veneer.extras import require
+
+    require("yaml")
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(error) from error
+
+
+def entries_of(content: Table, config: type, methods: Mapping[str, type] = types.MappingProxyType({})) -> dict[str, Any]:
+    """The content of a config file as a parsed namespace has it, such as `{"steps": 100, "lora.rank": 16}`.
+
+    Args:
+        config: config class of the command. `methods`: classes of the methods in use, whose options are tables.
+    Raises:
+        OptionError: an unknown name, or a value of another type.
+    """
+    hints, entries = _hints(config), dict[str, Any]()
+    for key, value in content.items():
+        if key in methods and isinstance(value, dict):
+            options = _hints(methods[key])
+            for name, entry in value.items():
+                name = str(name).replace("-", "_")
+                _check_known(f"{key}.{name}", name, options)
+                entries[f"{key}.{name}"] = _typed(f"{key}.{name}", entry, options[name])
+        else:
+            _check_known(key, key, {**hints, **methods})
+            entries[key] = _typed(key, value, hints.get(key, Mapping))
+    return entries
+
+
+def _hints(config: type) -> dict[str, Any]:
+    import dataclasses
+
+    hints = typing.get_type_hints(config)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config) if field.name != "options"}
+
+
+def _check_known(key: str, name: str, known: Table) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}."
+        _fail(f"config file: no option {key!r}; {hint}", key, given=key, expected=tuple(known))
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    """The value as the annotated type, as `veneer.flags.values` takes it."""
+    kinds = list(_alternatives(hint))
+    for kind in kinds:
+        matched, result = _match(key, value, kind)
+        if matched:
+            return result
+    expected = " or ".join(_name(kind) for kind in kinds)
+    _fail(f"config file: {key} is {value!r}; expected {expected}.", key, given=value, expected=expected)
+
+
+def _alternatives(hint: Any) -> Iterator[Any]:
+    union = typing.get_origin(hint) in (Union, types.UnionType)
+    yield from (kind for kind in typing.get_args(hint) if kind is not type(None)) if union else (hint,)
+
+
+def _match(key: str, value: Any, kind: Any) -> tuple[bool, Any]:
+    """Whether a value is of a type, and the value converted to it."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in args, value
+    if origin is tuple:
+        several = value if isinstance(value, list) else [value]
+        if Ellipsis not in args and len(several) != len(args):
+            return False, None
+        pairs = [_match(key, each, args[0]) for each in several]
+        return all(ok for ok, _ in pairs), [each for _, each in pairs]
+    if isinstance(origin or kind, type) and issubclass(origin or kind, Mapping):
+        return isinstance(value, dict), value
+    if kind is Path:
+        return isinstance(value, str), Path(str(value))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool), value
+    return type(value) is kind or kind is Any, value
+
+
+def _name(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return "a list"
+    return {str: "a string", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}.get(kind, "a table")
+
+
+def write_config(path: Path, command: str, config: Any) -> Path:
+    """Writes the options of a run as TOML, with which `veneer COMMAND --config PATH` repeats it.
+
+    Args:
+        command: such as `personalize`. `config`: its config; options that are None are left out.
+    """
+    from veneer.training.loop.checkpoints import write_atomically
+
+    write_atomically(path, to_toml(command, config).encode())
+    return path
+
+
+def to_toml(command: str, config: Any) -> str:
+    """The options of a config as TOML."""
+    import dataclasses
+
+    import tomlkit
+
+    document = tomlkit.document()
+    document.add(tomlkit.comment(f"veneer {command} --config FILE"))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in UNSAVED and value is not None:
+            document.add(field.name, tomlkit.item(_plain(value)))
+    for name, options in getattr(config, "options", {}).items():
+        if options:
+            document.add(name, tomlkit.item(_plain(options)))
+    return tomlkit.dumps(document)
+
+
+def _plain(value: Any) -> Any:
+    """The value in TOML's types."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items() if each is not None}
+    if isinstance(value, (tuple, list)):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _fail(message: str, where: Any, **attributes: Any) -> NoReturn:
+    """Raises `OptionError`, whose import takes seconds."""
+    from veneer.injection.errors import OptionError
+
+    raise OptionError(message, option="config", where=str(where), **attributes)
