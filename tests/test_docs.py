@@ -237,7 +237,9 @@ def test_flags_in_sentences_are_marked() -> None:
 
 def test_paths_break_after_slashes_and_intervals_do_not_break() -> None:
     pytest.importorskip("mkdocs")
-    html = _script("hooks").on_page_content("<p><code>a/b --c</code> 0.5 ± 0.1, a ± b</p><pre><span></span><code>a/b</code></pre>")
+    html = _script("hooks").on_page_content(
+        "<p><code>a/b --c</code> 0.5 ± 0.1, a ± b</p><pre><span></span><code>a/b</code></pre>"
+    )
     paragraph = '<code>a/<wbr>b <span class="flag">--c</span></code> 0.5\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.1, a ± b'
     assert html == f"<p>{paragraph}</p><pre><span></span><code>a/b</code></pre>"
 

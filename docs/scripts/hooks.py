@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: line breaks in flags, paths and intervals, empty tables of contents, and the file that only holds a navigation."""
+"""Hooks of MkDocs: line breaks, empty tables of contents, and the file that only holds a navigation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from mkdocs.structure.nav import Navigation
 
 INLINE_CODE = re.compile(r"(?<!</span>)<code>([^<]*)</code>")
 """Code in a sentence or a cell; in a block, `<code>` follows an empty span."""
-INTERVAL = re.compile(r"(?<=[\d%]) ± (?=\d)")
 FLAG = re.compile(r"(?<![\w-])--?[a-z][\w.-]*")
+INTERVAL = re.compile(r"(?<=[\d%]) ± (?=\d)")
 
 
 def on_nav(nav: Navigation, files: Files, **_: Any) -> Navigation:
