@@ -148,8 +148,8 @@ def quantize_model(
     """Quantizes the linear layers in the repeated blocks (`nn.ModuleList`) of a model in place.
 
     Args:
-        kind: a kind or its name. `component`: name for errors. `device`: device on which the weights are quantized, and on which
-            they remain (default: their own).
+        tower: the model. `kind`: a kind or its name. `component`: name for errors.
+        device: device on which the weights are quantized, and on which they remain (default: their own).
     Returns:
         The quantized layers.
     Raises:
