@@ -24,7 +24,7 @@ class ConvertConfig:
 
     Args:
         file: a safetensors file of any format, or a folder with one.
-        to: format to write.
+        to: format to write; required.
         base: base model: `bundled`, a folder, a file, a hub name, or an architecture without weights such as `sdxl` or
             `flux` (default: the base model that a native file was trained on, else the architecture that fits the file).
         out: the new file, for peft_folder a folder (default: beside the old file, with the format in its name).
@@ -37,7 +37,7 @@ class ConvertConfig:
 
 
 def convert(config: ConvertConfig) -> list[str]:
-    """Loads the adapter on the base model, writes it, loads the new file and compares; a file with another ΔW is deleted.
+    """Loads the adapter on the base model, writes it, loads the new file and compares; no file is left if a ΔW differs.
 
     Returns:
         The files written, the precision of the comparison, and what the format does not contain.

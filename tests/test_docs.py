@@ -236,6 +236,15 @@ def test_flags_in_sentences_are_marked() -> None:
     assert html == '<p><code>a <span class="flag">--b-c</span> 1</code></p><pre><span></span><code>a --b\n</code></pre>'
 
 
+def test_paths_break_after_slashes_and_intervals_do_not_break() -> None:
+    pytest.importorskip("mkdocs")
+    html = _script("hooks").on_page_content(
+        "<p><code>a/b --c</code> 0.5 ± 0.1, a ± b</p><pre><span></span><code>a/b</code></pre>"
+    )
+    paragraph = '<code>a/<wbr>b <span class="flag">--c</span></code> 0.5\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.1, a ± b'
+    assert html == f"<p>{paragraph}</p><pre><span></span><code>a/b</code></pre>"
+
+
 def test_text_of_docstrings_is_no_markup(scripts: ModuleType) -> None:
     assert scripts.escaped("a*b `c*d` <e>") == "a\\*b `c*d` \\<e\\>"
     assert scripts.cell("a | b") == "a \\| b"

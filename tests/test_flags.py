@@ -103,6 +103,28 @@ def test_options_by_site() -> None:
             by_site(wrong)
 
 
+def test_help_may_name_another_field_before_a_colon() -> None:
+    @dataclass(frozen=True)
+    class Precision:
+        """Two options.
+
+        Args:
+            autocast: autocast dtype: `no` or `bf16`. `seed`: of the
+                dtype: any number.
+            dtype: of the weights.
+        """
+
+        autocast: str = "no"
+        dtype: str = "float32"
+        seed: int = 0
+
+    assert help_of(Precision) == {
+        "autocast": "autocast dtype: `no` or `bf16`",
+        "seed": "of the dtype: any number",
+        "dtype": "of the weights",
+    }
+
+
 def test_help_of_an_inherited_field() -> None:
     assert "role pattern" in help_of(LoRA)["by_site"]
 

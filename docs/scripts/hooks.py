@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: line breaks in flags, empty tables of contents, and the file that only holds a navigation."""
+"""Hooks of MkDocs: line breaks, empty tables of contents, and the file that only holds a navigation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mkdocs.structure.nav import Navigation
 INLINE_CODE = re.compile(r"(?<!</span>)<code>([^<]*)</code>")
 """Code in a sentence or a cell; in a block, `<code>` follows an empty span."""
 FLAG = re.compile(r"(?<![\w-])--?[a-z][\w.-]*")
+INTERVAL = re.compile(r"(?<=[\d%]) ± (?=\d)")
 
 
 def on_nav(nav: Navigation, files: Files, **_: Any) -> Navigation:
@@ -22,8 +23,11 @@ def on_nav(nav: Navigation, files: Files, **_: Any) -> Navigation:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Marks flags in inline code, as browsers break lines after a hyphen."""
-    return INLINE_CODE.sub(lambda code: f"<code>{FLAG.sub(_marked, code[1])}</code>", html)
+    """Marks flags in inline code, as browsers break lines after a hyphen, permits line breaks after slashes, and keeps
+    intervals such as 0.5 ± 0.1 on one line.
+    """
+    html = INTERVAL.sub("\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}", html)
+    return INLINE_CODE.sub(lambda code: f"<code>{FLAG.sub(_marked, code[1].replace('/', '/<wbr>'))}</code>", html)
 
 
 def _marked(flag: re.Match[str]) -> str:

@@ -67,8 +67,8 @@ hide: [toc, navigation]
 # Support matrix
 
 Rows are [methods](methods/index.md), columns are hosts: families of models. The table is computed from what methods
-need and hosts offer, on the small models of each host: ✓ where all of them are supported, their names where some are,
-– where none is.
+need and hosts offer, on the small models of each host: ✓ if all of them are supported, their names if only some are,
+– otherwise.
 
 <div class="matrix" markdown>
 {linked}

@@ -172,7 +172,7 @@ def _merge(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 def help_of(config: type) -> dict[str, str]:
     """Field name to its text in the `Args:` section of the class's docstring, or of the base class that defines the field.
 
-    `name, other: text` describes two fields.
+    `name, other: text` describes two fields. An entry starts a line or follows the period of another entry.
     """
     texts: dict[str, str] = {}
     for cls in config.__mro__:
@@ -184,7 +184,8 @@ def help_of(config: type) -> dict[str, str]:
 def _argument_texts(config: type) -> dict[str, str]:
     body = (inspect.getdoc(config) or "").partition("Args:\n")[2]
     names = [f.name for f in dataclasses.fields(config)]
-    start = re.compile(rf"(?<!\S)`?((?:{'|'.join(names)})(?:`?,\s+`?(?:{'|'.join(names)}))*)`?:\s", re.MULTILINE)
+    name = rf"(?:{'|'.join(names)})"
+    start = re.compile(rf"(?:^ {{4}}|(?<=\.)\s+)`?({name}(?:`?,\s+`?{name})*)`?:\s", re.MULTILINE)
     block = "\n".join(itertools.takewhile(lambda line: not line or line.startswith(" "), body.splitlines()))
     entries = list(start.finditer(block))
     texts: dict[str, str] = {}

@@ -63,13 +63,13 @@ def show_photos(paths: Sequence[str] | None, base: str, captions: Sequence[str] 
     side = base_models.preset(check_base(base)).resolution or FALLBACK_SIDE
     report = inspect_photos(paths, side)
     rows = [[name, caption] for name, caption in zip(report.names, [*captions, *[""] * len(report.names)], strict=False)]
-    number = f"{len(report.names)} photo{'s' * (len(report.names) != 1)}"
+    count = f"{len(report.names)} photo{'s' * (len(report.names) != 1)}"
     problems = "\n".join(f"- ⚠ {escape_markup(text)}" for text in report.problems)
     crops = gr.Gallery(
         report.crops, label=f"As square crops of {side} × {side} pixels, as the base model is trained on them", visible=True
     )
     thumbs = gr.Gallery(list(zip(report.thumbnails, report.names, strict=True)), visible=True)
-    note = f"{number}.\n\n{problems}" if problems else f"{number}, no problems found."
+    note = f"{count}.\n\n{problems}" if problems else f"{count}, no problems found."
     return [thumbs, crops, note, gr.Dataframe(rows, visible=True)]
 
 
@@ -157,7 +157,7 @@ class _Form:
         self.notes = gr.Markdown(NO_PHOTOS, elem_id="train-notes")
         self.example_photos = gr.Button("Example photos", size="sm", elem_id="train-example")
         self.thumbs = gallery("Your photos", 5, visible=False, buttons=[])
-        self._name()
+        self._subject()
         self.preset = gr.Radio(
             preset_choices("bundled", DEFAULT_METHOD), value="quick", label="Preset", elem_id="train-preset",
             info="Longer training makes the images more similar to the photos.",
@@ -174,9 +174,9 @@ class _Form:
                 wrap=True,
             )
             self.crops = gallery("Crops", 5, visible=False, buttons=[])
-        self._how()
+        self._method_and_settings()
 
-    def _name(self) -> None:
+    def _subject(self) -> None:
         """Name and class of the subject."""
         with gr.Row():
             self.concept = gr.Textbox(
@@ -190,7 +190,7 @@ class _Form:
                 label="Class word", placeholder="toy", info="What kind of subject it is.", elem_id="train-word", **SHORT
             )
 
-    def _how(self) -> None:
+    def _method_and_settings(self) -> None:
         """Method, its settings and options, the cost estimate, and the start button."""
         with gr.Row():
             self.method = gr.Dropdown(
@@ -222,7 +222,7 @@ class _Form:
     def connect(self, choice: Any) -> None:
         """Connects the events; a started job is selected in `choice`."""
         context, photo_outputs = self.context, [self.thumbs, self.crops, self.notes, self.captions]
-        named = [self.settings[field.name] for field in SETTINGS]
+        setting_components = [self.settings[field.name] for field in SETTINGS]
 
         def read_form(
             concept: str, word: str, preset: str, base: str, method: str, filled_for: list[str], *rest: Any
@@ -247,29 +247,30 @@ class _Form:
         def fill(preset: str, base: str, method: str) -> list[Any]:
             return [[preset, base, method], *fill_form(self.slots, preset, base, method)]
 
-        plain: dict[str, Any] = {"api_visibility": "private"}
-        dropped = [self.files.upload, self.files.clear, self.files.delete]
-        gr.on(dropped, show_errors(show_photos), [self.files, self.base], photo_outputs, **plain)
+        hidden_api: dict[str, Any] = {"api_visibility": "private"}
+        photo_events = [self.files.upload, self.files.clear, self.files.delete]
+        gr.on(photo_events, show_errors(show_photos), [self.files, self.base], photo_outputs, **hidden_api)
         examples = [self.files, self.concept, self.word, *photo_outputs]
-        self.example_photos.click(show_errors(show_example), [self.base], examples, **plain)
+        self.example_photos.click(show_errors(show_example), [self.base], examples, **hidden_api)
         parts = [self.preset, self.base, self.method]
         filled_for = gr.State(["quick", "bundled", DEFAULT_METHOD])
-        filling = [filled_for, *(self.settings[name] for name in PRESET_FIELDS), self.about, *self.slots.components]
+        form_outputs = [filled_for, *(self.settings[name] for name in PRESET_FIELDS), self.about, *self.slots.components]
         gr.on(
-            [self.preset.change, self.method.change, self.base.submit, self.base.blur], show_errors(fill), parts, filling,
-            show_progress="hidden", **plain,
+            [self.preset.change, self.method.change, self.base.submit, self.base.blur], show_errors(fill), parts, form_outputs,
+            show_progress="hidden", **hidden_api,
         )  # fmt: skip
-        gr.on(None, lambda: gr.Dropdown(choices=method_names(True)), None, self.method, show_progress="hidden", **plain)
+        gr.on(None, lambda: gr.Dropdown(choices=method_names(True)), None, self.method, show_progress="hidden", **hidden_api)
         costs = [self.base, self.method, *(self.settings[name] for name in ("steps", "batch", "optimizer", "eval_seeds"))]
-        gr.on([part.change for part in costs], show_errors(cost), costs, self.estimate, show_progress="hidden", **plain)
+        gr.on([part.change for part in costs], show_errors(cost), costs, self.estimate, show_progress="hidden", **hidden_api)
         gr.on(None, show_errors(cost), costs, self.estimate, **QUIET)
         changes = [self.base.blur, self.base.submit, self.method.change]
         for when in (None, changes):
             gr.on(when, show_errors(preset_labels), [self.base, self.method], self.preset, **QUIET)
-        inputs = [self.files, self.captions, self.concept, self.word, *parts, filled_for, *named, *self.slots.components]
-        self.start.click(show_errors(start), inputs, choice, **plain).success(None, js="() => reveal('train-runs')", **QUIET)
-        one: dict[str, Any] = {"concurrency_id": "check", "concurrency_limit": 1, **plain}
-        self.check.click(show_errors(try_step), inputs, self.dry_run, **one)
+        subject = [self.files, self.captions, self.concept, self.word]
+        inputs = [*subject, *parts, filled_for, *setting_components, *self.slots.components]
+        self.start.click(show_errors(start), inputs, choice, **hidden_api).success(None, js="() => reveal('train-runs')", **QUIET)
+        single: dict[str, Any] = {"concurrency_id": "check", "concurrency_limit": 1, **hidden_api}
+        self.check.click(show_errors(try_step), inputs, self.dry_run, **single)
 
 
 def _layout(field: Field) -> dict[str, Any]:

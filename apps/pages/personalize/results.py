@@ -33,7 +33,7 @@ def result_values(job: Job | None) -> list[Any]:
 
 
 def stamp(job: Job) -> Any:
-    """Cache key of the results."""
+    """Cache key of the results: state of the job and modification times of its files."""
     return job.state, [path.stat().st_mtime_ns for path in result_files(job)]
 
 

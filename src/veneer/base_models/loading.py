@@ -32,10 +32,10 @@ def load(base: str | Path = "bundled", *, quantize: Quantize | None = None, devi
             hub name such as `owner/model`; folders and files have precedence.
         quantize: quantization of frozen linear layers: a kind such as `nf4` or a GGUF file for the denoiser, or a mapping of
             components to them, such as `{"transformer": "nf4", "text_encoder_2": "int8"}`. See `KINDS`.
-        device: where weights are quantized, and where the quantized ones stay; the others are on the CPU.
+        device: device on which layers are quantized, and on which they remain; all other weights are on the CPU.
         kwargs: passed to `DiffusionPipeline.from_pretrained`; `dtype` defaults to float32, and only safetensors are read.
     Returns:
-        The pipeline, on the CPU.
+        The pipeline, on the CPU except for layers quantized on `device`.
     Raises:
         OptionError: an unknown kind or component in `quantize`.
         BaseModelError: the base model is missing, incomplete or has only pickles, or the hub is unreachable.

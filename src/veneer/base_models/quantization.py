@@ -1,4 +1,4 @@
-"""Quantized base models: which layers of which component, by which kind, and what works on this machine.
+"""Quantized base models: selection of components and layers, quantization in place, and checks that a kind works on a device.
 
 Frozen linear layers of repeated blocks are quantized after loading, one after the other, so that each float weight is freed
 before the next one is quantized. Convolutions, embeddings, norms, modulation, first and last layers and the VAE stay in the
@@ -29,15 +29,15 @@ Quantize = str | Path | Mapping[str, str | Path] | Sequence[str]
 DENOISERS = ("transformer", "unet")
 GGUF = ".gguf"
 KEPT = re.compile(r"^(norm|ada|time|mod$)|emb|modulation|_mod$")
-"""Names of modules inside a block that stay as they are: modulation, and projections of timesteps."""
+"""Names of modules in a block that are not quantized: norms, embeddings, modulation and timestep projections."""
 
 
 @dataclass(frozen=True)
 class QuantizedLayers:
-    """Number of linear layers of a component that are quantized, of those in blocks, and names of blocks' layers that do not fit.
+    """Linear layers in the blocks of a component: number of quantized ones, and names of those that the kind does not support.
 
     Args:
-        misfits: layers whose input width is not a multiple of the kind's block.
+        misfits: names of layers whose number of inputs is not a multiple of the kind's block size.
     """
 
     component: str
@@ -91,7 +91,7 @@ def _kind_or_file(value: str) -> Kind | Path:
 
 
 def _kind(name: str, alternative: str = "") -> Kind:
-    """The kind of this name, whose library is installed. `alternative`: what the error says is accepted beside kinds."""
+    """The kind of this name, whose library is installed. `alternative`: for the error: accepted values other than kinds."""
     if name not in KINDS:
         message = f"quantize: no kind {name!r}; expected one of {', '.join(KINDS)}{alternative}."
         raise OptionError(message, option="quantize", given=name, expected=tuple(KINDS))
@@ -100,21 +100,21 @@ def _kind(name: str, alternative: str = "") -> Kind:
 
 
 def resolve_components(parsed: Mapping[str, Kind | Path], components: Sequence[str]) -> dict[str, Kind | Path]:
-    """The same with the name of the denoiser. `components`: those of the pipeline.
+    """Replaces the component `""` by the name of the denoiser. `components`: names of the pipeline's components.
 
     Raises:
         OptionError: the pipeline has no such component, or it is quantized twice.
     """
     denoiser = next((name for name in DENOISERS if name in components), None)
     known = tuple(c for c in components if c in DENOISERS or c.startswith("text_encoder"))
-    resolved: dict[str, Kind | Path] = {}
+    by_component: dict[str, Kind | Path] = {}
     for name, value in parsed.items():
         component = name or denoiser or ""
-        if component not in known or component in resolved:
+        if component not in known or component in by_component:
             message = f"quantize: component {name!r} cannot be quantized; expected one of {', '.join(known)}, each once."
             raise OptionError(message, option="quantize", where=name, given=name, expected=known)
-        resolved[component] = value
-    return resolved
+        by_component[component] = value
+    return by_component
 
 
 def quantize_components(
@@ -124,19 +124,20 @@ def quantize_components(
 
     Args:
         kinds: component to kind, as `parse_quantize` returns it; GGUF files among them are loaded already.
-        device: where the weights are quantized, and where they stay.
+        device: device on which the weights are quantized, and on which they remain.
     Returns:
-        The number of layers of each component.
+        The quantized layers of each component.
     Raises:
         OptionError: the pipeline has no such component.
-        BaseModelError: the kind does not work on the device, a component is quantized already, or none of its layers fits.
+        BaseModelError: the kind does not work on the device, a component is quantized already, or the kind supports none of
+            its layers.
         StateError: something is attached to a component.
     """
     present = [name for name, component in pipe.components.items() if component is not None]
-    resolved = resolve_components(kinds, present)
+    by_component = resolve_components(kinds, present)
     return tuple(
         quantize_model(pipe.components[component], kind, component, device)
-        for component, kind in resolved.items()
+        for component, kind in by_component.items()
         if isinstance(kind, Kind)
     )
 
@@ -144,18 +145,18 @@ def quantize_components(
 def quantize_model(
     tower: nn.Module, kind: Kind | str, component: str = "model", device: str | torch.device | None = None
 ) -> QuantizedLayers:
-    """Quantizes the linear layers in the blocks of a model in place.
+    """Quantizes the linear layers in the repeated blocks (`nn.ModuleList`) of a model in place.
 
     Args:
-        kind: a kind or its name. `component`: name for errors. `device`: where the weights are quantized, and where they stay
-            (default: where they are).
+        tower: the model. `kind`: a kind or its name. `component`: name for errors.
+        device: device on which the weights are quantized, and on which they remain (default: their own).
     Returns:
-        The number of layers.
+        The quantized layers.
     Raises:
         OptionError: an unknown kind.
         MissingExtra: the library of the kind is not installed.
         StateError: something is attached to the model.
-        BaseModelError: the model is quantized already, no layer fits, or the kind does not work on the device.
+        BaseModelError: the model is quantized already, or the kind supports none of its layers or not the device.
     """
     kind = _kind(kind) if isinstance(kind, str) else kind
     _reject_attached(tower, component)
@@ -163,27 +164,27 @@ def quantize_model(
         message = f"quantize: {component} is quantized already; expected float weights. Load the float base model to quantize it."
         raise BaseModelError(message, where=component, given="quantized", expected="float weights")
     layers = list(linear_layers(tower))
-    fit = [name for name in layers if tower.get_submodule(name).in_features % kind.block == 0]  # type: ignore[operator]
-    if not fit:
+    supported = [name for name in layers if tower.get_submodule(name).in_features % kind.block == 0]  # type: ignore[operator]
+    if not supported:
         message = (
             f"quantize: {component} ({type(tower).__name__}) has {len(layers)} linear layers in its blocks, and none has a "
             f"multiple of {kind.block} inputs, which {kind.name} needs. Use another kind, such as int8."
         )
         raise BaseModelError(message, where=component, given=kind.name, expected=kind.block)
-    first: Any = tower.get_submodule(fit[0])
+    first: Any = tower.get_submodule(supported[0])
     check_kind(kind, first.weight.device if device is None else device, first.weight.dtype)
     del first  # else its float weight stays in memory
-    for name in fit:
+    for name in supported:
         owner, _, child = name.rpartition(".")
         parent = tower.get_submodule(owner)
         linear: Any = parent._modules[child]
         parent._modules[child] = quantize_linear(linear if device is None else linear.to(device), kind)
         del linear  # frees the float weight
-    return QuantizedLayers(component, kind.name, len(fit), tuple(name for name in layers if name not in fit))
+    return QuantizedLayers(component, kind.name, len(supported), tuple(name for name in layers if name not in supported))
 
 
 def _reject_attached(tower: nn.Module, component: str) -> None:
-    """Raises `StateError` if something is attached to the model or to a part of it, or the model is a part of such a one."""
+    """Raises `StateError` if an attachment adapts the model, a part of it or a model that contains it."""
     states = (state for module in tower.modules() if (state := find_model_state(module)) is not None)
     attached = [attachment.name for state in states for attachment in state.attachments] + _seams(tower)
     if attached:
@@ -196,7 +197,9 @@ def _seams(tower: nn.Module) -> list[str]:
 
 
 def linear_layers(tower: nn.Module) -> Iterator[str]:
-    """Paths of the linear layers in repeated blocks, without adapters, modulation and modules that the model keeps in float32."""
+    """Paths of the linear layers that are quantized: those in repeated blocks, except adapters, modules that match `KEPT`, and
+    modules that the model keeps in float32.
+    """
     kept = set(getattr(tower, "_keep_in_fp32_modules", None) or ())
     blocks = [path for path, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
     adapters = tuple(f"{seam}." for seam in _seams(tower))

@@ -37,14 +37,14 @@ class TransferConfig:
         where: sites of the adapters, as listed by `veneer sites` (default: each method's).
         head: `fresh` for a new linear head that is trained, `kept` for the model's own head (default: what the method needs).
         lp_ft: LP-FT: initialize a fresh head with a logistic regression on the frozen features, then fine-tune. It helps in short
-            runs; in longer runs a head that is trained with the adapters ended better.
+            runs; in longer runs, training a new head with the adapters was better.
         templates: prompt templates of a CLIP, with {} for the class name.
         batch_norm: BatchNorm statistics: `frozen`, or `moving` to update them (default: moving with random weights, else frozen).
         shots: training images per class (default: all).
         validation: share of the images in the validation split, which selects the epoch, if the data has no such split; 0 to 1.
         test: share of the images in the test split, which is evaluated at the end, if the data has no such split; 0 to 1.
         split_seed: seed of these splits.
-        steps: optimizer steps, in place of epochs.
+        steps: optimizer steps; overrides `--epochs`.
         epochs: passes over the training images.
         batch: images per micro-batch, over all processes.
         gradient_accumulation_steps: micro-batches per optimizer step.

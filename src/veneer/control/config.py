@@ -50,7 +50,7 @@ class ControlConfig:
             ip_adapter).
         image_dropout: probability of no image for ip_adapter, 0 to 1; classifier-free guidance needs it.
         resolution: side of the images in pixels (default: the base model's).
-        crop: `center` or `random`.
+        crop: position of the crop, `center` or `random`.
         flip: probability of a horizontal flip, 0 to 1.
         buckets: train at the photos' aspect ratios; otherwise on square crops.
         steps: optimizer steps (default: the preset of the base model, else 20,000).
@@ -66,7 +66,8 @@ class ControlConfig:
         timestep_sampling: distribution of the noise level in training: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid` or
             `shift` (default: cubic for t2i_adapter, else uniform). diffusers' scripts count from the noisy end, so that their
             `--logit_mean` has the other sign.
-        dtype: of the frozen base model (default: bfloat16 on a GPU, float32 on a CPU). float16 needs `mixed_precision=fp16`.
+        dtype: dtype of the frozen base model (default: bfloat16 on a GPU, float32 on a CPU); adapters are in float32.
+            float16 needs `--mixed-precision fp16`.
         quantize: quantization of frozen linear layers: a kind for the denoiser (`nf4`, `nf4-dq`, `fp4`, `fp4-dq`, `int4`, `int8`,
             `int8-torchao`, `int8-quanto`, `fp8`) or a GGUF file, or COMPONENT=KIND for each component (default: none).
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
@@ -82,7 +83,8 @@ class ControlConfig:
         strength: strength of the control in metrics and previews.
         eval_seeds: images to generate per validation image for the metrics; 0 disables them.
         grid_images: validation images in the image grid.
-        features: image model that measures `image`: `bundled`, a folder, or a name such as `timm:vit_small_patch16_224.dino`.
+        features: image model of the metrics for `--condition image`: `bundled`, a folder, or a name such as
+            `timm:vit_small_patch16_224.dino`.
         tracker: tracker names as in accelerate, separated by commas, or `none`.
         dry_run: print what would be trained, and stop.
         out: folder for all results (default: a new one under `runs`).

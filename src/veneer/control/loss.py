@@ -31,7 +31,7 @@ class ControlLoss(DenoisingLoss):
     """`DenoisingLoss` with the conditions of the examples.
 
     Args:
-        control: trained attachment. `follow`: computes its condition inputs.
+        control: the attachment that is trained. `follow`: computes its condition inputs, such as the control map.
     """
 
     control: Attachment | None = None
@@ -46,10 +46,10 @@ class ControlLoss(DenoisingLoss):
 
 
 class MapInput:
-    """`image`: the map computed from each cropped image, or the map file, cropped in the same way.
+    """Condition input `image`: the map computed from each cropped image, or its map file, cropped in the same way.
 
     Args:
-        condition: computes maps of examples without map files. `memory`: bytes of maps kept in memory.
+        condition: computes maps of examples without map files. `memory`: size of the in-memory cache of maps, in bytes.
     """
 
     def __init__(self, condition: Condition, memory: int = 2**28) -> None:
@@ -64,19 +64,20 @@ class MapInput:
         """(3, height, width) in 0 … 1."""
         if example.guide is not None:
             return example.guide
-        found = self._memory.get(example.key)
-        if found is None:
+        pixels = self._memory.get(example.key)
+        if pixels is None:
             image = to_pil_image((example.pixels + 1) / 2)
-            found = pil_to_tensor(self.condition(image))
-            self._memory.put(example.key, found, found.numel())
-        return found.float() / 255
+            pixels = pil_to_tensor(self.condition(image))
+            self._memory.put(example.key, pixels, pixels.numel())
+        return pixels.float() / 255
 
 
 class ImageEmbeddingInput:
-    """`embeds`: image embeddings; replaced by zeros with a probability, for classifier-free guidance.
+    """Condition input `embeds`: image embeddings, replaced by zeros with a probability, for classifier-free guidance.
 
     Args:
-        embedder: image encoder. `dropout`: that probability. `seed`: random seed of the dropout.
+        embedder: image encoder. `dropout`: probability of zeros. `seed`: random seed of the dropout. `memory`: size of the
+            in-memory cache of embeddings, in bytes.
     """
 
     def __init__(self, embedder: Embedder, dropout: float, seed: int, memory: int = 2**28) -> None:
@@ -88,9 +89,9 @@ class ImageEmbeddingInput:
         return {"embeds": torch.stack([self._embedding(step, example) for example in examples])}
 
     def _embedding(self, step: int, example: Example) -> Tensor:
-        found = self._memory.get(example.key)
-        if found is None:
-            found = self.embedder([to_pil_image((example.pixels + 1) / 2)])[0]
-            self._memory.put(example.key, found, found.numel() * found.element_size())
+        embedding = self._memory.get(example.key)
+        if embedding is None:
+            embedding = self.embedder([to_pil_image((example.pixels + 1) / 2)])[0]
+            self._memory.put(example.key, embedding, embedding.numel() * embedding.element_size())
         dropped = torch.rand((), generator=generator(self.seed, "no picture", step, example.index)) < self.dropout
-        return torch.zeros_like(found) if dropped else found
+        return torch.zeros_like(embedding) if dropped else embedding

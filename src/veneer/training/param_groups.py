@@ -33,7 +33,7 @@ DIFFUSION = ("diffusers_dit", "diffusers_unet")
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> Method:
-    """The method with these options, after a check of the types of its options by site, which are used only when it is attached.
+    """The method with these options. Also checks the types of its options by site, which otherwise fail only in `attach`.
 
     Raises:
         OptionError: a value of the wrong type. UnknownOption: there is no such option.
@@ -126,23 +126,24 @@ def _in_text(pattern: str) -> str:
 
 
 def attach_all(
-    pipe: Any, found: Sequence[Method], where: Mapping[str, Sequence[str]], text_encoder: bool, seed: int
+    pipe: Any, configs: Sequence[Method], where: Mapping[str, Sequence[str]], text_encoder: bool, seed: int
 ) -> list[Attachment]:
     """Attaches the methods with seeded initialization; adapters are in training mode, the base model is not.
 
     Args:
+        configs: the methods, as `build_methods` returns them.
         where: method name to its selection (default: that of the method).
         text_encoder: also adapt the attention of the text encoders, or the method's default sites there if it has none in
             attention. Methods with token embeddings are not affected.
     """
     attached = []
-    for method in found:
-        chosen = [*where.get(method.name, ())]
+    for method in configs:
+        selection = [*where.get(method.name, ())]
         if text_encoder and not trains_token_embeddings(method):
-            default = chosen or effective_where(pipe, method, method.default, method.fallback)
-            chosen = [*default, *(effective_where(pipe, method, TEXT, [_in_text(each) for each in method.default]) or TEXT)]
+            default = selection or effective_where(pipe, method, method.default, method.fallback)
+            selection = [*default, *(effective_where(pipe, method, TEXT, [_in_text(each) for each in method.default]) or TEXT)]
         torch.manual_seed(mix(seed, "adapters", method.name))
-        attachment = attach(pipe, method, where=chosen or None)
+        attachment = attach(pipe, method, where=selection or None)
         for _, adapter in attachment.parts.values():
             adapter.train()
         attached.append(attachment)
@@ -173,26 +174,23 @@ def named_state(attached: Sequence[Attachment]) -> dict[str, Tensor]:
 
 def add_penalties(loss: LossStep, attached: Sequence[Attachment]) -> LossStep:
     """The loss plus the penalty terms of the methods."""
-    own = [a for a in attached if type(a.method).penalty is not Method.penalty]
+    regularized = [a for a in attached if type(a.method).penalty is not Method.penalty]
 
     def penalized_loss(step: int, rows: list[int]) -> Tensor:
-        terms = (a.penalty() for a in own)
+        terms = (a.penalty() for a in regularized)
         return sum((term for term in terms if term is not None), loss(step, rows))
 
-    return penalized_loss if own else loss
+    return penalized_loss if regularized else loss
 
 
 def check_first_gradients(loss: LossStep, attached: Sequence[Attachment]) -> LossStep:
-    """The loss, whose first call checks that gradients pass through every layer of the base model.
-
-    The call raises `BlockedGradient` for a layer through which they do not.
-    """
+    """The loss; its first call checks that every layer of the base model passes gradients, else raises `BlockedGradient`."""
     towers = list({id(tower): tower for a in attached for tower in a.towers.values()}.values())
 
     def checked_loss(step: int, rows: list[int]) -> Tensor:
         with check_gradient_flow(towers):
             result = loss(step, rows)
-        towers.clear()  # later calls have nothing to watch
+        towers.clear()  # only the first call is checked
         return result
 
     return checked_loss
@@ -222,19 +220,19 @@ def parameter_groups(
 
 def _groups(attachment: Attachment, rate: float, text_rate: float, base: float) -> Iterator[ParameterGroup]:
     component = {id(p): site.component for site, adapter in attachment.parts.values() for p in adapter.parameters()}
-    reads_text = not trains_token_embeddings(attachment.method)
+    on_weights = not trains_token_embeddings(attachment.method)
     for group in attachment.groups():
-        in_text = [p for p in group["params"] if reads_text and component.get(id(p), "").startswith("text_encoder")]
-        mine = {id(p) for p in in_text}
-        others = [p for p in group["params"] if id(p) not in mine]
-        for params, speed, label in ((others, rate, attachment.name), (in_text, text_rate, f"{attachment.name}.text")):
+        in_text = [p for p in group["params"] if on_weights and component.get(id(p), "").startswith("text_encoder")]
+        text_ids = {id(p) for p in in_text}
+        others = [p for p in group["params"] if id(p) not in text_ids]
+        for params, learning_rate, label in ((others, rate, attachment.name), (in_text, text_rate, f"{attachment.name}.text")):
             if params:
-                yield {"params": params, "lr_scale": group.get("lr_scale", 1.0) * speed / base, "name": label}
+                yield {"params": params, "lr_scale": group.get("lr_scale", 1.0) * learning_rate / base, "name": label}
 
 
 @functools.cache
 def trainable_methods() -> tuple[str, ...]:
-    """Names of the methods that `personalize` supports, on weights of a diffusion model or token embeddings."""
+    """Names of the methods that `personalize` supports: on weights of a diffusion model, or on token embeddings."""
     classes = {name: methods.get(name) for name in methods.names()}
-    alone = {name: cls for name, cls in classes.items() if not (cls.conditions or cls.prepares or cls.keeps_head)}
-    return tuple(name for name, cls in alone.items() if trains_token_embeddings(cls) or hosts_for(cls, DIFFUSION))
+    candidates = {name: cls for name, cls in classes.items() if not (cls.conditions or cls.prepares or cls.keeps_head)}
+    return tuple(name for name, cls in candidates.items() if trains_token_embeddings(cls) or hosts_for(cls, DIFFUSION))

@@ -48,7 +48,7 @@ class PersonalizeConfig:
         base: base model: `bundled`, a folder, a file or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, PixArt or DiT.
         method: a method, several joined by `+`, or `pivotal` (textual_inversion+lora).
         options: method name to its options.
-        where: sites of methods on weights, as listed by `veneer sites` (default: the preset's, else the method's).
+        where: sites of adapters on weights, as listed by `veneer sites` (default: the preset's, else the method's).
         text_encoder: train adapters on the text encoders too.
         class_word: ordinary word for the subject, such as `toy`: initial value of new tokens, and prompt of class images.
         class_images: number of class images to generate with the base model for prior preservation; 0 disables it.
@@ -59,7 +59,7 @@ class PersonalizeConfig:
         keep_tokens: number of tags at the start of a caption that are neither dropped nor shuffled.
         shuffle_tags: shuffle the other tags.
         resolution: side of the training images in pixels; with buckets the square root of their area (default: the base model's).
-        crop: `center` or `random`.
+        crop: position of the crop, `center` or `random`.
         flip: probability of a horizontal flip, 0 to 1.
         buckets: train at the photos' aspect ratios; otherwise on square crops.
         masks: weight the loss with the photos' masks or alpha channels.
@@ -68,7 +68,8 @@ class PersonalizeConfig:
         gradient_accumulation_steps: micro-batches per optimizer step.
         learning_rate: peak learning rate of the first method on weights; others keep their ratio (default: preset, else method).
         text_learning_rate: learning rate of weights in text encoders (default: half the learning rate).
-        token_learning_rate: learning rate of token embeddings beside weights (default: preset, else method).
+        token_learning_rate: learning rate of token embeddings that are trained with adapters on weights (default: preset, else
+            method).
         schedule: learning-rate schedule, `constant`, `cosine` or `linear` (default: the preset of the base model, else constant).
         warmup: optimizer steps of linear warmup.
         optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
@@ -76,19 +77,21 @@ class PersonalizeConfig:
         max_grad_norm: gradient clipping: largest L2 norm of the gradient; 0 disables clipping.
         ema: decay of an exponential moving average of the weights, which is what is saved; 0 disables it.
         min_snr_gamma: gamma of min-SNR loss weighting, typically 5; 0 disables it.
-        loss_weighting: `none`, `min_snr`, `min_snr_plus_one`, `debiased`, `snr_scaled_v`, for flow matching `sigma_sqrt` or
-            `cosmap`.
-        timestep_sampling: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid`, `shift` or `flux_shift` (default: logit_normal
-            for SD3, else uniform), as a distribution of the noise level: diffusers' `--logit_mean` has the other sign.
-        prediction: prediction type, in place of the scheduler's `prediction_type`.
-        loss: `l2`, `huber` or `smooth_l1`.
+        loss_weighting: weight of each timestep's loss: `none`, `min_snr`, `min_snr_plus_one`, `debiased`, `snr_scaled_v`, for
+            flow matching `sigma_sqrt` or `cosmap`.
+        timestep_sampling: distribution of the noise level in training: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid`,
+            `shift` or `flux_shift` (default: logit_normal for SD3, else uniform). diffusers' scripts count from the noisy end, so
+            that their `--logit_mean` has the other sign.
+        prediction: prediction type; overrides the scheduler's `prediction_type`, for base models with a wrong config.
+        loss: loss function: `l2`, `huber` or `smooth_l1`.
         noise_offset: strength of the noise offset, typically 0.05 to 0.1; 0 disables it.
         pyramid_noise: discount of pyramid noise, 0 to 1, typically 0.3; 0 disables it.
         input_perturbation: gamma of input perturbation, typically 0.1; 0 disables it.
         cache: cache latents and text embeddings instead of computing them in each step.
         cache_folder: folder for the cache, which later runs reuse (default: in memory).
-        offload_encoders: keep VAE and text encoders on the CPU while training, once all is cached; on one GPU.
-        dtype: of the frozen base model (default: bfloat16 on a GPU, float32 on a CPU). float16 needs `mixed_precision=fp16`.
+        offload_encoders: on one GPU, move VAE and text encoders to the CPU once their outputs are cached.
+        dtype: dtype of the frozen base model (default: bfloat16 on a GPU, float32 on a CPU); adapters are in float32.
+            float16 needs `--mixed-precision fp16`.
         quantize: quantization of frozen linear layers: a kind for the denoiser (`nf4`, `nf4-dq`, `fp4`, `fp4-dq`, `int4`, `int8`,
             `int8-torchao`, `int8-quanto`, `fp8`) or a GGUF file, or COMPONENT=KIND for each component (default: none).
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.

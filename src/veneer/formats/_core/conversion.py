@@ -74,28 +74,28 @@ def convert(
         _restore_precision(attached, file)
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=final.parent) as folder:
-            made = {
-                place: f.save(some, Path(folder) / f"{i}" / place.name, provenance)
-                for i, (place, (f, some)) in enumerate(jobs.items())
-                if some
+            temporary_files = {
+                place: file_format.save(group, Path(folder) / f"{i}" / place.name, provenance)
+                for i, (place, (file_format, group)) in enumerate(jobs.items())
+                if group
             }
             for attachment in reversed(attached):
                 attachment.detach()
             before, attached = attached, []
-            for place, (form, some) in jobs.items():
-                if some:
-                    attached += form.load(model, read(made[place]), Options(same_base=False))
+            for place, (file_format, group) in jobs.items():
+                if group:
+                    attached += file_format.load(model, read(temporary_files[place]), Options(same_base=False))
             weights, difference = compare(before, attached, final)
-            for place, temporary in made.items():
+            for place, temporary_file in temporary_files.items():
                 place.parent.mkdir(exist_ok=True)
-                os.replace(temporary.parent if jobs[place][0].folder else temporary, place)
-            also = [final.with_name(name) for name in target.beside if (Path(folder) / "0" / name).exists()]
-            for place in also:
+                os.replace(temporary_file.parent if jobs[place][0].folder else temporary_file, place)
+            extra_files = [final.with_name(name) for name in target.beside if (Path(folder) / "0" / name).exists()]
+            for place in extra_files:
                 os.replace(Path(folder) / "0" / place.name, place)
     finally:
         for attachment in reversed(attached):
             attachment.detach()
-    return ConversionResult((*made, *also), weights, difference, tuple(_notes(file, known, to, list(places))))
+    return ConversionResult((*temporary_files, *extra_files), weights, difference, tuple(_notes(file, known, to, list(places))))
 
 
 def compare(before: Sequence[Attachment], after: Sequence[Attachment], target: Path) -> tuple[int, float]:
@@ -126,7 +126,7 @@ def compare(before: Sequence[Attachment], after: Sequence[Attachment], target: P
 
 def _split_tokens(model: Any, attached: list[Attachment]) -> list[Attachment]:
     """The textual-inversion attachments in `attached`, after splitting there those that hold several tokens."""
-    found = []
+    attachments = []
     for attachment in [a for a in attached if a.method.name == TEXTUAL_INVERSION]:
         singles = [attachment]
         if len(embeddings := token_embeddings(attachment)) > 1:
@@ -134,8 +134,8 @@ def _split_tokens(model: Any, attached: list[Attachment]) -> list[Attachment]:
             attached.pop(index).detach()
             singles = attach_tokens(model, embeddings)
             attached[index:index] = singles
-        found += singles
-    return found
+        attachments += singles
+    return attachments
 
 
 class _AdaptedWeight(NamedTuple):
@@ -148,22 +148,22 @@ class _AdaptedWeight(NamedTuple):
 
 def _weight_adapters(attachments: Sequence[Attachment]) -> dict[tuple[str, str, str], list[_AdaptedWeight]]:
     """The adapters of each tensor, in the order in which they apply."""
-    found: dict[tuple[str, str, str], list[_AdaptedWeight]] = {}
+    parts: dict[tuple[str, str, str], list[_AdaptedWeight]] = {}
     for attachment in attachments:
         for site, adapter in attachment.parts.values():
             if isinstance(site, (WeightSite, ParamSite)) and isinstance(adapter, WeightAdapter):
                 part = _AdaptedWeight(site, adapter, attachment.towers[site.component])
-                found.setdefault((site.component, site.path, site.param), []).append(part)
-    return found
+                parts.setdefault((site.component, site.path, site.param), []).append(part)
+    return parts
 
 
 def _other_tensors(attachments: Sequence[Attachment]) -> dict[str, Tensor]:
     """All other trained tensors, by name."""
     compared = {part.site.name for parts in _weight_adapters(attachments).values() for part in parts}
     tokens = [each for a in attachments if a.method.name == TEXTUAL_INVERSION for each in token_embeddings(a)]
-    found = {f"{each.token} at {name}": rows for each in tokens for name, rows in each.rows.items()}
+    rows_of_tokens = {f"{each.token} at {name}": rows for each in tokens for name, rows in each.rows.items()}
     others = [a for a in attachments if a.method.name != TEXTUAL_INVERSION]
-    return found | {k: t for a in others for k, t in a.state_dict().items() if k.rpartition(":")[0] not in compared}
+    return rows_of_tokens | {k: t for a in others for k, t in a.state_dict().items() if k.rpartition(":")[0] not in compared}
 
 
 def _compare_weight(old: Sequence[_AdaptedWeight], new: Sequence[_AdaptedWeight]) -> tuple[float, float, float]:
@@ -222,9 +222,9 @@ def _apply(weight: Tensor, parts: Sequence[_AdaptedWeight]) -> Tensor:
     """W after the weight form of each adapter on its rows, in double precision."""
     after = weight.clone()
     for site, adapter, _ in parts:
-        apart = {id(value): value for value in vars(adapter).values() if isinstance(value, nn.Module)}  # references, not copied
+        shared = {id(value): value for value in vars(adapter).values() if isinstance(value, nn.Module)}  # references, not copied
         rows = after[slice(*site.rows)] if site.rows else after
-        rows.copy_(copy.deepcopy(adapter, apart).double().cpu().weight(rows))
+        rows.copy_(copy.deepcopy(adapter, shared).double().cpu().weight(rows))
     return after
 
 

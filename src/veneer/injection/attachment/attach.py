@@ -27,7 +27,7 @@ def attach(
     sample: Any = None,
     **config: Any,
 ) -> Attachment:
-    """Put a method's adapters on a model or a whole pipeline. All or nothing: a failure leaves no trace.
+    """Attaches a method's adapters to a model or a whole pipeline. All or nothing: after an error the model is unchanged.
 
     Args:
         model: a module that a host matches, or a pipeline (anything with `components`).

@@ -36,8 +36,8 @@ class Attachment:
         parts: site name to (site, adapter).
         merged: True while merged into the weights.
         is_enabled: False in `enabled(False)` and while `activate` selects others.
-        seams: hooks and parametrizations on the host, empty when detached. `trained`: base parameters named in `train`.
-        conditions: those of the current `condition` scope, or None.
+        seams: hooks and parametrizations on the host, empty when detached. `trained`: base parameters selected by `train`.
+        conditions: conditions of the current `condition` scope, or None.
         pipeline: a weak reference to the pipeline passed to `attach`, or None.
         loaded: the report of the file it was loaded from, or None. `provenance`: origin of the adapters, saved with them.
     """
@@ -89,14 +89,18 @@ class Attachment:
         self._installation.check(self.merged)
 
     def host_state_dict(self, component: str = "") -> dict[str, Tensor]:
-        """State dict of the host without adapters, with its original keys in their order, also for parametrized tensors."""
+        """State dict of the host without adapters, with its original keys in their order, also for parametrized tensors.
+
+        Args:
+            component: component of a pipeline, such as `unet` (default: the first that is adapted).
+        """
         tower = self.towers[component or next(iter(self.towers))]
         return dict(host_tensors(tower))
 
     # parameters and state
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the adapters, and base parameters named in `train`."""
+        """Parameters of the adapters, and base parameters selected by `train`."""
         yield from (p for _, p in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

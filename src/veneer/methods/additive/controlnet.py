@@ -33,7 +33,7 @@ class ControlNet(Controlled):
     guess=…)`.
 
     Args:
-        channels: of the image, at least 1.
+        channels: channels of the control image, at least 1.
         hint: widths of the hint encoder's stages, at least 1, one more than the number of halvings from pixels to latents; empty
             for the default.
     `guess=True` as a condition: no control in the unconditional half of the batch, and the skips are weighted

@@ -35,7 +35,7 @@ class ControlNeXt(Controlled):
     "xattn.out")`.
 
     Args:
-        channels: of the image.
+        channels: channels of the control image.
         place: `block`, the first block's output, f resized to x before CN, as for SD 1.5; or `stem`, the first block's input, f
             resized after CN, as the authors do for SDXL. Neither changes a skip feature: the first one, the output of the first
             convolution, is stored before f is added.

@@ -123,7 +123,8 @@ class DTL(Method):
     Args:
         rank: r, at least 1; the authors use 2 for ViT-B/16 and 4 for Swin-B.
         beta: β, above 0; at 100 swish is nearly ReLU.
-        write_from: M, index of the first block in the tower that is written to; None means the second half of each chain.
+        write_from: M, index of the first block in the tower that is written to (default: the second half of each
+            chain).
         conv: kernel size of DTL+: 3, 4 or 5 by dataset in the paper; 0 for DTL.
     A chain is the selected blocks of one stage, width and layout: in Swin and convolutional networks h starts anew in each stage,
     with a separate convolution, as in the authors' code. There the default writes to every stage, so that gradients reach the

@@ -30,8 +30,9 @@ class IPAdapter(Method):
     queries. W_k', W_v' are initialized from the host's text projections. Used with `condition(image=…)` or `condition(embeds=…)`.
 
     Args:
-        kind: `base` or `plus`. `width`: of the image embeddings (ViT-H 1024) or patch embeddings (1280).
-        tokens: per image; 0 for the default, 4 or 16.
+        kind: kind of image features, `base` or `plus`. `width`: width of the image embeddings (ViT-H 1024) or patch embeddings
+            (1280).
+        tokens: image tokens per image; 0 for the default: 4 (`base`) or 16 (`plus`).
         depth: blocks of the resampler.
         dim: width of the resampler, whose heads have 64 channels; 0 for the text's width, at most 1280.
         zero_start: initializes W_v' to zero, so that a new adapter is the identity. False: from the host, as in the paper.

@@ -111,7 +111,7 @@ class LST(Method):
         temperature: T of the gates, above 0.
         skip: indices of blocks in the tower whose side layer is dropped: s passes them unchanged. The authors drop every fourth,
             `(0, 4, 8)` of 12.
-        heads: of Block's attention, a divisor of the side width; the authors use as many as the backbone. 0: heads of 64/r
+        heads: heads of Block's attention, a divisor of the side width; the authors use as many as the backbone. 0: heads of 64/r
             channels, or the next smaller divisor, which is the backbone's number if its heads have 64 channels.
     The ladder spans the selected blocks and replaces the output of the last of them: the selection must include the final blocks.
     Parameters trained before it receive no gradient through it. At a strength between 0 and 1 the output is y + s·(y' − y), of

@@ -29,7 +29,7 @@ class T2IAdapter(Controlled):
     UNet's time and text embeddings are not used. Used with `condition(image=…, strength=…, start=…, end=…)`.
 
     Args:
-        kind: `full` or `light`. `channels`: of the image.
+        kind: architecture, `full` or `light`. `channels`: channels of the control image.
         blocks: residual blocks per level; 0 for the default, 2 (full) or 4 (light).
         zero_start: initialize as the identity: zeros in the first convolution (full) or the last of each level (light), and in
             the last of every residual block. False: torch's default initialization, as in the paper.

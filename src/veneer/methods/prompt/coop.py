@@ -32,7 +32,7 @@ class CoOp(Method):
     Args:
         tokens: M, context vectors.
         by_class: a separate context per class ("CSC"); such a file is for these classes only, one with a common context for any.
-        position: of the name: after the context, in its middle (after M // 2 vectors) or before it.
+        position: position of the name: after the context, in its middle (after M // 2 vectors) or before it.
         words: initial words of the context, such as `a photo of a`; M is then their number of tokens. Empty: N(0, 0.02²).
     Counts: M·width, times the classes with `by_class`; CLIP RN50 and ViT-B/16 8,192.
     Source: Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022, section 3; initialization and the full stop

@@ -92,7 +92,8 @@ class DAMVP(Method):
             ImageNet-21k, 31 for ViT-B of ImageNet-1k, 20 for Swin-B, 18 for MoCo v3, 21 for ResNet-50); 0 for M clusters.
         samples: number of images that are clustered, the first ones.
         border: width of the border in a 224-pixel image; scaled proportionally for other sizes. 1 to 111.
-        std: of the initialization N(0, std²), the same sample for all prompts, in normalized pixels; 0 for the identity.
+        std: standard deviation of the initialization N(0, std²), the same sample for all prompts, in normalized pixels; 0 for the
+            identity.
         head_free: the most active features replace the logits, those that vary most over noise images; no head is needed.
         classes: n, of `head_free`; 0 for as many as the head has.
     Where: `pixels`, and `features` or `logits` (for `head_free`), where the features are captured.

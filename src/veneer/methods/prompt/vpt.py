@@ -68,11 +68,11 @@ class VPT(Method):
 
     Args:
         tokens: p, prompts per site.
-        dropout: on the prompts, 0 to 1.
+        dropout: dropout probability of the prompts, 0 to 1.
         project: width of the prompts before a linear projection to the model's width, which all sites share; 0 for none.
     Counts: p·width per block (deep), p·width in all (shallow); with a projection p·project, and (project + 1)·width once.
     ViT-B/16, deep, p = 10: 92,160; with project 64 57,600.
-    Saved files: those of revision 1 with a projection for each block are rejected.
+    Saved files: files of revision 1 with a projection for each block are rejected.
     Source: Jia et al., Visual Prompt Tuning, ECCV 2022, equations 4 to 8, and its code. Initial prompts U(-v, v),
         v = sqrt(6 / (channels·patch² + width)); projection: weight N(0, 2 / width), bias as torch's Linear.
     Deviation: on hosts with mean pooling (MAE, `global_pool="avg"`) the mean is over the patches, the `img_pool` of the authors'

@@ -130,7 +130,7 @@ class DoRA(Method):
         alpha: numerator of the scale (default: the rank, so that s = 1).
         norm_axis: `output` takes the norm of each output's row, the default of the authors, peft and LyCORIS. `input` takes it
             of each input channel's column, over all outputs and the kernel, the default of OneTrainer and LyCORIS with
-            `wd_on_output=False`; W is then recomputed in each forward pass, so a quantized base is rejected.
+            `wd_on_output=False`; W' is then computed in each forward pass, so a quantized base is rejected.
     Convolutions: one norm per output channel, over its inputs and kernel; grouped ones have A and B as in `lora`.
     Counts: d_out (`input`: d_in / groups) per site more than `lora`; ViT-B/16's q, k and v as one weight, rank 8: 26,880.
     Source: Liu et al., DoRA, ICML 2024, equation 5; the norm is constant in the backward pass, section 4.3. The paper writes W as

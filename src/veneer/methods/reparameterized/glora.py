@@ -74,8 +74,9 @@ class GLoRA(Method):
     Args:
         A, B: `low_rank` (d_out, rank) times (rank, width), `vector` one value per output, `scalar`, or `none`.
         D, E: `vector`, `scalar` or `none`; for the biases among the sites, roles `bias.*`.
-        rank: of `low_rank` terms, at least 1.
-        product: of W with a low-rank A: `elements` W ∘ A, or `matrices` W A, as in LyCORIS, where A mixes the inputs of a weight.
+        rank: rank of `low_rank` terms, at least 1.
+        product: product of W with a low-rank A: `elements` W ∘ A, or `matrices` W A, as in LyCORIS, where A mixes the inputs of a
+            weight.
     Convolutions: the kernel is flattened, width = d_in·k·k / groups, which includes grouped and depthwise ones.
     Has only the weight form, so a quantized base is rejected.
     Counts: per term rank·(d_out + width), d_out, 1 or 0; for the A of W A 2·rank·d_in / groups. ViT-B/16, rank 4, all low-rank

@@ -106,7 +106,7 @@ class LoHa(Method):
         alpha: numerator of the scale (default: the rank, so that s = 1).
         tucker: convolutions with kernels larger than 1×1 get a Tucker core: A = core ×₂ down, with `core` (rank, rank, *kernel).
         norm_axis: weight-decomposed form (DoRA around LoHa), W' = m·(W + s·ΔW) / ‖W + s·ΔW‖ with trained m: the norm per `output`
-            or per `input` channel, as in `dora`. None means the plain form. W is then recomputed in each forward pass.
+            or per `input` channel, as in `dora`. Default: the plain form. W' is then computed in each forward pass.
     B2 is initialized to zero; B1 and the cores with standard deviation 0.1, A1 and A2 with 1.
     Convolutions: the kernel is flattened into the rows, ΔW (d_out, d_in·k·k / groups), which includes grouped and depthwise
     ones.

@@ -148,14 +148,15 @@ class LoKr(Method):
     Args:
         factor: size of C: d_out and d_in are each split into `factor` and the rest if it divides them, else at the largest
             divisor up to it; the smaller part is C's. At least 1; low values train more parameters. -1: as square as possible.
-        rank: of D; None means a full D, as is a rank of at least half of D's larger dimension (without the kernel). At least 1.
+        rank: rank of D, at least 1 (default: D is full). D is also full if the rank is at least half of its larger dimension,
+            without the kernel.
         alpha: numerator of the scale (default: the rank, so that s = 1). Ignored if both factors are full.
         decompose_both: C is also of that rank, if the rank is less than half of C's larger dimension.
         sides: C's dimensions (rows, columns), instead of `factor`; they must divide d_out and d_in / groups.
-        low: which factors are of rank `rank`, `left` (C), `right` (D), `both` or `none`, regardless of their size; None
-            means the rules above. For files, whose splits may follow other rules.
+        low: which factors are of rank `rank`, regardless of their size: `left` (C), `right` (D), `both` or `none` (default: by
+            the rules above). For files, whose splits may follow other rules.
         norm_axis: weight-decomposed form (DoRA around LoKr), W' = m·(W + s·(C ⊗ D)) / ‖W + s·(C ⊗ D)‖ with trained m: the norm
-            per `output` or per `input` channel, as in `dora`. None means the plain form. W is then recomputed in each forward
+            per `output` or per `input` channel, as in `dora` (default: the plain form). W' is then computed in each forward
             pass.
     D (or A) is initialized to zero; the others Kaiming-uniformly (a = sqrt 5).
     Convolutions: D has the kernel, and d_in means d_in / groups. For grouped convolutions `output` computes C ⊗ D; otherwise

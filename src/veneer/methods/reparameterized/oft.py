@@ -67,7 +67,7 @@ class OFT(Method):
         block_size: b, size of the blocks, instead of `blocks`; must divide d. At least 2.
         share: one block in all r positions.
         coft: ε of the constrained form: each Q_i is kept within the Frobenius norm ε·b²/√r, with `share` ε·b² (the authors'
-            scaling; they use 6e-5). Above 0; None means no constraint.
+            scaling; they use 6e-5). Above 0 (default: no constraint).
         rescale: also train D, a scale for each neuron: W' = D W Rᵀ, D initialized to 1.
         side: `output` rotates the layer's output, W' = D R W and d = d_out, as LyCORIS and kohya's tools do; such blocks may
             have size 1 with `rescale`. A convolution's channels are rotated, and the bias is unchanged. LyCORIS itself loads a

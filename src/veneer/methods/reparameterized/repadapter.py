@@ -101,7 +101,8 @@ class RepAdapter(Method):
 
     Args:
         bottleneck: h, a multiple of `up_groups`.
-        up_groups: of B, dividing d_in too. `dropout`: on the h features, in training. `scale`: s, 0.1 to 10 by task in the paper.
+        up_groups: groups of B, dividing d_in too. `dropout`: dropout of the h features, in training.
+        scale: s, 0.1 to 10 by task in the paper.
         bias: use a and c.
     Supports linear layers and 1x1 convolutions without groups and padding. Others are rejected: an input mixing cannot be merged
     into a depthwise weight, and the shift c does not apply to zero padding. So on ConvNeXt `mlp.in` is adapted, not `conv.dw`.

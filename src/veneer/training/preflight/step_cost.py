@@ -26,7 +26,7 @@ class StepCost:
 
     Args:
         activations: peak bytes of tensors created in the pass, including gradients.
-        flops: multiplications and additions. `seconds`: measured, or None; `forward`: that of the forward pass, or None.
+        flops: multiplications and additions. `seconds`: measured, or None. `forward`: seconds of the forward pass, or None.
     """
 
     activations: int
