@@ -25,6 +25,7 @@ from ..data.image_io import read_photo
 from ..data.photo_folder import Photo
 from ..loop.checkpoints import write_atomically
 from ..loop.disk_space import optional, writing
+from ..loop.distributed import whole_weights
 from ..loop.trainer import TrainResult
 from .feature_models import features
 from .image_grid import GridRow, before_after, make_grid
@@ -36,6 +37,7 @@ from .progress import clock
 from .verdict import read_verdict
 
 if TYPE_CHECKING:
+    from ..loop.sharded_base import ShardedBase
     from ..personalization_config import PersonalizeConfig
 
 ADAPTER, GRID = "adapter.safetensors", "before_after.png"
@@ -45,7 +47,8 @@ GRID_PROMPTS = 4
 
 @dataclass(frozen=True)
 class PersonalizationRun:
-    """A personalization run: configuration, pipeline, adapters, photos, folder, phase report and warnings."""
+    """A personalization run: configuration, pipeline, adapters, photos, folder, phase report, warnings, and the base model if it
+    is sharded."""
 
     config: PersonalizeConfig
     pipe: Any
@@ -54,6 +57,7 @@ class PersonalizationRun:
     out: Path
     report: PhaseReport = field(default_factory=PhaseReport)
     notes: list[str] = field(default_factory=list)
+    base: ShardedBase | None = None
 
     def settings(self, seeds: int) -> PreviewSettings:
         """Sampling settings of the base model's preset."""
@@ -136,6 +140,11 @@ def final_message(run: PersonalizationRun, record: dict[str, Any]) -> str:
 
 def write_files(run: PersonalizationRun) -> list[str]:
     """Writes the native file of all methods, and the files that diffusers loads."""
+    with whole_weights(run.base):
+        return _write_files(run)
+
+
+def _write_files(run: PersonalizationRun) -> list[str]:
     provenance = {"base": str(run.config.base), "concept": run.config.concept, "class_word": run.config.class_word}
     with writing(run.out, ADAPTER):
         native.save(run.attached, run.out / ADAPTER, provenance=provenance)
