@@ -24,7 +24,7 @@ from veneer.control.training_images import TrainingImages, open_training_images
 from veneer.injection import Attachment, attach
 from veneer.training import param_groups
 from veneer.training.adapter_trainer import adapter_trainer
-from veneer.training.base_sharding import is_sharding, load_base, shard_base
+from veneer.training.base_sharding import is_sharding, load_base, shard_base, sharding_note
 from veneer.training.data.captions import Captions
 from veneer.training.data.class_images import base_digest
 from veneer.training.data.dataset import PhotoDataset
@@ -93,8 +93,9 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
         with attached.enabled(False):
             data = on_main(accelerator, open_images, base)
     report.close()
-    for note in data.notes if accelerator.is_main_process else ():
-        print(f"note: {note}", flush=True)
+    notes = [*([note] if (note := sharding_note(config, base)) else []), *(f"note: {text}" for text in data.notes)]
+    for text in notes if accelerator.is_main_process else ():
+        print(text, flush=True)
     run = ControlRun(config, pipe, attached, _subjects(config, data, resolution), reads, out, report=report, base=base)
     dataset = PhotoDataset(
         data.train, resolution, kind.multiple, config.seed, captions=Captions(dropout=config.caption_dropout or 0.0),

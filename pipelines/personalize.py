@@ -15,7 +15,7 @@ from veneer import base_models
 from veneer.injection import Attachment, OptionError
 from veneer.training import param_groups
 from veneer.training.adapter_trainer import adapter_trainer
-from veneer.training.base_sharding import is_sharding, load_base, shard_base
+from veneer.training.base_sharding import is_sharding, load_base, shard_base, sharding_note
 from veneer.training.data.captions import Captions, rename_concept
 from veneer.training.data.class_images import base_digest, generate_class_images
 from veneer.training.data.dataset import PhotoDataset
@@ -83,6 +83,8 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
         for component in {c for a in attached for c in a.towers}:
             param_groups.enable_gradient_checkpointing(pipe.components[component])
     base = shard_base(config, kind, accelerator)
+    if (note := sharding_note(config, base)) and main:
+        print(note, flush=True)
     if sharding:
         with contextlib.ExitStack() as disabled:
             for attachment in attached:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from veneer import base_models
 from veneer.base_models.devices import Dtype, resolve_dtype
@@ -45,8 +47,6 @@ def load_base(options: BaseOptions, accelerator: Accelerator) -> Any:
     device: Any = accelerator.device
     if is_sharding(options, accelerator):
         return base_models.load(options.base, dtype=resolve_dtype(options.dtype, device))
-    if options.shard_base:
-        print("note: --shard-base has no effect with one process; start several with accelerate launch", flush=True)
     return load_on_device(options.base, device, options.dtype, options.quantize)
 
 
@@ -63,13 +63,24 @@ def shard_base(options: BaseOptions, kind: Family, accelerator: Accelerator) -> 
         return None
     from .loop.sharded_base import ShardedBase
 
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # no family writes to a block's output in place
     texts = [*kind.text_towers.values()]
     text_runs = not options.cache or any(why_not_cached(tower) is not None for tower in texts)
     base = ShardedBase(accelerator, [kind.tower, *(texts if text_runs else ())])
     kind.pipe.to(accelerator.device)
-    own, whole = base.bytes()
-    parts = accelerator.gather(torch.tensor([own], device=accelerator.device))
-    if accelerator.is_main_process:
-        listed = ", ".join(size(part) for part in parts.tolist())
-        print(f"base model: {size(whole)} of frozen weights sharded over the processes: {listed}", flush=True)
     return base
+
+
+def sharding_note(options: BaseOptions, base: ShardedBase | None) -> str:
+    """What `shard_base` did, for a terminal: the bytes on each process, or that there is one process; "" without the option.
+
+    All processes must call it.
+    """
+    if not options.shard_base:
+        return ""
+    if base is None:
+        return "note: --shard-base has no effect with one process; start several with accelerate launch"
+    own, whole = base.bytes()
+    parts: Tensor = base.accelerator.gather(torch.tensor([own], device=base.accelerator.device))
+    listed = ", ".join(size(int(part)) for part in parts.tolist())
+    return f"base model: {size(whole)} of frozen weights, sharded over {len(parts)} processes: {listed}"

@@ -70,7 +70,7 @@ class Attachment:
 
         Raises:
             StateError: it is merged (call `unmerge` first) or already detached.
-            HostChanged: it is in a tensor that is sharded.
+            HostChanged: it parametrizes weights of a model that is sharded.
         """
         self._installation.refuse_mixed()
         if self.merged:

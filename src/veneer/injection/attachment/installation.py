@@ -163,7 +163,7 @@ class Installation:
             batch.enter(args, kwargs)
 
     def reject_sharded_weights(self) -> None:
-        """Raises `HostChanged` if a parametrized tensor is sharded: sharding refers to the tensor under its present name."""
+        """Raises `HostChanged` if a tower with parametrized tensors is sharded, which refers to them by their present names."""
         towers = [seam.__dict__["tower"] for seam in self.seams if isinstance(seam, WeightSeam)]
         reject_sharded(towers, "detach", "Load the base model again.")
 

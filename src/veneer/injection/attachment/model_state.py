@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HostChanged
-from ..sharded_tensor import sharded_modules
+from ..sharded_tensor import sharded_modules, unsharded_class
 from .protocol import AttachmentProtocol
 
 _KEY = "_veneer_model_state"
@@ -100,10 +100,11 @@ def refuse_compiled(tower: nn.Module, what: str, wrapped: bool = False) -> None:
         if compiled or module in sharded:
             how = "torch.compile" if compiled else "sharding"
             lost = "drops hooks added later" if compiled else "leaves each process a part of every weight"
+            where = name or unsharded_class(type(tower)).__name__
             raise HostChanged(
-                f"{what}: '{name or type(tower).__name__}' has been through {how}, which {lost}. "
+                f"{what}: '{where}' has been through {how}, which {lost}. "
                 f"Attach first, then {'compile' if compiled else 'shard'}.",
-                where=name or type(tower).__name__,
+                where=where,
                 given=how,
                 expected="attach first",
             )
@@ -119,8 +120,9 @@ def reject_sharded(towers: Iterable[nn.Module], what: str, do: str) -> None:
     """
     for tower in towers:
         sharded = sharded_modules(tower)
-        where = next((name or type(tower).__name__ for name, module in tower.named_modules() if module in sharded), None)
-        if where is not None:
+        names = [name or unsharded_class(type(tower)).__name__ for name, module in tower.named_modules() if module in sharded]
+        if names:
+            where = names[0]
             message = f"{what}: '{where}' is sharded, so that this process holds a part of its weights. {do}"
             raise HostChanged(message, where=where, given="sharding", expected=f"{what} before sharding")
 
