@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from veneer.pipelines.control import ControlConfig, control
 from veneer.pipelines.personalize import PersonalizeConfig, personalize
 
@@ -86,8 +87,9 @@ def controlled(folder: Path, name: str, **settings: Any) -> Path:
     return control(ControlConfig(**config))
 
 
-def gradients(case: Case, photos: Path, shard: bool) -> tuple[dict[str, Tensor], tuple[int, int]]:
-    """The gradient of a step by parameter, from adapters off their initial values; and the bytes of `ShardedBase.bytes`."""
+def gradients(case: Case, photos: Path, shard: bool) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+    """The gradient of a step by parameter, from adapters off their initial values; and, of a sharded base model, the bytes on
+    this process, those of the whole, and those of the largest unit, which is gathered at once."""
     accelerator = Accelerator(cpu=True)
     pipe = tiny_pipeline(case.family)
     param_groups.freeze(pipe)
@@ -107,7 +109,15 @@ def gradients(case: Case, photos: Path, shard: bool) -> tuple[dict[str, Tensor],
     trainer = Trainer(config, groups, loss, named, accelerator=accelerator, base=base)
     trainer.gradients.compute(0, False)
     found = {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
-    return found, (0, 0) if base is None else base.bytes()
+    return found, () if base is None else (*base.bytes(), max(map(unit_bytes, base.units)))
+
+
+def unit_bytes(unit: Any) -> int:
+    """Bytes of the frozen weights of a sharded module, without those of the units in it."""
+    inner = {
+        id(p) for module in unit.modules() if isinstance(module, FSDPModule) and module is not unit for p in module.parameters()
+    }
+    return sum(p.numel() * p.element_size() for p in unit.parameters() if not p.requires_grad and id(p) not in inner)
 
 
 def stir(attached: Attachment) -> None:
@@ -127,8 +137,6 @@ def attached_pipe() -> tuple[Any, Attachment]:
 
 def shard_everything(folder: Path) -> dict[str, Any]:
     """Shards a whole UNet, adapters included, by `fully_shard`; saves and loads them, and tries what is an error then."""
-    from torch.distributed.fsdp import fully_shard
-
     pipe, attached = attached_pipe()
     for block in pipe.unet.down_blocks:
         fully_shard(block)

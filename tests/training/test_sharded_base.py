@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from veneer.training.personalization_config import PersonalizeConfig
 
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
 """`accelerate launch` as the documentation has it, with an unused port."""
+VENEER = ("--no_python", sys.executable, "-c", "from veneer_command import console; console()")
+"""The installed `veneer` command, as its script calls it."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
 ROOT = Path(__file__).parents[2]
 
@@ -34,10 +38,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     worker.inputs(folder)
     worker.personalized(folder, "one")
     worker.controlled(folder, "control-one")
-    command = [*LAUNCH, "-m", "tests.training.sharded_worker", str(folder)]
-    done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    with launched(folder / "worker.txt", "-m", "tests.training.sharded_worker", str(folder)) as process:
+        assert process.wait(timeout=300) == 0, (folder / "worker.txt").read_text()[-4000:]
     return folder
+
+
+@contextlib.contextmanager
+def launched(log: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Two processes of `accelerate launch`; they are killed at the end of the block if they still run."""
+    with log.open("w") as file:
+        process = subprocess.Popen([*LAUNCH, *words], env=ENVIRONMENT, cwd=ROOT, stdout=file, stderr=file)
+        try:
+            yield process
+        finally:
+            kill(process)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +82,11 @@ def test_gradients_are_those_of_one_process(name: str, folder: Path) -> None:
 @pytest.mark.parametrize("name", worker.CASES)
 def test_each_process_holds_a_part_of_the_base_model(name: str, facts: list[dict[str, Any]]) -> None:
     """Half of every tensor, which is rounded up to whole rows on the first process."""
-    (first, whole), (second, same) = (each[name] for each in facts)
-    assert whole == same == first + second
+    (first, whole, largest), (second, *same) = (each[name] for each in facts)
+    assert [whole, largest] == same
+    assert whole == first + second
     assert 0.45 * whole < second <= first < 0.55 * whole
+    assert largest < 0.5 * whole, "the weights are gathered block by block"
 
 
 @pytest.mark.parametrize("name", ["replicated", "sharded", "continued"])
@@ -118,13 +134,8 @@ def test_a_killed_run_continues_on_one_process(folder: Path) -> None:
         "method": "dora", "where": ("attn",), "checkpoint_every": 1, "batch": 2, "eval_seeds": 0, "text_encoder": False,
         "class_images": 0, "preview_every": 0, "template": None, "prompts": None, "drift_prompts": None,
     }  # fmt: skip
-    command = [*LAUNCH, "-m", "veneer.pipelines.personalize", *arguments, "--shard-base"]
-    with (folder / "killed.txt").open("w") as log:
-        process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-        try:
-            wait_for(folder / "killed", process)
-        finally:
-            kill(process)
+    with launched(folder / "killed.txt", *VENEER, "personalize", *arguments, "--shard-base") as process:
+        wait_for(folder / "killed", process)
     steps = max(int(path.name[-6:]) for path in (folder / "killed").glob("checkpoint-*")) + 1
     worker.personalized(folder, "killed", resume=True, steps=steps, **settings)
     worker.personalized(folder, "never-killed", steps=steps, **settings)
@@ -141,7 +152,7 @@ def wait_for(run: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """Kills the launcher and, by their parent's identifier, the processes that it started."""
+    """Kills the launcher and the processes that it started, if they still run."""
     import psutil
 
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
