@@ -34,6 +34,7 @@ from veneer.training.families import family
 from veneer.training.loop.sharded_base import ShardedBase
 from veneer.training.loop.trainer import TrainConfig, Trainer
 from veneer.training.objective.denoising_loss import DenoisingLoss
+from veneer.training.preflight.estimates import estimate
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,17 @@ def unit_bytes(unit: Any) -> int:
     return sum(p.numel() * p.element_size() for p in unit.parameters() if not p.requires_grad and id(p) not in inner)
 
 
+def memory(shard: bool) -> tuple[int, int]:
+    """The estimated bytes of the base model and of activations, on this process."""
+    pipe = tiny_pipeline("sd")
+    param_groups.freeze(pipe)
+    kind, attached = family(pipe), veneer.attach(pipe, "lora")
+    if shard:
+        ShardedBase(Accelerator(cpu=True), [kind.tower])
+    cost = estimate([attached], TrainConfig(tracker="none"), kind, kind.resolution, 1, 1, ["a cat"], True)
+    return cost.base, cost.activations
+
+
 def stir(attached: Attachment) -> None:
     """Adds the same noise to the parameters of an attachment on every process."""
     for number, parameter in enumerate(attached.parameters()):
@@ -162,6 +174,7 @@ def main(folder: Path) -> None:
         found, facts[name] = gradients(case, folder / "photos", shard=True)
         if accelerator.is_main_process:
             save_file(found, folder / f"{name}.safetensors")
+    facts["memory"] = memory(shard=True)
     facts["everything"] = shard_everything(folder)
     personalized(folder, "replicated")
     personalized(folder, "sharded", shard_base=True)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from tests.raising import raises
 from tests.training import sharded_worker as worker
+from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.loop.errors import TrainError
 from veneer.training.personalization_config import PersonalizeConfig
 
@@ -87,6 +88,16 @@ def test_each_process_holds_a_part_of_the_base_model(name: str, facts: list[dict
     assert whole == first + second
     assert 0.45 * whole < second <= first < 0.55 * whole
     assert largest < 0.5 * whole, "the weights are gathered block by block"
+
+
+def test_the_estimate_has_the_part_of_each_process(facts: list[dict[str, Any]]) -> None:
+    """And not all whole weights at once: they are gathered block by block."""
+    base, activations = worker.memory(shard=False)
+    whole = sum(p.numel() * p.element_size() for p in tiny_pipeline("sd").unet.parameters())
+    for each in facts:
+        own, activated = each["memory"]
+        assert own == pytest.approx(base - whole / 2, abs=0.01 * whole)
+        assert activations <= activated < activations + 0.5 * whole
 
 
 @pytest.mark.parametrize("name", ["replicated", "sharded", "continued"])
