@@ -1,4 +1,4 @@
-"""Two processes that train with a frozen base model that is sharded, for `test_sharded_base.py`.
+"""Two processes that train, with a sharded base model and with a replicated one, for `test_sharded_base.py`.
 
 `accelerate launch --multi_gpu --num_processes 2 -m tests.training.sharded_worker FOLDER` runs the jobs below one after the other
 and writes gradients, files of runs and, for each process, `facts-0.json` and `facts-1.json` into the folder.
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from veneer.pipelines.control import ControlConfig, control
 from veneer.pipelines.personalize import PersonalizeConfig, personalize
+from veneer.pipelines.transfer import TransferConfig, transfer
 
 import veneer
 from tests.training.images import save
@@ -86,6 +87,12 @@ def controlled(folder: Path, name: str, **settings: Any) -> Path:
     """A run of `control train` on the inputs."""
     config = {**CONTROL, "data": folder / "photos", "base": str(folder / "base"), "out": folder / name, **settings}
     return control(ControlConfig(**config))
+
+
+def transferred(folder: Path, name: str) -> Path:
+    """A run of `transfer` on the digits: an adapter and a head on the bundled image encoder."""
+    config: dict[str, Any] = {"shots": 3, "steps": 3, "batch": 5, "optimizer": "sgd", "learning_rate": 0.01, "augment": "none"}
+    return transfer(TransferConfig(method="lora", out=folder / name, **config))
 
 
 def gradients(case: Case, photos: Path, shard: bool) -> tuple[dict[str, Tensor], tuple[int, ...]]:
@@ -183,6 +190,7 @@ def main(folder: Path) -> None:
     accelerator.wait_for_everyone()
     personalized(folder, "continued", shard_base=True, resume=True)
     controlled(folder, "control-sharded", shard_base=True)
+    transferred(folder, "transfer-two")
     (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
     accelerator.wait_for_everyone()
 

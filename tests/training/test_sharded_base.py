@@ -39,6 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     worker.inputs(folder)
     worker.personalized(folder, "one")
     worker.controlled(folder, "control-one")
+    worker.transferred(folder, "transfer-one")
     with launched(folder / "worker.txt", "-m", "tests.training.sharded_worker", str(folder)) as process:
         assert process.wait(timeout=300) == 0, (folder / "worker.txt").read_text()[-4000:]
     return folder
@@ -115,6 +116,11 @@ def test_files_of_control_are_those_of_one_process(folder: Path) -> None:
     assert (folder / "control-sharded" / "controlnext" / "unet.safetensors").is_file()
     curves = [json.loads((folder / name / "curve.json").read_text()) for name in ("control-one", "control-sharded")]
     assert curves[0] == curves[1]
+
+
+def test_files_of_transfer_are_those_of_one_process(folder: Path) -> None:
+    """Data parallelism: the base model is replicated."""
+    assert_same_files(folder / "transfer-one", folder / "transfer-two", 1e-5)
 
 
 def test_adapters_that_are_sharded_too_are_saved_and_loaded_whole(folder: Path, facts: list[dict[str, Any]]) -> None:
