@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from veneer.base_models.loading import load_on_device
 from veneer.config_file import CONFIG, write_config
 from veneer.control.artifacts import ControlRun, write_files, write_maps, write_preview, write_results
 from veneer.control.config import ControlConfig
@@ -26,6 +25,7 @@ from veneer.control.training_images import TrainingImages, open_training_images
 from veneer.injection import Attachment, attach
 from veneer.training import param_groups
 from veneer.training.adapter_trainer import adapter_trainer
+from veneer.training.base_sharding import is_sharding, load_base, shard_base, sharding_note
 from veneer.training.data.captions import Captions
 from veneer.training.data.class_images import base_digest
 from veneer.training.data.dataset import PhotoDataset
@@ -36,6 +36,7 @@ from veneer.training.families import family
 from veneer.training.loop.distributed import on_main
 from veneer.training.loop.optimizers import ParameterGroup
 from veneer.training.loop.seeds import mix
+from veneer.training.loop.trainer import Trainer, TrainResult
 from veneer.training.preflight.estimates import written_bytes
 from veneer.training.preflight.preflight import require_disk
 from veneer.training.report.phases import PhaseReport
@@ -76,20 +77,30 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     if accelerator.is_main_process and not config.dry_run:
         write_config(out / CONFIG, "control train", config)
     report("loading")
-    pipe = load_on_device(config.base, accelerator.device, config.dtype, config.quantize)
+    pipe = load_base(config, accelerator)
     param_groups.freeze(pipe)
     kind = family(pipe)
-    data = on_main(accelerator, lambda: open_training_images(config, kind, out, _generation_progress(config, report)))
-    report.close()
-    for note in data.notes if accelerator.is_main_process else ():
-        print(f"note: {note}", flush=True)
     digest = base_digest(kind)
+
+    def open_images() -> TrainingImages:
+        return open_training_images(config, kind, out, _generation_progress(config, report), digest)
+
+    sharding = is_sharding(config, accelerator)
+    data = None if sharding else on_main(accelerator, open_images)
     reads = embedder(pipe) if config.uses_image_embeddings else None
     attached = _attach(config, pipe, reads)
     resolution = config.resolution or kind.resolution
     if config.gradient_checkpointing:
         param_groups.enable_gradient_checkpointing(kind.tower)
-    run = ControlRun(config, pipe, attached, _subjects(config, data, resolution), reads, out, report=report)
+    base = shard_base(config, kind, accelerator)
+    if data is None:
+        with attached.enabled(False):
+            data = on_main(accelerator, open_images, base)
+    report.close()
+    notes = [*([note] if (note := sharding_note(config, base)) else []), *(f"note: {text}" for text in data.notes)]
+    for text in notes if accelerator.is_main_process else ():
+        print(text, flush=True)
+    run = ControlRun(config, pipe, attached, _subjects(config, data, resolution), reads, out, report=report, base=base)
     dataset = PhotoDataset(
         data.train, resolution, kind.multiple, config.seed, captions=Captions(dropout=config.caption_dropout or 0.0),
         flip=config.flip, crop=config.crop, buckets=config.buckets and not kind.square, masks=False,
@@ -117,19 +128,23 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
         out,
         identity={**config.identity(), "base": digest, "pictures": [p.digest for p in (*data.train, *data.held)]},
         accelerator=accelerator,
+        base=base,
         on_step=ProgressLine(),
         on_preview=lambda step: write_preview(run, step),
     )
     result = trainer.fit(config.resume)
-    if accelerator.is_main_process:
-        with trainer.averaged(), rounded_to([attached], config.save_dtype):
-            if result.stopped:
-                write_files(run)
-                print(stopped_message(result, loop.steps, out))
-            else:
-                print(_final_message(write_results(run, result), out))
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: _finish(run, trainer, result), base)
     return out
+
+
+def _finish(run: ControlRun, trainer: Trainer, result: TrainResult) -> None:
+    """Writes the results of a finished run, or the weights so far of a stopped one."""
+    with trainer.averaged(), rounded_to([run.control], run.config.save_dtype):
+        if result.stopped:
+            write_files(run)
+            print(stopped_message(result, trainer.config.steps, run.out), flush=True)
+        else:
+            print(_final_message(write_results(run, result), run.out), flush=True)
 
 
 def generate_controlled(config: ControlGenerateConfig) -> list[Path]:

@@ -6,17 +6,17 @@ import contextlib
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 
 from veneer import base_models
-from veneer.base_models.loading import load_on_device
 from veneer.config_file import CONFIG, write_config
 from veneer.injection import Attachment, OptionError
 from veneer.training import param_groups
 from veneer.training.adapter_trainer import adapter_trainer
+from veneer.training.base_sharding import is_sharding, load_base, shard_base, sharding_note
 from veneer.training.data.captions import Captions, rename_concept
 from veneer.training.data.class_images import base_digest, generate_class_images
 from veneer.training.data.dataset import PhotoDataset
@@ -25,6 +25,7 @@ from veneer.training.data.photo_folder import Photo, find_photos
 from veneer.training.encoder_offload import offload_encoders
 from veneer.training.families import Family, family
 from veneer.training.loop.distributed import on_main
+from veneer.training.loop.trainer import Trainer, TrainResult
 from veneer.training.objective.denoising_loss import DenoisingLoss, LossOptions
 from veneer.training.personalization_config import PersonalizeConfig
 from veneer.training.preflight.preflight import preflight
@@ -40,6 +41,9 @@ from veneer.training.report.phases import PhaseReport
 from veneer.training.report.progress import ProgressLine
 from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
 from veneer.training.save_dtype import rounded_to
+
+if TYPE_CHECKING:
+    from veneer.training.loop.sharded_base import ShardedBase
 
 __all__ = ["PersonalizeConfig", "personalize"]
 
@@ -69,19 +73,28 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     if main and not config.dry_run:
         write_config(out / CONFIG, "personalize", config)
     report("loading")
-    pipe = load_on_device(config.base, accelerator.device, config.dtype, config.quantize)
+    pipe = load_base(config, accelerator)
     param_groups.freeze(pipe)
     model = family(pipe, truncate=config.truncate)
     config, photos = _named(config.with_captions(labels=not model.text_towers), model, photos, accelerator)
     digest = base_digest(model)
     resolution = config.resolution or model.resolution
-    prior = _prior(config, model, out, accelerator, report)
-    report.close()
+    sharding = is_sharding(config, accelerator)
+    prior = [] if sharding else _prior(config, model, out, accelerator, report, digest)
 
     attached = _attach(config, pipe)
     if config.gradient_checkpointing:
         for component in {c for a in attached for c in a.towers}:
             param_groups.enable_gradient_checkpointing(pipe.components[component])
+    base = shard_base(config, model, accelerator)
+    if (note := sharding_note(config, base)) and main:
+        print(note, flush=True)
+    if sharding:
+        with contextlib.ExitStack() as disabled:
+            for attachment in attached:
+                disabled.enter_context(attachment.enabled(False))
+            prior = _prior(config, model, out, accelerator, report, digest, base)
+    report.close()
     captions = _captions(config)
     dataset = _dataset(config, model, photos, prior, captions, resolution)
     loop = config.loop()
@@ -95,10 +108,11 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
         LossOptions(kind=config.loss, prior_weight=config.prior_loss_weight),
         Cache(config.cache_folder) if config.cache else None,
     )
-    if config.offload_encoders and accelerator.device.type != "cpu" and accelerator.num_processes == 1 and loss.caches_all:
+    few = accelerator.num_processes == 1 or sharding
+    if config.offload_encoders and accelerator.device.type != "cpu" and few and loss.caches_all:
         _cache_and_offload(config, model, loss, loop.steps, report)
     groups = param_groups.parameter_groups(attached, config.rates(), config.text_rate(), loop.learning_rate)
-    run = PersonalizationRun(config, pipe, attached, photos, out, report)
+    run = PersonalizationRun(config, pipe, attached, photos, out, report, base=base)
     texts = [template.replace("{concept}", config.concept) for template in captions.templates]
     checks = preflight(
         attached,
@@ -133,19 +147,23 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
         out,
         identity={**config.identity(), "base": digest, "photos": [p.digest for p in [*photos, *prior]]},
         accelerator=accelerator,
+        base=base,
         on_step=ProgressLine(),
         on_preview=lambda step: write_preview(run, step),
     )
     result = trainer.fit(config.resume)
-    if main:
-        with trainer.averaged(), rounded_to(attached, config.save_dtype):
-            if result.stopped:
-                write_files(run)
-                print(stopped_message(result, loop.steps, out))
-            else:
-                print(final_message(run, write_results(run, result)), flush=True)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: _finish(run, trainer, result), base)
     return out
+
+
+def _finish(run: PersonalizationRun, trainer: Trainer, result: TrainResult) -> None:
+    """Writes the results of a finished run, or the weights so far of a stopped one."""
+    with trainer.averaged(), rounded_to(run.attached, run.config.save_dtype):
+        if result.stopped:
+            write_files(run)
+            print(stopped_message(result, trainer.config.steps, run.out), flush=True)
+        else:
+            print(final_message(run, write_results(run, result)), flush=True)
 
 
 def _named(
@@ -165,7 +183,10 @@ def _named(
     ]
 
 
-def _prior(config: PersonalizeConfig, model: Family, out: Path, accelerator: Accelerator, report: PhaseReport) -> list[Photo]:
+def _prior(
+    config: PersonalizeConfig, model: Family, out: Path, accelerator: Accelerator, report: PhaseReport, digest: str,
+    base: ShardedBase | None = None,
+) -> list[Photo]:  # fmt: skip
     """Class images, generated by the base model in the main process."""
     if not config.class_images:
         return []
@@ -178,11 +199,11 @@ def _prior(config: PersonalizeConfig, model: Family, out: Path, accelerator: Acc
     def make() -> list[Path]:
         count = report("class_images", config.class_images)
         return generate_class_images(
-            model, out / "prior", prompt, config.class_images, config.seed, progress=count.reach,
+            model, out / "prior", prompt, config.class_images, config.seed, base=digest, progress=count.reach,
             num_inference_steps=preset.steps, guidance_scale=preset.guidance_scale,
         )  # fmt: skip
 
-    paths = on_main(accelerator, make)
+    paths = on_main(accelerator, make, base)
     return [find_photos(path, is_prior=True)[0] for path in paths]
 
 

@@ -41,7 +41,12 @@ FOREIGN = {
     "extract_lora_from_models.py": "sd-scripts",
 }
 """Files that pages mention and that belong to other projects."""
-FOREIGN_FLAGS = {"--shell": "argcomplete", "--gallery": "veneer.pipelines.few_photos", "--clip": "veneer.pipelines.few_photos"}
+FOREIGN_FLAGS = {
+    "--shell": "argcomplete",
+    "--cpu": "accelerate",
+    "--gallery": "veneer.pipelines.few_photos",
+    "--clip": "veneer.pipelines.few_photos",
+}
 PLACEHOLDER = re.compile(r"NAME|GROUP|<|\*|…")
 
 

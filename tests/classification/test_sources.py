@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import sys
 from dataclasses import replace
 
@@ -316,6 +317,16 @@ def test_missing_pyarrow(tmp_path, monkeypatch):
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
     with raises(DataError, file=tmp_path / "train.parquet", expected="pyarrow"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv", "digits"])
+def test_a_source_can_be_sent_to_other_processes(tmp_path, kind):
+    classes(tmp_path)
+    (tmp_path / "list.csv").write_text("cat/0.png,cat\ndog/0.png,dog\n")
+    source = open_source({"folder": tmp_path, "csv": tmp_path / "list.csv", "digits": "digits"}[kind])
+    received = pickle.loads(pickle.dumps(source))
+    assert received.examples == source.examples
+    assert [received.content(each) for each in source.examples[:2]] == [source.content(each) for each in source.examples[:2]]
 
 
 @pytest.mark.parametrize("data", [None, "digits"])

@@ -15,7 +15,7 @@ from veneer.injection import methods
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
 from veneer.training.data.buckets import Crop
-from veneer.training.loop.config import TrainConfig, check_dtypes
+from veneer.training.loop.config import TrainConfig, check_dtypes, check_sharding
 from veneer.training.objective.objectives import ObjectiveOptions
 from veneer.training.param_groups import check_options
 from veneer.training.report.feature_models import check_features
@@ -25,7 +25,7 @@ from .maps import maps
 
 WITHOUT_EFFECT = (
     "data", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "eval_seeds", "features", "dry_run", "out",
-    "generated_images", "grid_images", "dtype", "save_dtype",
+    "generated_images", "grid_images", "dtype", "save_dtype", "shard_base",
 )  # fmt: skip
 """Options that a resumed run may change, or that are compared by content."""
 
@@ -70,6 +70,8 @@ class ControlConfig:
             float16 needs `--mixed-precision fp16`.
         quantize: quantization of frozen linear layers: a kind for the denoiser (`nf4`, `nf4-dq`, `fp4`, `fp4-dq`, `int4`, `int8`,
             `int8-torchao`, `int8-quanto`, `fp8`) or a GGUF file, or COMPONENT=KIND for each component (default: none).
+        shard_base: split the frozen weights over the processes of `accelerate launch` (FSDP2), which saves memory; not with
+            `quantize`.
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
         gradient_checkpointing: recompute activations in the backward pass, which saves memory.
         cache: cache latents and text embeddings instead of computing them in each step.
@@ -118,6 +120,7 @@ class ControlConfig:
     timestep_sampling: str | None = None
     dtype: Dtype | None = None
     quantize: tuple[str, ...] = ()
+    shard_base: bool = False
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     cache: bool = True
@@ -162,6 +165,7 @@ class ControlConfig:
         """The config with all defaults resolved: the base model's preset and a new results folder."""
         check_features(self.features)
         check_dtypes(self.dtype, self.mixed_precision, self.save_dtype)
+        check_sharding(self.shard_base, self.quantize)
         quantized = base_models.parse_quantize(self.quantize, self.mixed_precision)
         known = base_models.preset(self.base).training.get(self.method, {})
         condition = self.condition or ("image" if self.uses_image_embeddings else "canny")

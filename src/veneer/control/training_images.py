@@ -36,10 +36,12 @@ class TrainingImages:
 
 
 def open_training_images(
-    config: ControlConfig, kind: Family, out: Path, progress: Callable[[int, int], None] | None = None
+    config: ControlConfig, kind: Family, out: Path, progress: Callable[[int, int], None] | None = None, base: str | None = None
 ) -> TrainingImages:
     """The images of a run; without a data folder, the base model first generates them in `out/drawn`.
 
+    Args:
+        base: digest of the base model (default: `base_digest(kind)`).
     Raises:
         DataError: unusable photos. VeneerError: `pairs` without data, too few images, or no captions.
     """
@@ -50,7 +52,7 @@ def open_training_images(
             raise OptionError(
                 "condition 'pairs' needs a data folder with photos and their maps.", option="data", expected="pairs"
             )
-        photos = generate_training_images(config, kind, out / "drawn", progress)
+        photos = generate_training_images(config, kind, out / "drawn", progress, base)
     elif config.condition == "pairs":
         found = find_pairs(config.data)
         photos, notes = [pair.photo for pair in found.pairs], found.notes
@@ -71,7 +73,7 @@ def open_training_images(
 
 
 def generate_training_images(
-    config: ControlConfig, kind: Family, folder: Path, progress: Callable[[int, int], None] | None = None
+    config: ControlConfig, kind: Family, folder: Path, progress: Callable[[int, int], None] | None = None, base: str | None = None
 ) -> list[Photo]:
     """Generates training images of the preset's objects with the base model. Captions name only the object, so that the map
     determines position, size and background.
@@ -91,7 +93,7 @@ def generate_training_images(
     settings = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale}
     kind.pipe.set_progress_bar_config(disable=True)
     paths = generate_class_images(
-        kind, folder, prompts, config.generated_images, config.seed, batch=16, progress=progress, **settings
+        kind, folder, prompts, config.generated_images, config.seed, batch=16, base=base, progress=progress, **settings
     )
     captions = [preset.scene_caption.replace("{thing}", thing) for thing in things]
     return [replace(find_photos(path)[0], caption=caption) for path, caption in zip(paths, captions, strict=True)]

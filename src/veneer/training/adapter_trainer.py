@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -17,6 +17,9 @@ from .loop.optimizer_step import LossStep
 from .loop.optimizers import ParameterGroup
 from .loop.trainer import Trainer
 from .report.progress import Progress
+
+if TYPE_CHECKING:
+    from .loop.sharded_base import ShardedBase
 
 
 def adapter_trainer(
@@ -31,13 +34,14 @@ def adapter_trainer(
     on_preview: Callable[[int], object],
     on_step: Callable[[Progress], None] | None,
     named: Mapping[str, Tensor] | None = None,
+    base: ShardedBase | None = None,
 ) -> Trainer:
     """A `Trainer` of the parameters of attachments, with the penalties and `after_step` callbacks of their methods.
 
     Args:
         attached: trained attachments.
         loss: loss without the penalties of the methods.
-        config, groups, folder, identity, accelerator, on_step, on_preview: see `Trainer`.
+        config, groups, folder, identity, accelerator, base, on_step, on_preview: see `Trainer`.
         named: tensors in checkpoints (default: `param_groups.named_state(attached)`).
     """
     return Trainer(
@@ -48,6 +52,7 @@ def adapter_trainer(
         folder,
         identity=identity,
         accelerator=accelerator,
+        base=base,
         after_step=param_groups.after_step(attached),
         on_step=on_step,
         on_preview=on_preview,

@@ -17,7 +17,7 @@ from veneer.injection.errors import OptionError
 from . import param_groups
 from .data.buckets import Crop
 from .data.captions import rename_concept
-from .loop.config import TrainConfig, check_dtypes
+from .loop.config import TrainConfig, check_dtypes, check_sharding
 from .objective.losses import LossKind
 from .objective.noise import NoiseOptions
 from .objective.objectives import ObjectiveOptions
@@ -29,7 +29,7 @@ LABELS = ("{concept}",), ("{concept}",), ("207", "360", "387", "974")
 
 WITHOUT_EFFECT = (
     "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "drift_prompts", "eval_seeds",
-    "features", "dry_run", "out", "truncate", "dtype", "save_dtype", "offload_encoders",
+    "features", "dry_run", "out", "truncate", "dtype", "save_dtype", "offload_encoders", "shard_base",
 )  # fmt: skip
 """Options that may change when a run is resumed, or that are compared by content."""
 TEXTS = ("template", "prompts")
@@ -89,11 +89,13 @@ class PersonalizeConfig:
         input_perturbation: gamma of input perturbation, typically 0.1; 0 disables it.
         cache: cache latents and text embeddings instead of computing them in each step.
         cache_folder: folder for the cache, which later runs reuse (default: in memory).
-        offload_encoders: on one GPU, move VAE and text encoders to the CPU once their outputs are cached.
+        offload_encoders: on one GPU or with `shard_base`, move VAE and text encoders to the CPU once their outputs are cached.
         dtype: dtype of the frozen base model (default: bfloat16 on a GPU, float32 on a CPU); adapters are in float32.
             float16 needs `--mixed-precision fp16`.
         quantize: quantization of frozen linear layers: a kind for the denoiser (`nf4`, `nf4-dq`, `fp4`, `fp4-dq`, `int4`, `int8`,
             `int8-torchao`, `int8-quanto`, `fp8`) or a GGUF file, or COMPONENT=KIND for each component (default: none).
+        shard_base: split the frozen weights over the processes of `accelerate launch` (FSDP2), which saves memory; not with
+            `quantize`.
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
         gradient_checkpointing: recompute activations in the backward pass, which saves memory.
         save_dtype: dtype of the saved adapter; 16 bits halve the file, and training stays in float32.
@@ -156,6 +158,7 @@ class PersonalizeConfig:
     offload_encoders: bool = True
     dtype: Dtype | None = None
     quantize: tuple[str, ...] = ()
+    shard_base: bool = False
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     save_dtype: Dtype = "float32"
@@ -201,6 +204,7 @@ class PersonalizeConfig:
         """The config, after checks of its values before a base model is loaded."""
         self.loop(), self.objective(), self.noise(), base_models.parse_quantize(self.quantize, self.mixed_precision)
         check_dtypes(self.dtype, self.mixed_precision, self.save_dtype)
+        check_sharding(self.shard_base, self.quantize)
         for name in ("eval_seeds", "class_images"):
             if (given := getattr(self, name)) < 0:
                 raise OptionError(f"{name} is {given}; expected at least 0.", option=name, given=given, expected=0)

@@ -1,7 +1,9 @@
 """scikit-learn's handwritten digits: 1,797 gray images of 8 x 8 pixels in ten classes."""
 
 import io
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -27,11 +29,11 @@ def digits() -> Source:
     table = load_digits()
     rows = [LabeledRow(f"digits/{number:04d}", str(label), None) for number, label in enumerate(table.target)]
     files = {row.name: _png(image) for row, image in zip(rows, table.images, strict=True)}
+    return replace(assemble("digits", rows, partial(_content, files)), mirror=False)
 
-    def content(example: Example) -> bytes:
-        return files[example.name]
 
-    return replace(assemble("digits", rows, content), mirror=False)
+def _content(files: Mapping[str, bytes], example: Example) -> bytes:
+    return files[example.name]
 
 
 def _png(image: np.ndarray) -> bytes:

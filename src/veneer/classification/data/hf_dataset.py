@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,12 +53,12 @@ def read_rows(root: Path, tables: Sequence[Path]) -> Source:
             rows.append(LabeledRow(name, _class(path, label, columns.names), split))
             cells[name] = image
     notes = [f"{root}: {unlabeled:,} rows without a label skipped."] if unlabeled else []
+    return assemble(str(root), rows, partial(_content, cells, root), notes)
 
-    def content(example: Example) -> bytes:
-        column, row = cells[example.name]
-        return _bytes(column[row].as_py(), root, example.name)
 
-    return assemble(str(root), rows, content, notes)
+def _content(cells: Mapping[str, tuple[Any, int]], root: Path, example: Example) -> bytes:
+    column, row = cells[example.name]
+    return _bytes(column[row].as_py(), root, example.name)
 
 
 def _table(path: Path) -> Any:

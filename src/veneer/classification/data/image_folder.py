@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from veneer.training.data.image_io import DataError, read_bytes
@@ -57,11 +58,11 @@ def read_folder(root: Path) -> Source:
 
 def reader(paths: Mapping[str, Path]) -> Callable[[Example], bytes]:
     """A reader of image bytes by name; see `Source.content`."""
+    return partial(_content, paths)
 
-    def content(example: Example) -> bytes:
-        return read_bytes(paths[example.name], LIMITS)
 
-    return content
+def _content(paths: Mapping[str, Path], example: Example) -> bytes:
+    return read_bytes(paths[example.name], LIMITS)
 
 
 def visible(folder: Path) -> list[Path]:

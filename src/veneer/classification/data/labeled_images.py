@@ -44,7 +44,7 @@ class Source:
         where: path or name of the source, for messages.
         classes: names of the classes, sorted.
         examples: the images, sorted by name.
-        content: reads the bytes of an image's file. Raises DataError.
+        content: reads the bytes of an image's file. Raises DataError. Can be pickled, for other processes.
         notes: sentences on what was ignored while reading.
         hashes: BLAKE2b of the bytes by name, as far as they have been read; see `check_images`.
         mirror: whether a mirrored image still belongs to its class; False for digits.

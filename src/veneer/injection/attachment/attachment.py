@@ -70,12 +70,14 @@ class Attachment:
 
         Raises:
             StateError: it is merged (call `unmerge` first) or already detached.
+            HostChanged: it parametrizes weights of a model that is sharded.
         """
         self._installation.refuse_mixed()
         if self.merged:
             raise StateError(f"'{self.name}' is merged. Call unmerge() before detach().", where=self.name, given="merged")
         if not self.seams:
             raise StateError(f"'{self.name}' is already detached.", where=self.name, given="detached")
+        self._installation.reject_sharded_weights()
         self._installation.uninstall()
 
     def check(self) -> None:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from ..composition.merge import host_tensors
 from ..quantized_weight import QuantizationRecord, is_quantized, quantization_of, record_of
+from ..sharded_tensor import full_tensor, unsharded_class
 from .model_state import find_model_state, statistics
 
 SAMPLES = 4096
@@ -30,8 +31,8 @@ def identity(tower: nn.Module, without: Collection[str] = ()) -> dict[str, Any]:
 
 
 def _class(tower: nn.Module) -> str:
-    """The name of its class, not of the subclass that torch creates while one of its parameters is parametrized."""
-    made: type = type(tower)
+    """The name of its class, not of the subclass that torch creates for a sharded model or a parametrized parameter."""
+    made = unsharded_class(type(tower))
     return (made.__bases__[0] if parametrize.is_parametrized(tower) else made).__name__
 
 
@@ -41,6 +42,7 @@ def fingerprint(tower: nn.Module, without: Collection[str] = ()) -> str | None:
     Computed for the bare host: without adapters, and with the original values of base parameters that an attachment trains. Norm
     statistics and integers are skipped. A cast to half precision keeps every sign bit, also of values that it rounds to zero
     (negative ones to −0), so that the fingerprint does not change; zeros of different sign count as different.
+    Every process must call it for a sharded model, whose tensors it gathers one by one.
 
     Layers that veneer quantized count with the shape and sign bits of their float weights.
 
@@ -91,7 +93,7 @@ def _is_scale(name: str, records: Collection[str]) -> bool:
 def sign_bits(tensor: Tensor) -> Tensor:
     """Sign bits of evenly spaced values, one byte each."""
     step = -(-tensor.numel() // SAMPLES)
-    return torch.signbit(tensor.reshape(-1)[::step].float())
+    return torch.signbit(full_tensor(tensor).reshape(-1)[::step].float())
 
 
 def _before_training(tower: nn.Module) -> dict[str, Tensor]:

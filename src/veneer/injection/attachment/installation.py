@@ -14,12 +14,19 @@ from ..quantized_weight import keep_unpacked
 from ..seams.adapter_calls import is_tracing
 from ..seams.seam import Seam
 from ..seams.seam_choice import seams_for
-from ..seams.weight_seam import PassThroughSeam
+from ..seams.weight_seam import PassThroughSeam, WeightSeam
 from .condition_scope import set_call_conditions
 from .extra_parameters import ExtraParameters
 from .integrity import IntegrityCheck
 from .layer_order import LayerOrdering, link_seams_of_tower
-from .model_state import MergeRecord, drop_unused_model_state, ensure_model_state, find_model_state, lookup
+from .model_state import (
+    MergeRecord,
+    drop_unused_model_state,
+    ensure_model_state,
+    find_model_state,
+    lookup,
+    reject_sharded,
+)
 from .plan import Plan
 from .protocol import AttachmentProtocol
 
@@ -92,6 +99,7 @@ class Installation:
 
     def merge(self, strength: float, requantize: bool = False) -> MergeReport:
         """Merges the adapters into the weights, and removes the seams. All or nothing. `strength`: the present one."""
+        reject_sharded(self.towers.values(), "merge", "Save the adapters, and merge them into a base model that is not sharded.")
         original, report = merge_weights(self.towers, self.parts, requantize)
         try:
             for seam in self.seams:
@@ -118,6 +126,7 @@ class Installation:
                 name = self.attachment.name
                 message = f"'{last.name}' was merged after '{name}'. Unmerge it first."
                 raise StateError(message, where=name, given="merged", expected=last.name)
+        reject_sharded(self.towers.values(), "unmerge", "Load the base model again.")
         restore_weights(self.towers, self._original_weights)
         for tower in self.towers.values():
             ensure_model_state(tower).merged.pop()
@@ -152,6 +161,11 @@ class Installation:
         batch = self.batches.get(id(module))
         if batch is not None:
             batch.enter(args, kwargs)
+
+    def reject_sharded_weights(self) -> None:
+        """Raises `HostChanged` if a tower with parametrized tensors is sharded, which refers to them by their present names."""
+        towers = [seam.__dict__["tower"] for seam in self.seams if isinstance(seam, WeightSeam)]
+        reject_sharded(towers, "detach", "Load the base model again.")
 
     def refuse_mixed(self) -> None:
         """Raises `StateError` inside `mixed`: the seams of one attachment run the rows of the others."""

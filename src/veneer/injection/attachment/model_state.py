@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HostChanged
+from ..sharded_tensor import sharded_modules, unsharded_class
 from .protocol import AttachmentProtocol
 
 _KEY = "_veneer_model_state"
@@ -93,20 +94,37 @@ def refuse_compiled(tower: nn.Module, what: str, wrapped: bool = False) -> None:
     Raises:
         HostChanged: the tower or one of its modules is compiled or sharded.
     """
-    sharded: dict[type, bool] = {}  # computed once per class
+    sharded = sharded_modules(tower)
     for name, module in tower.named_modules():
-        kind = type(module)
-        if kind not in sharded:
-            sharded[kind] = any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for c in kind.__mro__)
-        compiled = wrapped or kind.__name__ == "OptimizedModule" or module.__dict__.get("_compiled_call_impl") is not None
-        if compiled or sharded[kind]:
+        compiled = wrapped or type(module).__name__ == "OptimizedModule" or module.__dict__.get("_compiled_call_impl") is not None
+        if compiled or module in sharded:
             how = "torch.compile" if compiled else "sharding"
+            lost = "drops hooks added later" if compiled else "leaves each process a part of every weight"
+            where = name or unsharded_class(type(tower)).__name__
             raise HostChanged(
-                f"{what}: '{name or type(tower).__name__}' has been through {how}, which drops hooks added later. "
+                f"{what}: '{where}' has been through {how}, which {lost}. "
                 f"Attach first, then {'compile' if compiled else 'shard'}.",
-                where=name or type(tower).__name__,
+                where=where,
                 given=how,
+                expected="attach first",
             )
+
+
+def reject_sharded(towers: Iterable[nn.Module], what: str, do: str) -> None:
+    """Raises if a tower is sharded, for an operation that reads or replaces whole weights.
+
+    Args:
+        what: name of the operation. `do`: what to do in its place.
+    Raises:
+        HostChanged: names the first sharded module.
+    """
+    for tower in towers:
+        sharded = sharded_modules(tower)
+        names = [name or unsharded_class(type(tower)).__name__ for name, module in tower.named_modules() if module in sharded]
+        if names:
+            where = names[0]
+            message = f"{what}: '{where}' is sharded, so that this process holds a part of its weights. {do}"
+            raise HostChanged(message, where=where, given="sharding", expected=f"{what} before sharding")
 
 
 def lookup(root: Any, path: str) -> Any:

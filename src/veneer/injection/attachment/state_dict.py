@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import LoadError
 from ..seams.adapter_calls import base_tensor
+from ..sharded_tensor import copy_whole, full_tensor
 from ..sites import NormSite, ParamSite, WeightSite
 from .model_state import changed_statistics, find_model_state, lookup
 from .protocol import AttachmentProtocol
@@ -45,8 +46,8 @@ class LoadReport:
 
 def state_of(attachment: AttachmentProtocol) -> dict[str, Tensor]:
     """Everything that training changed, under `site-name:parameter`."""
-    state = {f"{n}:{k}": t.detach() for n, (_, a) in attachment.parts.items() for k, t in a.state_dict().items()}
-    state.update({key: p.detach() for key, p in attachment.trained.items()})
+    state = {f"{n}:{k}": full_tensor(t.detach()) for n, (_, a) in attachment.parts.items() for k, t in a.state_dict().items()}
+    state.update({key: full_tensor(p.detach()) for key, p in attachment.trained.items()})
     for component, tower in attachment.towers.items():
         state.update({_name(component, key): buffer for key, buffer in changed_statistics(tower).items()})
     return state
@@ -106,7 +107,7 @@ def fill(attachment: AttachmentProtocol, state: Mapping[str, Tensor], report: Lo
 def _copy(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], report: LoadReport) -> None:
     with torch.no_grad():
         for key in report.used:
-            targets[key].copy_(state[key])
+            copy_whole(targets[key], state[key])
 
 
 def replaced_tensors(attachment: AttachmentProtocol) -> Iterator[tuple[str, str]]:

@@ -34,6 +34,7 @@ def generate_class_images(
     seed: int = 0,
     *,
     batch: int = 4,
+    base: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> list[Path]:
@@ -41,12 +42,12 @@ def generate_class_images(
 
     The noise of image i comes from `generator(seed, "prior", i)`, whatever the batch. An existing image is reused if it is
     readable and its base model, scheduler, prompt, seed and settings are the same. Images are renamed into place, so that a
-    stopped run resumes. Call it before attaching adapters: it uses the pipeline as it is.
+    stopped run resumes. It uses the pipeline as it is: call it before attaching adapters, or with disabled ones.
 
     Args:
         prompt: class prompt, such as `a photo of a dog`; for DiT the class label. Or one prompt per image.
         count: at least 1; the paper uses 1,000, diffusers 100. Further files are neither deleted nor returned.
-        batch: batch size of the generation.
+        batch: batch size of the generation. `base`: digest of the base model (default: `base_digest(family)`).
         progress: called with (existing images, count) after each batch.
         settings: pipeline arguments such as `num_inference_steps`, `guidance_scale`, `height`, `width`; JSON values.
     Raises:
@@ -56,7 +57,7 @@ def generate_class_images(
     if count < 1 or batch < 1:
         option, given = ("count", count) if count < 1 else ("batch", batch)
         raise OptionError(f"{option} must be at least 1, got {given}", option=option, given=given, expected=1)
-    base = base_digest(family)
+    base = base or base_digest(family)
     paths = [folder / f"prior-{i:05d}.png" for i in range(count)]
     prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
     recipes = [_recipe(family, base, prompts[i], seed, i, settings) for i in range(count)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -131,6 +131,20 @@ def check_dtypes(dtype: str | None, mixed_precision: str, save_dtype: str) -> No
             "--mixed-precision fp16, which scales the loss, or --dtype bfloat16, which needs no scaling."
         )
         raise TrainError(message, where="dtype", given=mixed_precision, expected="fp16")
+
+
+def check_sharding(shard_base: bool, quantize: Collection[str]) -> None:
+    """Rejects a sharded base model with quantized weights: packed values cannot be split.
+
+    Raises:
+        TrainError: both are requested.
+    """
+    if shard_base and quantize:
+        message = (
+            f"shard_base with quantize {' '.join(quantize)}: packed weights cannot be sharded. Leave out --shard-base, or "
+            "--quantize."
+        )
+        raise TrainError(message, where="shard_base", given=tuple(quantize), expected=())
 
 
 def preset_steps(preset: str, default: int) -> int:

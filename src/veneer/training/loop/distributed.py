@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .sharded_base import ShardedBase
 
 T = TypeVar("T")
 
@@ -51,17 +55,29 @@ def broadcast_start(accelerator: Accelerator, tensors: Sequence[Tensor]) -> None
             tensor.detach().copy_(broadcast(tensor.detach()))
 
 
-def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """Runs `action` on the main process; all processes wait and return its result, or raise its exception."""
+def on_main(accelerator: Accelerator, action: Callable[[], T], base: ShardedBase | None = None) -> T:
+    """Runs `action` on the main process; all processes wait and return its result, or raise its exception.
+
+    Args:
+        base: sharded base model that the action runs.
+    """
     if accelerator.num_processes == 1:
         return action()
     outcome: list[object] = [None, None]
     if accelerator.is_main_process:
         try:
-            outcome[0] = action()
+            with contextlib.nullcontext() if base is None else base.lead():
+                outcome[0] = action()
         except Exception as error:
             outcome[1] = error
+    elif base is not None:
+        base.follow()
     broadcast_object_list(outcome)
     if isinstance(outcome[1], Exception):
         raise outcome[1]
     return outcome[0]  # type: ignore[return-value]
+
+
+def whole_weights(base: ShardedBase | None) -> contextlib.AbstractContextManager[None]:
+    """Context of `on_main` in which a sharded base model has its whole weights; no effect on another one."""
+    return contextlib.nullcontext() if base is None else base.whole()

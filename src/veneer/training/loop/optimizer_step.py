@@ -21,7 +21,8 @@ AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Gradients:
     """Computes and applies the gradient of a step's mean loss; see `Trainer` for the arguments.
 
-    `scaler` is the gradient scaler of fp16, disabled with other precisions.
+    `scaler` is the gradient scaler of fp16, disabled with other precisions. With `lockstep`, every process runs the same number
+    of passes in a step, which gathers the weights of a sharded base model on all of them.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class Gradients:
         loss_step: LossStep,
         parameters: Sequence[Tensor],
         optimizer: torch.optim.Optimizer,
+        lockstep: bool = False,
     ) -> None:
         self.config, self.accelerator, self.loss_step = config, accelerator, loss_step
-        self.parameters, self.optimizer = list(parameters), optimizer
+        self.parameters, self.optimizer, self.lockstep = list(parameters), optimizer, lockstep
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16")
 
     def compute(self, step: int, stop: bool) -> tuple[float, bool, float]:
@@ -45,12 +47,14 @@ class Gradients:
         Returns:
             The mean loss, whether any process received a stop request, and the L2 norm of the gradient.
         """
-        self.clear()
         device = self.accelerator.device
         loss = torch.zeros((), device=device)
-        for rows in split_rows(
-            self.config.samples, self.config.batch, self.accelerator.process_index, self.accelerator.num_processes
-        ):
+        batches = [self._batches(rank) for rank in range(self.accelerator.num_processes)]
+        own = batches[self.accelerator.process_index]
+        for _ in range(len(own), max(map(len, batches)) if self.lockstep else 0):
+            self._backward(step, [0])  # the gradients of other processes' rows are cleared
+        self.clear()
+        for rows in own:
             loss += self._backward(step, rows)
         scalars = torch.stack([loss, torch.tensor(float(stop), device=device)])
         scalars = sum_gradients(self.accelerator, self.parameters, scalars)
@@ -58,6 +62,10 @@ class Gradients:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         total, stops, size = torch.cat([scalars, norm.to(scalars).reshape(1)]).tolist()
         return total, bool(stops), size
+
+    def _batches(self, rank: int) -> list[list[int]]:
+        """The micro-batches of a process."""
+        return split_rows(self.config.samples, self.config.batch, rank, self.accelerator.num_processes)
 
     def _backward(self, step: int, rows: list[int]) -> Tensor:
         """Accumulates the gradient of a micro-batch, weighted by its number of rows; returns its part of the mean loss."""

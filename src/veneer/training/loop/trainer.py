@@ -13,8 +13,9 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -34,8 +35,10 @@ from .errors import TrainError
 from .optimizer_step import Gradients, LossStep
 from .stop_signals import StopFlag
 
-__all__ = ["Diverged", "LossStep", "TrainConfig", "TrainError", "TrainResult", "Trainer"]
+if TYPE_CHECKING:
+    from .sharded_base import ShardedBase
 
+__all__ = ["Diverged", "LossStep", "TrainConfig", "TrainError", "TrainResult", "Trainer"]
 
 LAST_FILES = 5
 """Size of the files at the end of a run, in multiples of the weights: a checkpoint with Adam's moments, and two adapter files."""
@@ -56,6 +59,7 @@ class Trainer:
         folder: folder of checkpoints, tracker logs and `progress.jsonl`; without a folder, no files are written.
         identity: further settings that must match on resume (method, digests of the images), as JSON values.
         accelerator: device and processes (default: a new one). The tensors must be on its device.
+        base: the base model in the loss and in previews, if it is sharded.
         after_step: `after_step(step, steps)` is called on every process after each update, before the gradients are cleared,
             with the number of finished steps and of all steps. Tensors that it changes must be in `named`.
         on_step: called after each step with a `Progress`, on the main process.
@@ -76,11 +80,12 @@ class Trainer:
         *,
         identity: Mapping[str, Any] | None = None,
         accelerator: Accelerator | None = None,
+        base: ShardedBase | None = None,
         after_step: Callable[[int, int], None] | None = None,
         on_step: Callable[[Progress], None] | None = None,
         on_preview: Callable[[int], object] | None = None,
     ) -> None:
-        self.config, self.after_step, self.on_step, self.on_preview = config, after_step, on_step, on_preview
+        self.config, self.after_step, self.on_step, self.on_preview, self.base = config, after_step, on_step, on_preview, base
         self.accelerator = accelerator or Accelerator()
         group_parameters = [list(group["params"]) for group in groups]
         groups = [{**group, "params": params} for group, params in zip(groups, group_parameters, strict=True)]
@@ -88,7 +93,7 @@ class Trainer:
         self.named = dict(named)
         self.trained = optimizers.names_of(self.parameters, self.named)
         self.optimizer = optimizers.build(config.optimizer, groups, config.learning_rate, config.weight_decay)
-        self.gradients = Gradients(config, self.accelerator, loss_step, self.parameters, self.optimizer)
+        self.gradients = Gradients(config, self.accelerator, loss_step, self.parameters, self.optimizer, base is not None)
         self.ema = EMA(self.trained, config.ema, config.ema_warmup) if config.ema else None
         self.folder = None if folder is None else Path(folder)
         self._file = None if self.folder is None else ProgressFile(self.folder / "progress.jsonl")
@@ -101,8 +106,7 @@ class Trainer:
         self.checkpoints = None if folder is None else Checkpoints(Path(folder), settings, config.keep_checkpoints)
         self.step, self.losses, self.seconds = 0, list[float](), 0.0
         self._resumed_from, self._last_saved, self._warnings = 0, -1, list[str]()
-        self._stop = StopFlag()
-        self._last_good = LastGood(self._tensors())
+        self._stop, self._last_good = StopFlag(), LastGood(self._tensors())
         weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.named.values())
         self._reserve = None if self.folder is None else Reserve(self.folder, LAST_FILES * weight_bytes + 2**21)
 
@@ -215,15 +219,14 @@ class Trainer:
         remaining, memory = pace.left(config.steps - self.step), peak_memory(self.device)
         smoothed = sum(recent) / len(recent)
         event = Progress(self.step, config.steps, recent[-1], smoothed, rate, norm, self.seconds, remaining, memory)
-        if not self.accelerator.is_main_process:
-            return
-        if self.step % config.log_every == 0 or self.step == config.steps:
-            record({"loss": event.loss, "loss_smoothed": smoothed, "learning_rate": rate, "gradient_norm": norm}, self.step)
-        for callback in (self._file, self.on_step):
-            if callback is not None:
-                callback(event)
+        if self.accelerator.is_main_process:
+            if self.step % config.log_every == 0 or self.step == config.steps:
+                record({"loss": event.loss, "loss_smoothed": smoothed, "learning_rate": rate, "gradient_norm": norm}, self.step)
+            for callback in (self._file, self.on_step):
+                if callback is not None:
+                    callback(event)
         if self.on_preview and config.preview_every and self.step % config.preview_every == 0:
-            self._preview(self.on_preview)
+            on_main(self.accelerator, partial(self._preview, self.on_preview), self.base)
 
     def _preview(self, preview: Callable[[int], object]) -> None:
         """Calls `preview` with the EMA weights; a full disk does not end the run."""
@@ -274,9 +277,8 @@ class Trainer:
         }
         if self.ema:
             tensors["ema"] = self.ema.averages
-        scaler = self.gradients.scaler.state_dict()
-        processes = self.accelerator.num_processes
-        values = {"optimizer": optimizer_values, "scaler": scaler, "seconds": self.seconds, "processes": processes}
+        values = {"optimizer": optimizer_values, "scaler": self.gradients.scaler.state_dict(), "seconds": self.seconds}
+        values["processes"] = self.accelerator.num_processes
         return State(self.step, tensors, values)
 
     def _restore(self, state: State) -> None:
@@ -293,7 +295,5 @@ class Trainer:
 
     def _result(self, stopped: bool) -> TrainResult:
         newest = None if self.checkpoints is None or self._last_saved < 0 else self.checkpoints.path(self._last_saved)
-        memory = peak_memory(self.device)
-        return TrainResult(
-            self.step, list(self.losses), self.seconds, memory, stopped, self._resumed_from, newest, list(self._warnings)
-        )
+        memory, losses, notes = peak_memory(self.device), list(self.losses), list(self._warnings)
+        return TrainResult(self.step, losses, self.seconds, memory, stopped, self._resumed_from, newest, notes)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection.quantized_weight import plain_tensors
+from veneer.injection.sharded_tensor import is_sharded
 
 from ..encoder_offload import offloaded_modules
 from ..loop.config import TrainConfig
@@ -30,7 +31,7 @@ class Estimate:
     """Estimated cost of a run, per process.
 
     Args:
-        base: bytes of the weights on the device, including adapters.
+        base: bytes of the weights on the device, including adapters; of a sharded base model, of the part on this process.
         offloaded: bytes of encoders that are on the CPU, and return for previews and evaluation.
         training: bytes of gradients, optimizer state, EMA weights and the copy of the last good weights.
         activations: peak bytes of the forward and backward pass of a micro-batch.
@@ -110,6 +111,9 @@ def estimate(
     step = _step(family, resolution, rows, texts, config.mixed_precision)
     device = trainable[0].device
     if measure:
+        if any(map(is_sharded, family.tower.parameters())):
+            with torch.no_grad():
+                step()  # allocates the buffers of whole weights, which are empty except while a block runs
         cost = _undisturbed(lambda: measure_step_cost(step), trainable)
         seconds = cost.seconds or 0.0
         forward = cost.forward or seconds / 3

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from veneer.injection.sharded_tensor import local_bytes
+
 STATES: dict[str, float] = {"adamw": 8, "adamw8bit": 2, "sgd": 4, "prodigy": 16, "adafactor": 0.5}
 """Bytes of optimizer state per float32 parameter (Prodigy: two moments, s and initial value; Adafactor: approximate)."""
 
@@ -149,6 +151,6 @@ def flops_per_second(device: str | torch.device = "cpu", dtype: torch.dtype = to
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Total bytes of distinct tensors."""
-    seen = {id(t): t.numel() * t.element_size() for t in tensors}
+    """Total bytes of distinct tensors on this process."""
+    seen = {id(t): local_bytes(t) for t in tensors}
     return sum(seen.values())

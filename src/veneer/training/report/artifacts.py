@@ -25,6 +25,7 @@ from ..data.image_io import read_photo
 from ..data.photo_folder import Photo
 from ..loop.checkpoints import write_atomically
 from ..loop.disk_space import optional, writing
+from ..loop.distributed import whole_weights
 from ..loop.trainer import TrainResult
 from ..save_dtype import cast_to
 from .feature_models import features
@@ -37,6 +38,7 @@ from .progress import clock
 from .verdict import read_verdict
 
 if TYPE_CHECKING:
+    from ..loop.sharded_base import ShardedBase
     from ..personalization_config import PersonalizeConfig
 
 ADAPTER, GRID = "adapter.safetensors", "before_after.png"
@@ -46,7 +48,8 @@ GRID_PROMPTS = 4
 
 @dataclass(frozen=True)
 class PersonalizationRun:
-    """A personalization run: configuration, pipeline, adapters, photos, folder, phase report and warnings."""
+    """A personalization run: configuration, pipeline, adapters, photos, folder, phase report, warnings, and the base model if it
+    is sharded."""
 
     config: PersonalizeConfig
     pipe: Any
@@ -55,6 +58,7 @@ class PersonalizationRun:
     out: Path
     report: PhaseReport = field(default_factory=PhaseReport)
     notes: list[str] = field(default_factory=list)
+    base: ShardedBase | None = None
 
     def settings(self, seeds: int) -> PreviewSettings:
         """Sampling settings of the base model's preset."""
@@ -137,7 +141,7 @@ def final_message(run: PersonalizationRun, record: dict[str, Any]) -> str:
 
 def write_files(run: PersonalizationRun) -> list[str]:
     """Writes the native file of all methods, and the files that diffusers loads."""
-    with cast_to(run.attached, run.config.save_dtype):
+    with whole_weights(run.base), cast_to(run.attached, run.config.save_dtype):
         return _write_files(run)
 
 
