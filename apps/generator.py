@@ -16,7 +16,7 @@ from veneer.base_models.devices import resolve_device
 from veneer.base_models.loading import load_on_device
 from veneer.formats import load_all
 from veneer.injection import Attachment, ConditionError, VeneerError
-from veneer.training import param_groups
+from veneer.training import attach_methods, prepare_base
 from veneer.training.families import family
 from veneer.training.report.previews import Preview, PreviewSettings, previews
 
@@ -124,7 +124,7 @@ class Generator:
                 self._bases.popitem(last=False)
                 gc.collect()  # adapters and their host layers form reference cycles
             pipe = load_on_device(name, self.device)
-            param_groups.freeze(pipe)
+            prepare_base.freeze(pipe)
             self._bases[name] = _LoadedBase(pipe)
         self._bases.move_to_end(name)
         return self._bases[name]
@@ -174,7 +174,7 @@ def _evict(base_model: _LoadedBase) -> None:
         over_limit = (
             len(base_model.attached) > LIMITS.adapters or sum(each.size for each in base_model.attached) > LIMITS.file_bytes
         )
-        if over_limit or any(a.extras or param_groups.trains_token_embeddings(a.method) for a in attached):
+        if over_limit or any(a.extras or attach_methods.trains_token_embeddings(a.method) for a in attached):
             _detach(base_model, key)
 
 

@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from veneer.training.loop.checkpoints import write_json
+from veneer.atomic_files import write_json
 from veneer.training.report.phases import Phase, read_phase
 from veneer.training.report.progress import Progress, read_progress
 

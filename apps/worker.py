@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from veneer.allocator import keep_freed_memory
-from veneer.training.loop.checkpoints import write_json
+from veneer.atomic_files import write_json
 
 from .jobs import Job
 

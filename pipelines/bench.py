@@ -30,8 +30,8 @@ from veneer.benchmarks import (
     switching,
     table,
 )
-from veneer.benchmarks.contest import Contest, ContestResult, interleave
 from veneer.benchmarks.environment import environment
+from veneer.benchmarks.interleaved_timing import Contest, ContestResult, interleave
 from veneer.benchmarks.shapes import SHAPES, BenchError, Shape
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}

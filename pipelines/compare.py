@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from veneer.atomic_files import write_atomically, write_json
 from veneer.classification.config import TransferConfig
 from veneer.classification.data.run_data import Views, open_data
 from veneer.classification.models.loading import is_clip_name, open_classifier
 from veneer.classification.report.comparison_table import summarize_runs, table, verdict, write_accuracy_plot
 from veneer.classification.train.comparison import Comparison, MethodRow, parse_rows
 from veneer.injection import OptionError
-from veneer.training.loop.checkpoints import write_atomically, write_json
 from veneer.training.report.run_folder import discard_unused, new_folder
 
 __all__ = ["CompareConfig", "compare"]

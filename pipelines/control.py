@@ -23,7 +23,7 @@ from veneer.control.maps import maps
 from veneer.control.maps.resize import resize_map
 from veneer.control.training_images import TrainingImages, open_training_images
 from veneer.injection import Attachment, attach
-from veneer.training import param_groups
+from veneer.training import prepare_base
 from veneer.training.adapter_trainer import adapter_trainer
 from veneer.training.base_sharding import is_sharding, load_base, shard_base, sharding_note
 from veneer.training.data.captions import Captions
@@ -78,7 +78,7 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
         write_config(out / CONFIG, "control train", config)
     report("loading")
     pipe = load_base(config, accelerator)
-    param_groups.freeze(pipe)
+    prepare_base.freeze(pipe)
     kind = family(pipe)
     digest = base_digest(kind)
 
@@ -91,7 +91,7 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     attached = _attach(config, pipe, reads)
     resolution = config.resolution or kind.resolution
     if config.gradient_checkpointing:
-        param_groups.enable_gradient_checkpointing(kind.tower)
+        prepare_base.enable_gradient_checkpointing(kind.tower)
     base = shard_base(config, kind, accelerator)
     if data is None:
         with attached.enabled(False):

@@ -13,7 +13,7 @@ from veneer.base_models.offloading import Offload, check_offload, offload_pipeli
 from veneer.formats import load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, OptionError
-from veneer.training import param_groups
+from veneer.training import prepare_base
 from veneer.training.families import Family, family
 from veneer.training.report.image_grid import GridRow, make_grid
 from veneer.training.report.png_metadata import save_png
@@ -76,7 +76,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "bundled")
     check_offload(config.offload, device, quantized=bool(config.quantize))
     pipe = load_on_device(base, device, config.dtype, config.quantize, offload=config.offload != "none")
-    param_groups.freeze(pipe)
+    prepare_base.freeze(pipe)
     attached = [a for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
     offload_pipeline(pipe, config.offload, device)
     prompts = [_truncated(family(pipe), prompt) for prompt in config.prompt]

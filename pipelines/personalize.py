@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from veneer import base_models
 from veneer.config_file import CONFIG, write_config
 from veneer.injection import Attachment, OptionError
-from veneer.training import param_groups
+from veneer.training import attach_methods, param_groups, prepare_base
 from veneer.training.adapter_trainer import adapter_trainer
 from veneer.training.base_sharding import is_sharding, load_base, shard_base, sharding_note
 from veneer.training.data.captions import Captions, rename_concept
@@ -74,7 +74,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
         write_config(out / CONFIG, "personalize", config)
     report("loading")
     pipe = load_base(config, accelerator)
-    param_groups.freeze(pipe)
+    prepare_base.freeze(pipe)
     model = family(pipe, truncate=config.truncate)
     config, photos = _named(config.with_captions(labels=not model.text_towers), model, photos, accelerator)
     digest = base_digest(model)
@@ -85,7 +85,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     attached = _attach(config, pipe)
     if config.gradient_checkpointing:
         for component in {c for a in attached for c in a.towers}:
-            param_groups.enable_gradient_checkpointing(pipe.components[component])
+            prepare_base.enable_gradient_checkpointing(pipe.components[component])
     base = shard_base(config, model, accelerator)
     if (note := sharding_note(config, base)) and main:
         print(note, flush=True)
@@ -218,9 +218,9 @@ def _cache_and_offload(config: PersonalizeConfig, model: Family, loss: Denoising
 
 
 def _attach(config: PersonalizeConfig, pipe: Any) -> list[Attachment]:
-    configs = param_groups.build_methods(config.method, config.options, config.concept, config.class_word)
-    where = {m.name: config.where for m in configs if config.where and not param_groups.trains_token_embeddings(m)}
-    return param_groups.attach_all(pipe, configs, where, config.text_encoder, config.seed)
+    configs = attach_methods.build_methods(config.method, config.options, config.concept, config.class_word)
+    where = {m.name: config.where for m in configs if config.where and not attach_methods.trains_token_embeddings(m)}
+    return attach_methods.attach_all(pipe, configs, where, config.text_encoder, config.seed)
 
 
 def _dataset(

@@ -16,11 +16,12 @@ import veneer
 
 SOURCE = Path(veneer.__file__).parent
 ROOT = SOURCE.parent.parent
-JOBS = {"base_models", "extras", "formats", "injection", "models", "training"}
+JOBS = {"atomic_files", "base_models", "extras", "formats", "injection", "models", "training"}
 ALLOWED = {
     "allocator": set(),
+    "atomic_files": set(),
     "discovery": set(),
-    "config_file": {"extras", "injection", "training"},
+    "config_file": {"atomic_files", "extras", "injection"},
     "flags": set(),
     "version": set(),
     "functional": set(),
@@ -30,7 +31,7 @@ ALLOWED = {
     "models": {"injection"},
     "hosts": {"injection", "models"},
     "methods": {"functional", "injection"},
-    "formats": {"functional", "injection", "version"},
+    "formats": {"atomic_files", "functional", "injection", "version"},
     "adapter_merging": {"formats", "functional", "injection"},
     "testing": {"base_models", "formats", "functional", "injection"},
     "base_models": {"extras", "injection"},
@@ -38,7 +39,7 @@ ALLOWED = {
     "method_catalog": {"flags", "full_size_models", "injection"},
     "method_search": {"method_catalog"},
     "listing": {"discovery", "static_source", "testing", "veneer"},
-    "training": {"base_models", "extras", "formats", "injection", "methods"},
+    "training": {"atomic_files", "base_models", "extras", "formats", "injection", "methods"},
     "classification": JOBS,
     "control": JOBS,
     "benchmarks": {*JOBS, "testing"},

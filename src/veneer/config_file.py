@@ -176,7 +176,7 @@ def write_config(path: Path, command: str, config: Any) -> Path:
     Args:
         command: such as `personalize`. `config`: its config; options that are None are left out.
     """
-    from veneer.training.loop.checkpoints import write_atomically
+    from veneer.atomic_files import write_atomically
 
     write_atomically(path, to_toml(command, config).encode())
     return path

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from veneer.benchmarks import family
-from veneer.benchmarks.contest import Contest, ContestResult, interleave
+from veneer.benchmarks.interleaved_timing import Contest, ContestResult, interleave
 from veneer.benchmarks.shapes import SHAPES
 
 RANK = 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from veneer.benchmarks import merging
-from veneer.benchmarks.contest import interleave
+from veneer.benchmarks.interleaved_timing import interleave
 from veneer.benchmarks.shapes import SHAPES, unet
 
 

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from veneer.benchmarks import side_networks
-from veneer.benchmarks.contest import Contender, Contest, interleave
+from veneer.benchmarks.interleaved_timing import Contender, Contest, interleave
 from veneer.benchmarks.shapes import SHAPES
 
 RANK = 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from veneer.benchmarks import switching
-from veneer.benchmarks.contest import Contest
+from veneer.benchmarks.interleaved_timing import Contest
 from veneer.benchmarks.shapes import SHAPES
 
 

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from veneer.classification.report.metrics import calibration_error, compute_metrics, mean_interval, wilson
+from veneer.classification.report.metrics import calibration_error, compute_metrics, wilson
+from veneer.training.report.metrics import mean_interval
 
 
 def test_accuracy_recall_and_confusion_match_scikit_learn() -> None:
@@ -52,7 +53,7 @@ def test_mean_interval_matches_scipy() -> None:
     from scipy import stats
 
     values = [0.8, 0.83, 0.78]
-    mean, half = mean_interval(values)
+    mean, half = mean_interval(values).mean, mean_interval(values).half
     low, high = stats.t.interval(0.95, 2, loc=sum(values) / 3, scale=stats.sem(values))
     assert (mean - half, mean + half) == pytest.approx((low, high))
-    assert mean_interval([0.5]) == (0.5, math.inf)
+    assert (mean_interval([0.5]).mean, mean_interval([0.5]).half) == (0.5, math.inf)

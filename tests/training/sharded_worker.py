@@ -27,7 +27,7 @@ import veneer
 from tests.training.images import save
 from veneer.injection import Attachment, HostChanged
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training import param_groups
+from veneer.training import param_groups, prepare_base
 from veneer.training.data.captions import Captions
 from veneer.training.data.dataset import PhotoDataset
 from veneer.training.data.photo_folder import find_photos
@@ -100,14 +100,14 @@ def gradients(case: Case, photos: Path, shard: bool) -> tuple[dict[str, Tensor],
     this process, those of the whole, and those of the largest unit, which is gathered at once."""
     accelerator = Accelerator(cpu=True)
     pipe = tiny_pipeline(case.family)
-    param_groups.freeze(pipe)
+    prepare_base.freeze(pipe)
     kind = family(pipe)
     options = {"tokens": "<toy>", "initialize": "cat"} if case.method == "textual_inversion" else {}
     torch.manual_seed(0)
     attached = veneer.attach(pipe, case.method, where=case.where, **options)
     stir(attached)
     if case.checkpointing:
-        param_groups.enable_gradient_checkpointing(kind.tower)
+        prepare_base.enable_gradient_checkpointing(kind.tower)
     config = TrainConfig(batch=case.batch, tracker="none")
     dataset = PhotoDataset(find_photos(photos), kind.resolution, kind.multiple, 0, captions=Captions("<toy>"))
     loss = DenoisingLoss(kind, dataset, 0, config.samples)
@@ -131,7 +131,7 @@ def unit_bytes(unit: Any) -> int:
 def memory(shard: bool) -> tuple[int, int]:
     """The estimated bytes of the base model and of activations, on this process."""
     pipe = tiny_pipeline("sd")
-    param_groups.freeze(pipe)
+    prepare_base.freeze(pipe)
     kind, attached = family(pipe), veneer.attach(pipe, "lora")
     if shard:
         ShardedBase(Accelerator(cpu=True), [kind.tower])

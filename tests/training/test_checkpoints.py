@@ -9,8 +9,9 @@ import torch
 
 from tests.raising import raises, warns
 from tests.training.resume_worker import trainer_of
+from veneer.atomic_files import write_atomically
 from veneer.training.loop import checkpoints as module
-from veneer.training.loop.checkpoints import CheckpointError, Checkpoints, CheckpointWarning, State, copy_into, write_atomically
+from veneer.training.loop.checkpoints import CheckpointError, Checkpoints, CheckpointWarning, State, copy_into
 from veneer.training.loop.trainer import TrainConfig
 
 
@@ -33,7 +34,7 @@ def store(tmp_path):
 
 def full_disk(monkeypatch, after):
     """Writing fails after `after` files, as on a disk without space."""
-    left, write = [after], module.write
+    left, write = [after], module.write_synced
 
     def refuse(path, data):
         left[0] -= 1
@@ -42,7 +43,7 @@ def full_disk(monkeypatch, after):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, data)
 
-    monkeypatch.setattr(module, "write", refuse)
+    monkeypatch.setattr(module, "write_synced", refuse)
 
 
 def test_comes_back_as_it_was(store):

@@ -1,5 +1,7 @@
 """Class images are seeded one by one, reused if they match, generated again otherwise, and written atomically."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ from veneer.injection.errors import OptionError
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.data.class_images import base_digest, generate_class_images
 from veneer.training.families import family
-from veneer.training.loop import checkpoints
 from veneer.training.loop.seeds import generator
 
 STEPS = {"num_inference_steps": 2, "guidance_scale": 3.0}
@@ -107,7 +108,7 @@ def test_nothing_is_half_written_on_a_full_disk(kind, monkeypatch, tmp_path):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with raises(OSError, errno=28):
             generate_class_images(kind, tmp_path, "a dog", 3, **STEPS)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -6,8 +6,8 @@ import pytest
 
 from veneer.injection import methods
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training import param_groups
-from veneer.training.param_groups import trainable_methods
+from veneer.training import attach_methods
+from veneer.training.attach_methods import trainable_methods
 
 ALONE = {"textual_inversion", "lst", "diffusekrona", "boft"}
 """Methods that train the text encoder by themselves, have no sites in this UNet, or need options for its widths."""
@@ -17,10 +17,10 @@ ALONE = {"textual_inversion", "lst", "diffusekrona", "boft"}
 def test_the_text_encoder_is_adapted_beside_the_default_sites(name: str) -> None:
     """Default patterns without sites are skipped, and the text encoder is adapted for every type of site."""
     pipe = tiny_pipeline("sd")
-    (alone,) = param_groups.attach_all(pipe, [methods.get(name)()], {}, text_encoder=False, seed=0)
+    (alone,) = attach_methods.attach_all(pipe, [methods.get(name)()], {}, text_encoder=False, seed=0)
     sites = {site.name for site, _ in alone.parts.values()}
     alone.detach()
-    (both,) = param_groups.attach_all(pipe, [methods.get(name)()], {}, text_encoder=True, seed=0)
+    (both,) = attach_methods.attach_all(pipe, [methods.get(name)()], {}, text_encoder=True, seed=0)
     found = {site.name: site.component for site, _ in both.parts.values()}
     assert {site for site, component in found.items() if component == "unet"} == sites
     assert "text_encoder" in found.values()

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from tests.raising import raises
-from veneer.training.loop.config import SCHEDULES, TrainConfig
+from veneer.training.loop.config import TrainConfig
 from veneer.training.loop.distributed import split_rows
 from veneer.training.loop.errors import TrainError
+from veneer.training.loop.schedule import SCHEDULES
 from veneer.training.loop.seeds import generator
 from veneer.training.loop.trainer import Trainer
 

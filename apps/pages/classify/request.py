@@ -17,7 +17,7 @@ from veneer.classification.models.compatibility import compatible_methods
 from veneer.classification.models.loading import check_name
 from veneer.injection import OptionError, VeneerError
 from veneer.training.data.image_io import DataError
-from veneer.training.param_groups import split_methods
+from veneer.training.method_names import split_methods
 
 from ...context import Context
 from ...jobs import Job

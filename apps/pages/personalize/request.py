@@ -13,10 +13,10 @@ from veneer import base_models, methods
 from veneer.base_models.loading import find
 from veneer.base_models.quantized_linear import KINDS
 from veneer.injection import OptionError
-from veneer.training import param_groups
+from veneer.training import attach_methods
+from veneer.training.attach_methods import trainable_methods
 from veneer.training.loop.config import PRESETS, preset_steps
 from veneer.training.method_names import SHORTHANDS, split_methods
-from veneer.training.param_groups import trainable_methods
 from veneer.training.personalization_config import PersonalizeConfig
 from veneer.training.preflight.estimates import size
 from veneer.training.preflight.step_cost import STATES
@@ -84,7 +84,7 @@ def main_method(method: str) -> str:
 def options_of(method: str) -> list[Field]:
     """Form fields of a method's options."""
     kind: Any = methods.get(main_method(method))
-    return fields_of(kind, skip=FROM_CONCEPT if param_groups.trains_token_embeddings(kind) else ())
+    return fields_of(kind, skip=FROM_CONCEPT if attach_methods.trains_token_embeddings(kind) else ())
 
 
 def check_base(name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from . import peers
-from .contest import Contender, Contest
+from .interleaved_timing import Contender, Contest
 from .shapes import Shape, flux
 
 

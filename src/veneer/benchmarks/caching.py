@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from veneer.base_models.loading import find
-from veneer.training import param_groups
+from veneer.training import attach_methods, param_groups, prepare_base
 from veneer.training.data.captions import Captions
 from veneer.training.data.dataset import PhotoDataset, find_photos
 from veneer.training.data.latent_cache import Cache
@@ -23,7 +23,7 @@ from veneer.training.loop.config import TrainConfig
 from veneer.training.loop.trainer import Trainer
 from veneer.training.objective.denoising_loss import DenoisingLoss
 
-from .contest import Contender, Contest
+from .interleaved_timing import Contender, Contest
 from .shapes import BenchError, Shape
 
 _IMAGE_SIDE = 512
@@ -37,7 +37,7 @@ def contests(pipe: Any, photos: Path | None, shape: Shape, rank: int, seed: int,
         photos: folder of images; None generates `shape.photos` images in `scratch`.
         scratch: folder for images and caches.
     """
-    param_groups.freeze(pipe)
+    prepare_base.freeze(pipe)
     folder = photos if photos is not None else generate_images(scratch / "photos", shape.photos, seed)
     warm = scratch / "warm"
 
@@ -89,8 +89,8 @@ def train(pipe: Any, photos: Path, cache: Cache | None, shape: Shape, rank: int,
         BenchError: the given cache was not used.
     """
     kind = family(pipe)
-    methods = param_groups.build_methods("lora", {"lora": {"rank": rank}}, "", "")
-    attached = param_groups.attach_all(pipe, methods, {}, text_encoder=False, seed=seed)
+    methods = attach_methods.build_methods("lora", {"lora": {"rank": rank}}, "", "")
+    attached = attach_methods.attach_all(pipe, methods, {}, text_encoder=False, seed=seed)
     try:
         data = PhotoDataset(
             find_photos(photos), shape.resolution or kind.resolution, kind.multiple, seed, captions=Captions(concept="<thing>")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import peers
-from .contest import Contender, Contest
+from .interleaved_timing import Contender, Contest
 from .shapes import Shape, place, sharing, unet
 
 

@@ -21,8 +21,8 @@ from torch import nn
 from veneer.injection import attach
 
 from . import peers
-from .contest import Contender, Contest
 from .denoiser import Floor, inputs, step
+from .interleaved_timing import Contender, Contest
 from .shapes import Shape, place, sharing, unet, vit
 
 VIT_WHERE = ("attn.qkv", "attn.out", "mlp")

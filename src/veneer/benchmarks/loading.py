@@ -21,7 +21,7 @@ from veneer.formats._names.modules import weight_paths
 from veneer.injection.towers import towers_of
 
 from . import peers
-from .contest import Contender, Contest
+from .interleaved_timing import Contender, Contest
 from .shapes import Shape, flux
 
 

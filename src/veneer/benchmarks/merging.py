@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from veneer.injection import attachments
 
 from . import peers
-from .contest import Contender, Contest
+from .interleaved_timing import Contender, Contest
 from .shapes import Shape, unet
 
 

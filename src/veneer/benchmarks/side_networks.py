@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from veneer.injection import attach
 
-from .contest import Contender, Contest
+from .interleaved_timing import Contender, Contest
 from .shapes import Shape, place, sharing, vit
 
 METHODS: dict[str, dict[str, Any]] = {"lora": {"where": "attn.qkv"}, "lst": {}, "dtl": {}}

@@ -16,7 +16,7 @@ from torch import nn
 from veneer.injection import attach
 
 from . import peers
-from .contest import Contender, Contest
+from .interleaved_timing import Contender, Contest
 from .shapes import Shape, sharing, vit
 
 

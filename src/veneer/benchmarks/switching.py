@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from veneer.injection import activate, attach, attachments, mixed
 
 from . import peers
-from .contest import Contender, Contest
+from .interleaved_timing import Contender, Contest
 from .shapes import Shape, place, sharing, unet
 
 COUNTS = (1, 10, 50)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .contest import ContestResult
+from .interleaved_timing import ContestResult
 
 HEAD = "| benchmark | compared | median ratio | min to max | values |\n|---|---|---:|---:|---:|"
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from veneer import base_models
+from veneer.atomic_files import write_json
 from veneer.formats import formats, native
 from veneer.injection import Attachment
-from veneer.training.loop.checkpoints import write_json
 from veneer.training.loop.disk_space import optional, writing
 from veneer.training.loop.distributed import whole_weights
 from veneer.training.loop.trainer import TrainResult

@@ -14,10 +14,10 @@ from veneer.base_models.devices import Dtype
 from veneer.injection import methods
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
+from veneer.training.attach_methods import check_options
 from veneer.training.data.buckets import Crop
 from veneer.training.loop.config import TrainConfig, check_dtypes, check_sharding
 from veneer.training.objective.objectives import ObjectiveOptions
-from veneer.training.param_groups import check_options
 from veneer.training.report.feature_models import check_features
 from veneer.training.report.run_folder import new_folder
 

@@ -17,7 +17,7 @@ from veneer.formats import format_of, load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, VeneerError, methods
 from veneer.injection.errors import OptionError
-from veneer.training import param_groups
+from veneer.training import prepare_base
 from veneer.training.data.image_io import read_photo
 from veneer.training.families import Family, family
 from veneer.training.report.png_metadata import save_png
@@ -92,7 +92,7 @@ def generate_with_control(config: ControlGenerateConfig, adapters: list[tuple[Pa
         raise OptionError(message, option="map", expected="image or map")
     device = resolve_device(config.device)
     pipe = load_on_device(base, device, config.dtype, config.quantize)
-    param_groups.freeze(pipe)
+    prepare_base.freeze(pipe)
     kind = family(pipe)
     loaded = [(a, path) for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
     controls = [(a, path) for a, path in loaded if a.method.conditions]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from veneer.injection import Attachment, LoadError, SaveError
 from veneer.injection.towers import Tower
 
-from ._control.base_weights import FILE_NAMES, OF, load_base_weights, stale_files
+from ._control.controlnext_base_weights import FILE_NAMES, OF, load_base_weights, stale_files
 from ._control.networks import build_on_meta, dimension, layers_by_part, match_tensors, only_attachment, shapes, unet_of
 from ._core.attach import AttachmentSpec, attach_all, build_method, migrate_config, reject_merged
 from ._core.format import Format, LayerInfo, Options

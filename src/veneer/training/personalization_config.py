@@ -14,10 +14,11 @@ from veneer import base_models, methods
 from veneer.base_models.devices import Dtype
 from veneer.injection.errors import OptionError
 
-from . import param_groups
+from .attach_methods import check_options, new_token, trains_token_embeddings
 from .data.buckets import Crop
 from .data.captions import rename_concept
 from .loop.config import TrainConfig, check_dtypes, check_sharding
+from .method_names import split_methods
 from .objective.losses import LossKind
 from .objective.noise import NoiseOptions
 from .objective.objectives import ObjectiveOptions
@@ -189,7 +190,7 @@ class PersonalizeConfig:
         elif not self.concept:
             raise OptionError("no concept: set the trigger token of the subject, such as --concept '<toy>'.", option="concept")
         preset = base_models.preset(self.base)
-        names = param_groups.split_methods(self.method)
+        names = split_methods(self.method)
         known = {name: dict(preset.training.get(name, {})) for name in names}
         first = {key: value for m in reversed(known.values()) for key, value in m.items()}
         resolved["where"] = self.where or (tuple(first["where"]) if "where" in first else None)
@@ -210,9 +211,9 @@ class PersonalizeConfig:
                 raise OptionError(f"{name} is {given}; expected at least 0.", option=name, given=given, expected=0)
         if self.loss not in (kinds := get_args(LossKind)):
             raise OptionError(f"loss is {self.loss!r}; expected one of {kinds}.", option="loss", given=self.loss, expected=kinds)
-        for name in param_groups.split_methods(self.method):
-            if not param_groups.trains_token_embeddings(methods.get(name)):  # their token is chosen later
-                param_groups.check_options(name, self.options.get(name, {}))
+        for name in split_methods(self.method):
+            if not trains_token_embeddings(methods.get(name)):  # their token is chosen later
+                check_options(name, self.options.get(name, {}))
         return self
 
     def with_captions(self, labels: bool) -> PersonalizeConfig:
@@ -227,13 +228,13 @@ class PersonalizeConfig:
         return dataclasses.replace(self, **texts)
 
     def with_token(self, tokenizers: Sequence[Any]) -> PersonalizeConfig:
-        """The config with the trained token as the concept, also in prompts and templates; see `param_groups.new_token`."""
-        names = param_groups.split_methods(self.method)
+        """The config with the trained token as the concept, also in prompts and templates; see `new_token`."""
+        names = split_methods(self.method)
         if any("tokens" in self.options.get(n, {}) for n in names) or not any(
-            param_groups.trains_token_embeddings(methods.get(n)) for n in names
+            trains_token_embeddings(methods.get(n)) for n in names
         ):
             return self
-        token = param_groups.new_token(self.concept, self.class_word, tokenizers)
+        token = new_token(self.concept, self.class_word, tokenizers)
         texts: dict[str, Any] = {
             name: tuple(rename_concept(text, self.concept, token) for text in getattr(self, name)) or None
             for name in TEXTS
@@ -245,7 +246,7 @@ class PersonalizeConfig:
         """Learning rate of each method: the configured one, else that of the preset, else that of the method."""
         rates = self.default_rates()
         for name in rates:
-            is_token_rate = param_groups.trains_token_embeddings(methods.get(name)) and len(rates) > 1
+            is_token_rate = trains_token_embeddings(methods.get(name)) and len(rates) > 1
             rate = self.token_learning_rate if is_token_rate else self.learning_rate
             rates[name] = rates[name] if rate is None else rate
         return rates
@@ -253,12 +254,12 @@ class PersonalizeConfig:
     def default_steps(self) -> int:
         """Default number of optimizer steps on the base model: the maximum over the methods."""
         known = base_models.preset(self.base).training
-        return max(int(known.get(name, {}).get("steps", 500)) for name in param_groups.split_methods(self.method))
+        return max(int(known.get(name, {}).get("steps", 500)) for name in split_methods(self.method))
 
     def default_rates(self) -> dict[str, float]:
         """Default learning rate of each method: that of the preset, else that of the method."""
         known = base_models.preset(self.base).training
-        names = param_groups.split_methods(self.method)
+        names = split_methods(self.method)
         return {n: float(known.get(n, {}).get("learning_rate", methods.get(n).learning_rate)) for n in names}
 
     def text_rate(self) -> float:
@@ -269,7 +270,8 @@ class PersonalizeConfig:
         """Base learning rate, to which others are relative: that of the first method on weights, or of the only method."""
         rates = self.rates()
         return next(
-            (r for n, r in rates.items() if not param_groups.trains_token_embeddings(methods.get(n))), next(iter(rates.values()))
+            (r for n, r in rates.items() if not trains_token_embeddings(methods.get(n))),
+            next(iter(rates.values())),
         )
 
     def loop(self) -> TrainConfig:

@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from veneer.atomic_files import write_atomically, write_json
 from veneer.training.data.image_io import read_photo
-from veneer.training.loop.checkpoints import write_atomically, write_json
 from veneer.training.personalization_config import PersonalizeConfig
 from veneer.training.report.artifacts import shrink_to, write_image
 from veneer.training.report.metrics import cosine

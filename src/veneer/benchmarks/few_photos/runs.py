@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 
 from veneer import base_models
+from veneer.atomic_files import write_json
 from veneer.base_models.devices import resolve_device
 from veneer.formats import load_all
-from veneer.training import param_groups
+from veneer.training import prepare_base
 from veneer.training.data.class_images import base_digest
 from veneer.training.families import family
-from veneer.training.loop.checkpoints import write_json
 from veneer.training.loop.config import preset_steps
 from veneer.training.personalization_config import PersonalizeConfig
 from veneer.training.report.previews import PreviewSettings, previews
@@ -163,7 +163,7 @@ class Runs:
 
         def make() -> np.ndarray:
             pipe = base_models.load(self.config.base).to(resolve_device())
-            param_groups.freeze(pipe)
+            prepare_base.freeze(pipe)
             if adapter is not None:
                 load_all(pipe, adapter)
             made = previews(pipe, texts, settings, {"{concept}": word})

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from veneer.training.loop.checkpoints import write_atomically
+from veneer.atomic_files import write_atomically
 
 
 def cached(path: Path, recipe: Mapping[str, Any], make: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:

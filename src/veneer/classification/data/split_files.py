@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from veneer.atomic_files import write_atomically
 from veneer.training.data.image_io import DataError
-from veneer.training.loop.checkpoints import write_atomically
 
 from .labeled_images import Source, some
 from .splits import Splits, digest_of, hashes_of

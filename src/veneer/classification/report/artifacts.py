@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from veneer.atomic_files import write_json
 from veneer.formats import native
 from veneer.injection import Attachment
-from veneer.training.loop.checkpoints import write_json
 from veneer.training.loop.disk_space import writing
 
 from ..config import TransferConfig

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from veneer.training.report.metrics import mean_interval
+
 from ..train.comparison import RunMetrics, by_row
-from .metrics import mean_interval
 from .plots import BLUE, GREY, ORANGE, panels, write_figure
 
 BASELINES = {"linear_probe": "the linear probe", "zero_shot": "zero-shot"}
@@ -44,11 +45,12 @@ def summarize_runs(runs: Sequence[RunMetrics], rows: Sequence[str]) -> list[Summ
     summaries = []
     for row in rows:
         of_row = by_row(runs, row)
-        accuracy, half = mean_interval([m.test_accuracy for m in of_row])
+        accuracy = mean_interval([m.test_accuracy for m in of_row])
         differences = [m.test_accuracy - baselines[m.seed] for m in of_row if m.seed in baselines]
-        over, over_half = mean_interval(differences) if differences and row != baseline else (None, None)
+        over = mean_interval(differences) if differences and row != baseline else None
         validation = sum(m.val_accuracy for m in of_row) / len(of_row)
-        summaries.append(SummaryRow(row, len(of_row), accuracy, half, over, over_half, validation, tuple(of_row)))
+        gain, half = (None, None) if over is None else (over.mean, over.half)
+        summaries.append(SummaryRow(row, len(of_row), accuracy.mean, accuracy.half, gain, half, validation, tuple(of_row)))
     return summaries
 
 

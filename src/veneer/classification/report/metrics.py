@@ -89,15 +89,3 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
         if inside.any():
             total += float((correct[inside].mean() - confidence[inside].mean()).abs() * inside.sum())
     return total / len(labels)
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half its 95 % interval by Student's t; infinite for one value."""
-    from scipy.stats import t
-
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return mean, math.inf
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)

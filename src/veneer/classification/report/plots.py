@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from veneer.training.loop.checkpoints import write_atomically
+from veneer.atomic_files import write_atomically
 
 from ..train.epoch_selection import Epoch
 from .metrics import ClassificationMetrics

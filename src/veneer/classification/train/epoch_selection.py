@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from veneer.training.loop.checkpoints import CheckpointWarning, write_atomically
+from veneer.atomic_files import write_atomically
+from veneer.training.loop.checkpoints import CheckpointWarning
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from veneer.atomic_files import write_json
 from veneer.injection import VeneerError
-from veneer.training.loop.checkpoints import write_json
 
 from ..config import TransferConfig
 from ..data.run_data import Views

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
+from veneer.atomic_files import write_atomically
 from veneer.injection import SaveError
 
 from .reader import SUFFIX, is_finite
@@ -56,16 +55,8 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def _replace(path: Path, parts: Sequence[bytes | memoryview]) -> Path:
-    temporary = path.with_name(f".saving-{path.name}-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write(temporary, parts)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        write_atomically(path, *parts)
     except OSError as error:
         size = sum(map(len, parts))
         raise SaveError(
@@ -100,21 +91,3 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         storages.add(tensor.untyped_storage().data_ptr())
         separate[name] = tensor
     return separate
-
-
-def _write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
-    with open(path, "wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Syncs a rename to disk where the system supports it; the file is complete under one of its names in any case."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

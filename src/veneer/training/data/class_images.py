@@ -15,11 +15,11 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from veneer.atomic_files import write_atomically
 from veneer.injection.errors import OptionError
 from veneer.injection.quantized_weight import plain_tensors, quantization_of
 
 from ..families import Family
-from ..loop.checkpoints import write_atomically
 from ..loop.seeds import generator
 
 KEY = "veneer.prior"

@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from veneer.atomic_files import sync_folder, write_synced
 from veneer.injection.errors import VeneerError, VeneerWarning
 
 FORMAT = 1
@@ -126,7 +127,7 @@ class Checkpoints:
         manifest = {"format": FORMAT, "step": state.step, "run": self._digest(), "torch": torch.__version__, "files": files}
         contents["manifest.json"] = json.dumps(manifest, indent=1, sort_keys=True).encode()
         for name, data in contents.items():
-            write(folder / name, data)
+            write_synced(folder / name, data)
         sync_folder(folder)
 
     def _digest(self) -> str:
@@ -254,40 +255,3 @@ def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """A safetensors file of `tensors`, from copies, so that views and shared storage are supported."""
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(copies)
-
-
-def write(path: Path, data: bytes) -> None:
-    """Writes and syncs a file."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Writes JSON atomically."""
-    write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n").encode())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, sync it and rename it into place."""
-    temporary = path.with_name(f".saving-{path.name}-{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write(temporary, data)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Syncs a folder, so that renames are durable; not needed on Windows."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -11,13 +11,7 @@ from veneer.base_models.devices import Dtype
 
 from .errors import TrainError
 from .optimizers import OPTIMIZERS
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
-    "linear": lambda progress: 1.0 - progress,
-}
-"""Schedule name to factor; `progress` runs from 0 (after warm-up) to 1 (after the last step)."""
+from .schedule import SCHEDULES, rate_factor
 
 PRECISIONS = ("no", "bf16", "fp16")
 EMA_WARMUPS = ("ramp", "power")
@@ -102,10 +96,7 @@ class TrainConfig:
 
     def rate(self, step: int) -> float:
         """Learning-rate factor of step `step` (0-based): linear warm-up, then the schedule."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return SCHEDULES[self.schedule](min(1.0, progress))
+        return rate_factor(self.schedule, step, self.warmup, self.steps)
 
     def identity(self) -> dict[str, Any]:
         """The fields that must match on resume. `steps` is one of them only if the schedule depends on it."""

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from veneer.atomic_files import write_atomically
 from veneer.injection.errors import VeneerError
 
-from .checkpoints import to_bytes, write_atomically
+from .checkpoints import to_bytes
 
 
 class LastGood:

@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 
 from veneer import base_models
+from veneer.atomic_files import write_atomically
 from veneer.formats import diffusers as diffusers_format
 from veneer.formats import embeddings, native
 from veneer.injection.attachment.attachment import Attachment
 
-from .. import param_groups
+from .. import attach_methods
 from ..data.image_io import read_photo
 from ..data.photo_folder import Photo
-from ..loop.checkpoints import write_atomically
 from ..loop.disk_space import optional, writing
 from ..loop.distributed import whole_weights
 from ..loop.trainer import TrainResult
@@ -151,7 +151,7 @@ def _write_files(run: PersonalizationRun) -> list[str]:
         native.save(run.attached, run.out / ADAPTER, provenance=provenance)
     files = [ADAPTER]
     for attachment in run.attached:
-        if param_groups.trains_token_embeddings(attachment.method):
+        if attach_methods.trains_token_embeddings(attachment.method):
             name, save = "learned_embeds.safetensors", embeddings.save
         elif attachment.method.name == "lora":
             name, save = "pytorch_lora_weights.safetensors", diffusers_format.save

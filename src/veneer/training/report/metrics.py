@@ -40,12 +40,17 @@ from .previews import PreviewPair, replace_words
 
 @dataclass(frozen=True)
 class MeanInterval:
-    """A mean over `n` images with its 95 % interval; without an interval if n = 1."""
+    """A mean over `n` values with its 95 % interval; without an interval if n = 1."""
 
     mean: float
     low: float | None
     high: float | None
     n: int
+
+    @property
+    def half(self) -> float:
+        """Half the interval; infinite without one."""
+        return math.inf if self.high is None else self.high - self.mean
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:

@@ -10,9 +10,8 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from veneer.atomic_files import write_atomically
 from veneer.injection.errors import VeneerError
-
-from ..loop.checkpoints import write_atomically
 
 KEY = "veneer"
 """Name of the PNG text entry that holds the settings as JSON."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.raising import raises
 from veneer.benchmarks import table
-from veneer.benchmarks.contest import Contender, Contest, ContestResult, Ratio, Sample, interleave
+from veneer.benchmarks.interleaved_timing import Contender, Contest, ContestResult, Ratio, Sample, interleave
 from veneer.injection.errors import OptionError
 
 

@@ -1,0 +1,33 @@
+"""The base model in training: frozen, and with gradient checkpointing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from veneer.injection.errors import OptionError
+
+from .method_names import split_methods as split_methods
+
+
+def freeze(pipe: Any) -> None:
+    """Sets every component of a pipeline to `eval` and disables its gradients; adapters are attached afterwards."""
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
+
+
+def enable_gradient_checkpointing(tower: Any) -> None:
+    """Enables gradient checkpointing: activations are recomputed in the backward pass, which saves memory.
+
+    Raises:
+        VeneerError: the model does not support it.
+    """
+    enable = getattr(tower, "enable_gradient_checkpointing", None) or getattr(tower, "gradient_checkpointing_enable", None)
+    if enable is None:
+        kind = type(tower).__name__
+        message = f"{kind} has no gradient checkpointing. Leave out --gradient-checkpointing."
+        raise OptionError(message, option="gradient_checkpointing", given=kind)
+    enable()
+    tower.training = True  # only the flag that enables checkpointing; submodules stay in eval, without dropout
