@@ -29,7 +29,7 @@ LABELS = ("{concept}",), ("{concept}",), ("207", "360", "387", "974")
 
 WITHOUT_EFFECT = (
     "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "drift_prompts", "eval_seeds",
-    "features", "dry_run", "out", "truncate", "dtype", "offload_encoders",
+    "features", "dry_run", "check", "out", "truncate", "dtype", "offload_encoders",
 )  # fmt: skip
 """Options that may change when a run is resumed, or that are compared by content."""
 TEXTS = ("template", "prompts")
@@ -104,6 +104,8 @@ class PersonalizeConfig:
         tracker: tracker names as in accelerate, separated by commas, or `none`.
         truncate: captions longer than the text encoder accepts: `error` rejects them, `warn` truncates them.
         dry_run: print what would be trained, with memory and time, and stop.
+        check: print the memory of the run without loading weights, and whether it fits into a size such as `12GB`, or into the
+            free memory of `cpu` or `cuda`; `base` may also be an architecture, such as `flux`, `sdxl` or `sd35`.
         out: folder for all results (default: a new one under `runs`).
     """
 
@@ -165,6 +167,7 @@ class PersonalizeConfig:
     tracker: str = "tensorboard"
     truncate: str = "error"
     dry_run: bool = False
+    check: str | None = None
     out: Path | None = None
 
     def with_defaults(self) -> PersonalizeConfig:
