@@ -111,15 +111,20 @@ def materialize(tower: nn.Module, kind: str | None = None) -> None:
     """
     block = KINDS[kind].block if kind else 1
     quantized = {name for name in linear_layers(tower) if kind and _linear(tower, name).in_features % block == 0}
-    for path, module in list(tower.named_modules()):
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_meta:
-                    values = _random(tensor)
-                    tensors[name] = nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values
+    for path in [path for path, _ in tower.named_modules()]:  # names only: a list of modules would keep the float weights alive
+        _fill(tower.get_submodule(path))
         if kind and path in quantized:
             owner, _, child = path.rpartition(".")
             tower.get_submodule(owner)._modules[child] = quantize_linear(_linear(tower, path), KINDS[kind])
+
+
+def _fill(module: nn.Module) -> None:
+    """Random values for the tensors of a module itself."""
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.is_meta:
+                values = _random(tensor)
+                tensors[name] = nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values
 
 
 def _linear(tower: nn.Module, path: str) -> Any:

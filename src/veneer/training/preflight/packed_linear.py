@@ -89,13 +89,13 @@ class _Multiply(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing) -> Tensor:
         dequantized = _dequantize(x, weight, packing)
         ctx.packing, ctx.weight, ctx.x = packing, weight, x if packing.keeps_input else None
-        ctx.dequantized = dequantized if packing.keeps_weight else None
+        ctx.save_for_backward(*([dequantized] if packing.keeps_weight else []))
         return F.linear(x, dequantized, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = gradients
-        weight = _dequantize(gradient, ctx.weight, ctx.packing) if ctx.dequantized is None else ctx.dequantized
+        (weight,) = ctx.saved_tensors or (_dequantize(gradient, ctx.weight, ctx.packing),)
         return gradient @ weight, None, None, None
 
 
