@@ -1,6 +1,6 @@
 """Predicted and measured memory of a training step of published models at full size, with random weights.
 
-Each case runs in a process of its own, on the CPU. `python -m veneer.pipelines.memory_benchmark CASE ...` prints a row per case.
+Each case runs in a new process, on the CPU. `python -m veneer.pipelines.memory_benchmark CASE ...` prints a row per case.
 """
 
 from __future__ import annotations

@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from veneer.pipelines.personalize import personalize
 
 from tests.raising import raises
+from veneer.base_models import BaseModelError
+from veneer.cli import main
 from veneer.injection import OptionError
 from veneer.training.personalization_config import PersonalizeConfig
 from veneer.training.preflight.memory_changes import propose
@@ -112,3 +115,22 @@ def test_a_run_that_does_not_fit():
     (concern,) = caught.value.given
     assert (concern.about, concern.severity) == ("memory", "error")
     assert all(flag in str(caught.value) for flag in found.proposal.flags)
+
+
+def test_personalize_checks_without_weights_or_files(tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["personalize", "--resolution", "64", "--out", str(out), "--check"]
+    assert main([*arguments, "1GB"]) == 0
+    assert "peak, training" in capsys.readouterr().out
+    assert main([*arguments, "1MB"]) == 1
+    captured = capsys.readouterr()
+    assert "--gradient-checkpointing" in captured.err
+    assert "peak, training" in captured.out
+    assert main([*arguments, "1GBs"]) == 1
+    assert not out.exists()
+
+
+def test_an_architecture_is_no_base_model_without_a_check(tmp_path):
+    with raises(BaseModelError, where="kind", given="sd15", expected="weights"):
+        personalize(PersonalizeConfig(base="sd15", out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -74,7 +74,7 @@ class FullSizeResult:
 def run_case(case: FullSizeCase, seed: int = 0) -> FullSizeResult:
     """Builds the model and runs two optimizer steps, of which the first has no forward pass and creates the optimizer's state.
 
-    Call it in a process of its own: it measures the memory of the process, which libraries do not always return.
+    Call it in a new process: it measures the memory of the process, which libraries do not always return.
     """
     kind = meta_family(case.base, getattr(torch, case.dtype))
     torch.manual_seed(seed)
