@@ -120,11 +120,12 @@ def materialize(tower: nn.Module, kind: str | None = None) -> None:
 
 def _fill(module: nn.Module) -> None:
     """Random values for the tensors of a module itself."""
-    for tensors in (module._parameters, module._buffers):
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.is_meta:
-                values = _random(tensor)
-                tensors[name] = nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(_random(parameter), False)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = _random(buffer)
 
 
 def _linear(tower: nn.Module, path: str) -> Any:
