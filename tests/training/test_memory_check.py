@@ -99,6 +99,13 @@ def test_activations_are_not_counted_beyond_the_limit(predictor, config):
     assert predictor.predict(config, 10**12).activations > 0
 
 
+@pytest.mark.parametrize("changes", [{"batch": 2}, {"resolution": 64}, {"offload_encoders": True}, {"dtype": "bfloat16"}])
+def test_weights_that_are_known_are_those_of_a_new_model(predictor, config, changes):
+    predictor.predict(config, 0)
+    changed = replace(config, **changes)
+    assert predictor.predict(changed, 0) == MemoryPredictor("cuda").predict(changed, 0)
+
+
 def test_a_run_that_fits():
     found = check_memory(replace(RUN, check="1GB"))
     found.check()

@@ -101,6 +101,7 @@ class MemoryPredictor:
     def __init__(self, device: str = "cuda") -> None:
         self.device = device
         self._counts: dict[tuple[Any, ...], tuple[int, int, int]] = {}
+        self._weights: dict[str, tuple[MemoryPrediction, bool]] = {}
 
     def predict(self, config: PersonalizeConfig, limit: int | None = None) -> MemoryPrediction:
         """The prediction for a config with defaults (`with_defaults`).
@@ -111,6 +112,12 @@ class MemoryPredictor:
             OptionError: a component or a kind that does not exist, a GGUF file, or a resolution that is not divisible.
             BaseModelError: a base model without configs on this machine.
         """
+        same = repr(replace(config, resolution=None, batch=None, gradient_checkpointing=False, offload_encoders=True))
+        if limit is not None and same in self._weights:
+            known, text_trains = self._weights[same]
+            rest = replace(known, offloads=self._offloads(config, text_trains))
+            if rest.peak > limit:
+                return replace(rest, resolution=config.resolution or known.resolution, **_variant(config))
         dtype = resolve_dtype(config.dtype, self.device)
         kind = meta_family(config.base, dtype)
         parts = {name: part for name, part in kind.pipe.components.items() if isinstance(part, nn.Module)}
@@ -137,9 +144,9 @@ class MemoryPredictor:
             offloads=self._offloads(config, text_trains),
             resolution=resolution,
             multiple=kind.multiple,
-            batch=(config.batch or 1) * (2 if config.class_images else 1),
-            checkpointing=config.gradient_checkpointing,
+            **_variant(config),
         )
+        self._weights.setdefault(same, (replace(rest, resolution=kind.resolution), text_trains))
         if limit is not None and rest.peak > limit:
             return rest
         key = (dtype, tuple(sorted(kinds.items())), resolution, rest.batch, config.gradient_checkpointing)
@@ -153,6 +160,10 @@ class MemoryPredictor:
         """As `personalize` decides it, if the photos and captions fit into the cache."""
         varied = config.shuffle_tags or config.tag_dropout > 0 or config.crop != "center"
         return config.offload_encoders and self.device != "cpu" and config.cache and not text_trains and not varied
+
+
+def _variant(config: PersonalizeConfig) -> dict[str, Any]:
+    return {"batch": (config.batch or 1) * (2 if config.class_images else 1), "checkpointing": config.gradient_checkpointing}
 
 
 def _quantized(config: PersonalizeConfig, components: list[str]) -> dict[str, str]:
