@@ -27,7 +27,7 @@ class Proposal:
 
 
 def propose(predictor: MemoryPredictor, config: PersonalizeConfig, capacity: int) -> Proposal:
-    """The cheapest change that makes a run fit, or the shortest sequence of the cheapest ones.
+    """The cheapest change that makes a run fit, or several of which none can be left out.
 
     In the order of their cost: gradient checkpointing, batch 1, offloading, bfloat16, 8 and 4 bits for the denoiser, 4 bits for
     all, lower resolutions. If no single change suffices, changes are added in this order until they do, and then those that turn
