@@ -28,6 +28,7 @@ from veneer.training.loop.distributed import on_main
 from veneer.training.loop.trainer import Trainer, TrainResult
 from veneer.training.objective.denoising_loss import DenoisingLoss, LossOptions
 from veneer.training.personalization_config import PersonalizeConfig
+from veneer.training.preflight.memory_check import check_memory
 from veneer.training.preflight.preflight import preflight
 from veneer.training.report.artifacts import (
     PersonalizationRun,
@@ -55,14 +56,24 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
     Returns:
         The folder with the results.
     Raises:
-        VeneerError: invalid options or photos; nothing has been trained.
+        VeneerError: invalid options or photos, or with `check` too little memory; nothing has been trained.
         Diverged: the loss is no longer finite; the last weights with a finite loss are in the folder.
     """
+    if config.check is not None:
+        return _check(config)
     cpu = not torch.accelerator.is_available()  # without it, accelerate ignores the other torchrun processes on a CPU
     accelerator = accelerator or Accelerator(cpu=cpu)
     config = on_main(accelerator, config.with_defaults)
     with discard_unused(config.out):
         return _run(config, accelerator)
+
+
+def _check(config: PersonalizeConfig) -> Path:
+    """Prints the predicted memory; writes nothing."""
+    found = check_memory(config)
+    print(found.text() if found.proposal is None else found.text().rpartition("\n")[0], flush=True)
+    found.check()
+    return Path()
 
 
 def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:

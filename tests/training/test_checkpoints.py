@@ -9,6 +9,7 @@ import torch
 
 from tests.raising import raises, warns
 from tests.training.resume_worker import trainer_of
+from veneer import atomic_files
 from veneer.atomic_files import write_atomically
 from veneer.training.loop import checkpoints as module
 from veneer.training.loop.checkpoints import CheckpointError, Checkpoints, CheckpointWarning, State, copy_into
@@ -43,7 +44,8 @@ def full_disk(monkeypatch, after):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, data)
 
-    monkeypatch.setattr(module, "write_synced", refuse)
+    for each in (module, atomic_files):
+        monkeypatch.setattr(each, "write_synced", refuse)
 
 
 def test_comes_back_as_it_was(store):

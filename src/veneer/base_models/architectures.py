@@ -71,6 +71,12 @@ T5_XXL: Config = {
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
 
+VAE: Config = {
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+VAE_16: Config = {**VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+
 UNET, CLIP, CLIP_PROJECTED, T5 = "UNet2DConditionModel", "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
 ARCHITECTURES: dict[str, dict[str, tuple[str, Config]]] = {
     "sd15": {"unet": (UNET, SD15), "text_encoder": (CLIP, CLIP_L)},
@@ -90,6 +96,16 @@ ARCHITECTURES: dict[str, dict[str, tuple[str, Config]]] = {
     "dit": {"transformer": ("DiTTransformer2DModel", DIT)},
 }  # fmt: skip
 """Name to the denoiser and the text encoders of its pipeline: component to class and config."""
+PIPELINES: dict[str, tuple[str, Config]] = {
+    "sd15": ("StableDiffusionPipeline", VAE),
+    "sd21": ("StableDiffusionPipeline", VAE),
+    "sdxl": ("StableDiffusionXLPipeline", {**VAE, "force_upcast": True}),
+    **dict.fromkeys(("sd3", "sd35", "sd35-large"), ("StableDiffusion3Pipeline", VAE_16)),
+    "flux": ("FluxPipeline", VAE_16),
+    "pixart": ("PixArtAlphaPipeline", VAE),
+    "dit": ("DiTPipeline", VAE),
+}
+"""Name to the class of its pipeline and the config of its VAE."""
 
 
 def architecture(name: str) -> Any:
@@ -115,6 +131,18 @@ def architecture(name: str) -> Any:
     tokenizer = clip_tokenizer()
     tokenizers = {part.replace("text_encoder", "tokenizer"): copy.deepcopy(tokenizer) for part in texts if tokenizer is not None}
     return SimpleNamespace(components={**parts, **tokenizers})
+
+
+def autoencoder(name: str) -> Any:
+    """The VAE of a published model on the meta device.
+
+    Args:
+        name: one of `ARCHITECTURES`.
+    """
+    import torch
+
+    with torch.device("meta"):
+        return _build("AutoencoderKL", PIPELINES[name][1])
 
 
 def _build(kind: str, config: Config) -> Any:

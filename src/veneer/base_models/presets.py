@@ -9,6 +9,7 @@ from typing import Any
 
 from veneer.injection.errors import BaseModelError
 
+from .architectures import ARCHITECTURES
 from .folders import read_json
 from .loading import find
 
@@ -47,11 +48,13 @@ class Preset:
 
 
 def preset(base: str | Path = "bundled") -> Preset:
-    """The preset of a base model: from `veneer.json` in its folder, else the defaults.
+    """The preset of a base model: from `veneer.json` in its folder, else the defaults, as for an architecture without weights.
 
     Raises:
         BaseModelError: no such base model, or an unknown entry or wrong type in `veneer.json`.
     """
+    if base in ARCHITECTURES and not Path(base).exists():
+        return Preset()
     source = find(base)
     file = source / FILE if isinstance(source, Path) else None
     return parse(read_json(file), file) if file is not None and file.is_file() else Preset()

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from veneer.injection.errors import BaseModelError
 
-from .architectures import ARCHITECTURES, CLIP, CLIP_PROJECTED, Config
+from .architectures import ARCHITECTURES, CLIP, CLIP_PROJECTED, VAE, Config
 from .clip_vocabulary import clip_tokenizer
 from .folders import read_json
 
@@ -28,10 +28,6 @@ CROSS = "model.diffusion_model.input_blocks.{}.1.transformer_blocks.0.attn2.to_k
 NOISE: Config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 ZERO_SNR: Config = {
     **NOISE, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False,
-}  # fmt: skip
-VAE: Config = {
-    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
 }  # fmt: skip
 PIPELINES: dict[str, tuple[str, Config, tuple[str, Config]]] = {
     "sd15": (

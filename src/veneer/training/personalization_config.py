@@ -30,7 +30,7 @@ LABELS = ("{concept}",), ("{concept}",), ("207", "360", "387", "974")
 
 WITHOUT_EFFECT = (
     "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "drift_prompts", "eval_seeds",
-    "features", "dry_run", "out", "truncate", "dtype", "save_dtype", "offload_encoders", "shard_base",
+    "features", "dry_run", "check", "out", "truncate", "dtype", "save_dtype", "offload_encoders", "shard_base",
 )  # fmt: skip
 """Options that may change when a run is resumed, or that are compared by content."""
 TEXTS = ("template", "prompts")
@@ -91,12 +91,10 @@ class PersonalizeConfig:
         cache: cache latents and text embeddings instead of computing them in each step.
         cache_folder: folder for the cache, which later runs reuse (default: in memory).
         offload_encoders: on one GPU or with `shard_base`, move VAE and text encoders to the CPU once their outputs are cached.
-        dtype: dtype of the frozen base model (default: bfloat16 on a GPU, float32 on a CPU); adapters are in float32.
-            float16 needs `--mixed-precision fp16`.
+        dtype: of the frozen base model (default: bfloat16 on a GPU, float32 on a CPU); float16 needs `--mixed-precision fp16`.
         quantize: quantization of frozen linear layers: a kind for the denoiser (`nf4`, `nf4-dq`, `fp4`, `fp4-dq`, `int4`, `int8`,
             `int8-torchao`, `int8-quanto`, `fp8`) or a GGUF file, or COMPONENT=KIND for each component (default: none).
-        shard_base: split the frozen weights over the processes of `accelerate launch` (FSDP2), which saves memory; not with
-            `quantize`.
+        shard_base: split the frozen weights over the processes of `accelerate launch` (FSDP2); not with `quantize`.
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
         gradient_checkpointing: recompute activations in the backward pass, which saves memory.
         save_dtype: dtype of the saved adapter; 16 bits halve the file, and training stays in float32.
@@ -111,6 +109,8 @@ class PersonalizeConfig:
         tracker: tracker names as in accelerate, separated by commas, or `none`.
         truncate: captions longer than the text encoder accepts: `error` rejects them, `warn` truncates them.
         dry_run: print what would be trained, with memory and time, and stop.
+        check: print the memory of the run without loading weights, and whether it fits into a size such as `12GB`, or into the
+            free memory of `cpu` or `cuda`; `base` may also be an architecture, such as `flux`, `sdxl` or `sd35`.
         out: folder for all results (default: a new one under `runs`).
     """
 
@@ -174,6 +174,7 @@ class PersonalizeConfig:
     tracker: str = "tensorboard"
     truncate: str = "error"
     dry_run: bool = False
+    check: str | None = None
     out: Path | None = None
 
     def with_defaults(self) -> PersonalizeConfig:
@@ -230,17 +231,14 @@ class PersonalizeConfig:
     def with_token(self, tokenizers: Sequence[Any]) -> PersonalizeConfig:
         """The config with the trained token as the concept, also in prompts and templates; see `new_token`."""
         names = split_methods(self.method)
-        if any("tokens" in self.options.get(n, {}) for n in names) or not any(
-            trains_token_embeddings(methods.get(n)) for n in names
-        ):
+        chosen = any("tokens" in self.options.get(n, {}) for n in names)
+        if chosen or not any(trains_token_embeddings(methods.get(n)) for n in names):
             return self
         token = new_token(self.concept, self.class_word, tokenizers)
-        texts: dict[str, Any] = {
-            name: tuple(rename_concept(text, self.concept, token) for text in getattr(self, name)) or None
-            for name in TEXTS
-            if getattr(self, name) is not None
-        }
-        return dataclasses.replace(self, concept=token, **texts)
+        known = {name: texts for name in TEXTS if (texts := getattr(self, name)) is not None}
+        renamed = {n: tuple(rename_concept(text, self.concept, token) for text in texts) or None for n, texts in known.items()}
+        changes: dict[str, Any] = {"concept": token, **renamed}
+        return dataclasses.replace(self, **changes)
 
     def rates(self) -> dict[str, float]:
         """Learning rate of each method: the configured one, else that of the preset, else that of the method."""
@@ -259,8 +257,8 @@ class PersonalizeConfig:
     def default_rates(self) -> dict[str, float]:
         """Default learning rate of each method: that of the preset, else that of the method."""
         known = base_models.preset(self.base).training
-        names = split_methods(self.method)
-        return {n: float(known.get(n, {}).get("learning_rate", methods.get(n).learning_rate)) for n in names}
+        rates = {name: methods.get(name).learning_rate for name in split_methods(self.method)}
+        return {name: float(known.get(name, {}).get("learning_rate", rate)) for name, rate in rates.items()}
 
     def text_rate(self) -> float:
         """Learning rate of weights in text encoders."""
@@ -269,10 +267,8 @@ class PersonalizeConfig:
     def main_rate(self) -> float:
         """Base learning rate, to which others are relative: that of the first method on weights, or of the only method."""
         rates = self.rates()
-        return next(
-            (r for n, r in rates.items() if not trains_token_embeddings(methods.get(n))),
-            next(iter(rates.values())),
-        )
+        on_weights = [rate for name, rate in rates.items() if not trains_token_embeddings(methods.get(name))]
+        return [*on_weights, *rates.values()][0]
 
     def loop(self) -> TrainConfig:
         """Configuration of the training loop."""

@@ -32,6 +32,9 @@ class DiT(Family):
         """
         return {"class_labels": torch.tensor([self.label(prompt) for prompt in prompts])}
 
+    def text_shapes(self, rows: int) -> dict[str, Tensor]:
+        return {"class_labels": torch.empty(rows, dtype=torch.int64, device="meta")}
+
     def label(self, prompt: str) -> int:
         """The number of a class; the one after the last is the unconditional class."""
         classes = int(self.config.num_embeds_ada_norm)

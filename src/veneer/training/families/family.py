@@ -32,7 +32,7 @@ class Family(ABC):
         square: True if only square images are supported.
 
     Attributes:
-        pipe: the pipeline; each call uses its current components.
+        pipe: the pipeline; each call uses its current components. On the meta device it needs no tokenizers.
         guidance: guidance input of guidance-distilled transformers (FLUX.1-dev), else unused.
         max_tokens: number of T5 tokens (default: that of the pipeline); CLIP uses its tokenizer's maximum.
         truncate: for prompts above the token limit: `error`, or `warn` and truncate as the pipeline does.
@@ -48,12 +48,7 @@ class Family(ABC):
     square: ClassVar[bool] = False
 
     def __init__(
-        self,
-        pipe: Any,
-        *,
-        truncate: Literal["error", "warn"] = "error",
-        max_tokens: int | None = None,
-        guidance: float = 3.5,
+        self, pipe: Any, *, truncate: Literal["error", "warn"] = "error", max_tokens: int | None = None, guidance: float = 3.5
     ) -> None:
         if truncate not in ("error", "warn"):
             message = f"truncate must be 'error' or 'warn', got {truncate!r}"
@@ -62,7 +57,8 @@ class Family(ABC):
         self.truncate = truncate
         self.max_tokens = max_tokens
         self.guidance = guidance
-        missing = [name for name in self.needs if getattr(pipe, name, None) is None]
+        spare = "tokenizer" if str(getattr(getattr(pipe, self.denoiser, None), "device", "")) == "meta" else None
+        missing = [n for n in self.needs if getattr(pipe, n, None) is None and not (spare and n.startswith(spare))]
         if missing:
             message = (
                 f"{type(pipe).__name__} has no {', '.join(missing)}. Training needs {', '.join(self.needs)}: load a complete "
@@ -204,6 +200,10 @@ class Family(ABC):
     def t5_tokens(self) -> int:
         """Token limit of T5: `max_tokens`, or the default of the pipeline's `encode_prompt`."""
         return self.max_tokens or int(inspect.signature(self.pipe.encode_prompt).parameters["max_sequence_length"].default)
+
+    @abstractmethod
+    def text_shapes(self, rows: int) -> dict[str, Tensor]:
+        """Tensors on the meta device with the shapes and dtypes that `encode_text` returns for `rows` prompts."""
 
     def prepare(self, prompts: list[str], tokenizer: Any) -> list[str]:
         """The prompts as the pipeline passes them to a tokenizer, with multi-vector tokens expanded."""

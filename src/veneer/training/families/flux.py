@@ -36,6 +36,13 @@ class Flux(Family):
         embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, device=self.text_device, max_sequence_length=self.t5_tokens)
         return {"prompt_embeds": embeds, "pooled": pooled}
 
+    def text_shapes(self, rows: int) -> dict[str, Tensor]:
+        config, dtype = self.config, self.pipe.text_encoder.dtype
+        return {
+            "prompt_embeds": torch.empty(rows, self.t5_tokens, config.joint_attention_dim, dtype=dtype, device="meta"),
+            "pooled": torch.empty(rows, config.pooled_projection_dim, dtype=dtype, device="meta"),
+        }
+
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:
         height, width = noisy.shape[-2:]
         guidance = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .family import Family, Sizes
@@ -31,6 +32,13 @@ class PixArt(Family):
             prompts, False, device=self.text_device, clean_caption=False, max_sequence_length=self.t5_tokens
         )
         return {"prompt_embeds": embeds, "mask": mask}
+
+    def text_shapes(self, rows: int) -> dict[str, Tensor]:
+        width, dtype = self.config.caption_channels, self.pipe.text_encoder.dtype
+        return {
+            "prompt_embeds": torch.empty(rows, self.t5_tokens, width, dtype=dtype, device="meta"),
+            "mask": torch.empty(rows, self.t5_tokens, dtype=torch.int64, device="meta"),
+        }
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:
         conditions: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .family import Family, Sizes
@@ -19,6 +20,11 @@ class StableDiffusion(Family):
         self.check_length(prompts)
         embeds, _ = self.pipe.encode_prompt(prompts, self.text_device, 1, False)
         return {"prompt_embeds": embeds}
+
+    def text_shapes(self, rows: int) -> dict[str, Tensor]:
+        text = self.pipe.text_encoder
+        width, tokens = text.config.hidden_size, text.config.max_position_embeddings
+        return {"prompt_embeds": torch.empty(rows, tokens, width, dtype=text.dtype, device="meta")}
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:
         output: Tensor = self.tower(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .family import Family, Sizes
@@ -25,6 +26,14 @@ class StableDiffusion3(Family):
             prompts, None, None, device=self.text_device, do_classifier_free_guidance=False, max_sequence_length=self.t5_tokens
         )
         return {"prompt_embeds": embeds, "pooled": pooled}
+
+    def text_shapes(self, rows: int) -> dict[str, Tensor]:
+        text = self.pipe.text_encoder
+        tokens, config = text.config.max_position_embeddings + self.t5_tokens, self.config
+        return {
+            "prompt_embeds": torch.empty(rows, tokens, config.joint_attention_dim, dtype=text.dtype, device="meta"),
+            "pooled": torch.empty(rows, config.pooled_projection_dim, dtype=text.dtype, device="meta"),
+        }
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:
         output: Tensor = self.tower(

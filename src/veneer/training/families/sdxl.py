@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .family import Family, Sizes
@@ -22,6 +23,14 @@ class StableDiffusionXL(Family):
         self.check_length(prompts)
         embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, device=self.text_device, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds, "pooled": pooled}
+
+    def text_shapes(self, rows: int) -> dict[str, Tensor]:
+        first, second, dtype = self.pipe.text_encoder.config, self.pipe.text_encoder_2.config, self.pipe.text_encoder.dtype
+        width = first.hidden_size + second.hidden_size
+        return {
+            "prompt_embeds": torch.empty(rows, first.max_position_embeddings, width, dtype=dtype, device="meta"),
+            "pooled": torch.empty(rows, second.projection_dim, dtype=dtype, device="meta"),
+        }
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:
         embeds = self.cast(text["prompt_embeds"])

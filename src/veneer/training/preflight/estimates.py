@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,8 @@ from ..encoder_offload import offloaded_modules
 from ..loop.config import TrainConfig
 from ..loop.optimizer_step import AUTOCAST
 from ..report.progress import clock
-from .step_cost import STATES, StepCost, count_step_cost, flops_per_second, measure_step_cost, nbytes
+from .memory_parts import count_training_step, phase_peaks, training_bytes, vae_bytes
+from .step_cost import STATES, StepCost, flops_per_second, measure_step_cost, nbytes
 
 if TYPE_CHECKING:
     from veneer.injection.attachment.attachment import Attachment
@@ -34,7 +34,8 @@ class Estimate:
         base: bytes of the weights on the device, including adapters; of a sharded base model, of the part on this process.
         offloaded: bytes of encoders that are on the CPU, and return for previews and evaluation.
         training: bytes of gradients, optimizer state, EMA weights and the copy of the last good weights.
-        activations: peak bytes of the forward and backward pass of a micro-batch.
+        activations: peak bytes of the forward and backward pass of a micro-batch, beyond the gradients of the adapters.
+        encoding, decoding: peak bytes of the VAE's pass for a photo and, with previews or evaluation, for an image.
         checkpoint: bytes of one checkpoint.
         seconds: seconds of one optimizer step. `steps`: steps of the run.
         measured: True if `seconds` and `activations` are measured in a warm step, False if estimated from shapes.
@@ -57,6 +58,8 @@ class Estimate:
     loading: float = 0.0
     written: int = 0
     offloaded: int = 0
+    encoding: int = 0
+    decoding: int = 0
 
     @property
     def total_seconds(self) -> float:
@@ -66,7 +69,8 @@ class Estimate:
     @property
     def memory(self) -> int:
         """Peak bytes of all tensors on the device, in training or generation, without the process and its libraries."""
-        return self.base + self.training + max(self.activations, self.offloaded)
+        parts = self.training, self.activations, self.encoding, self.decoding
+        return max(phase_peaks(self.base, self.offloaded, *parts, offloads=self.offloaded > 0).values())
 
     def __str__(self) -> str:
         parts = f"base {size(self.base)}, training {size(self.training)}, activations {size(self.activations)}"
@@ -108,9 +112,9 @@ def estimate(
         images, previews: number of images for evaluation and previews. `sampling`: their settings. `loading`: seconds so far.
     """
     trainable = [p for a in attachments for p in a.parameters() if p.requires_grad]
-    step = _step(family, resolution, rows, texts, config.mixed_precision)
     device = trainable[0].device
     if measure:
+        step = _step(family, resolution, rows, texts, config.mixed_precision)
         if any(map(is_sharded, family.tower.parameters())):
             with torch.no_grad():
                 step()  # allocates the buffers of whole weights, which are empty except while a block runs
@@ -118,18 +122,17 @@ def estimate(
         seconds = cost.seconds or 0.0
         forward = cost.forward or seconds / 3
     else:
-        cost = count_step_cost(family.tower, _inputs(family.tower, step), trainable)
+        cost = count_training_step(family, trainable, resolution, rows, config.mixed_precision)
         seconds = cost.flops / flops_per_second(device, AUTOCAST[config.mixed_precision] or torch.float32)
         forward = seconds / 3
     values = sum(p.numel() for p in trainable)
-    state = STATES.get(config.optimizer, 8)
-    copies = 4 * (2 if config.ema else 1)
+    encoding, decoding = vae_bytes(family, resolution)
     passes = 0 if sampling is None else sampling.steps * (2 if sampling.guidance > 1 else 1)
     parts = [part for part in family.pipe.components.values() if isinstance(part, nn.Module)]
     return Estimate(
         base=nbytes(t for part in parts for _, t in plain_tensors(part) if t.device == device),
-        training=round(values * (4 + state + copies + (4 if config.ema else 0))),
-        activations=cost.activations,
+        training=training_bytes(values, config),
+        activations=max(0, cost.activations - 4 * values),
         checkpoint=checkpoint_bytes(values, config),
         seconds=seconds * samples / rows,
         steps=config.steps,
@@ -139,6 +142,8 @@ def estimate(
         image_seconds=forward / rows * passes,
         loading=loading,
         written=written_bytes(values, config, images + previews, resolution),
+        encoding=encoding,
+        decoding=decoding if images + previews else 0,
         offloaded=nbytes(t for part in offloaded_modules(family.pipe) for t in part.parameters()) if images + previews else 0,
     )
 
@@ -200,25 +205,3 @@ def _undisturbed(action: Callable[[], StepCost], trainable: Sequence[Tensor]) ->
     finally:
         for p, gradient in zip(trainable, gradients, strict=True):
             p.grad = gradient
-
-
-class _Caught(Exception):
-    pass
-
-
-def _inputs(tower: nn.Module, step: Callable[[], Tensor]) -> Mapping[str, Any]:
-    """The arguments by name of the denoiser call in a step; the denoiser does not run."""
-    caught: dict[str, Any] = {}
-
-    def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
-        caught.update(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
-        raise _Caught
-
-    handle = tower.register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        step()
-    except _Caught:
-        pass
-    finally:
-        handle.remove()
-    return caught

@@ -19,6 +19,7 @@ from ..loop.disk_space import free_bytes
 from . import checks
 from .checks import Concern
 from .estimates import Estimate, estimate
+from .memory_size import free_memory
 
 if TYPE_CHECKING:
     from veneer.injection.attachment.attachment import Attachment
@@ -164,7 +165,9 @@ def _photo_summary(photos: Sequence[Photo], resolution: int, config: TrainConfig
 def _check_capacity(estimate: Estimate, config: TrainConfig, tower: nn.Module, folder: Path | None) -> Iterator[Concern]:
     device = next(tower.parameters()).device
     needs = {"memory": estimate.memory - estimate.base, "disk": estimate.written}
-    return checks.check_capacity(needs, {"memory": _free(device), "disk": free_bytes(folder)}, certain=device.type == "cuda")
+    return checks.check_capacity(
+        needs, {"memory": free_memory(device), "disk": free_bytes(folder)}, certain=device.type == "cuda"
+    )
 
 
 def require_disk(folder: Path, need: int) -> None:
@@ -175,16 +178,3 @@ def require_disk(folder: Path, need: int) -> None:
     """
     found = tuple(checks.check_capacity({"disk": need}, {"disk": free_bytes(folder)}, certain=False))
     Preflight((), "", None, found).check()
-
-
-def _free(device: torch.device) -> int | None:
-    """Free bytes of the device besides the loaded weights; None if unknown."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
-    if device.type == "cpu":
-        import psutil  # a dependency of accelerate
-
-        return int(psutil.virtual_memory().available)
-    return None

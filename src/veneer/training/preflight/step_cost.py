@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 import weakref
@@ -35,6 +36,21 @@ class StepCost:
     flops: int
     seconds: float | None = None
     forward: float | None = None
+
+
+class FlopCounter(FlopCounterMode):
+    """torch's counter without its module tracker, whose gradient hooks would keep recomputed activations alive."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self.mod_tracker: Any = _NoTracker()
+
+
+class _NoTracker(contextlib.AbstractContextManager[None]):
+    parents = ("Global",)
+
+    def __exit__(self, *error: object) -> None:
+        return None
 
 
 class PeakBytes(TorchDispatchMode):
@@ -76,15 +92,45 @@ def _tensors(tree: Any) -> list[Tensor]:
     return found
 
 
-def count_step_cost(tower: nn.Module, inputs: Mapping[str, Any], trainable: Iterable[Tensor] = ()) -> StepCost:
+def count_step_cost(
+    tower: nn.Module,
+    inputs: Mapping[str, Any],
+    trainable: Iterable[Tensor] = (),
+    dtype: torch.dtype | None = None,
+    flops: bool = True,
+) -> StepCost:
     """Cost of a pass through `tower` from shapes with fake tensors, without computation or memory.
 
     Args:
-        tower: model with attached adapters. `inputs`: keyword inputs with the real shapes, which may be on `meta`.
+        tower: model with attached adapters, which may be on `meta` and is then counted as on a CPU.
+        inputs: keyword inputs with the real shapes, which may be on `meta`.
         trainable: parameters with gradients besides those that require them.
+        dtype: autocast dtype, or None. `flops`: count them too, else they are 0.
     """
+    run, mode = fake_pass(tower, inputs, trainable, dtype)
+    return _under_counters(lambda: _loss(run()), mode, flops)
+
+
+def count_forward_bytes(tower: nn.Module, inputs: Mapping[str, Any], method: str = "forward") -> int:
+    """Peak bytes that a method of `tower` allocates without gradients, from shapes; see `count_step_cost`."""
+    run, mode = fake_pass(tower, inputs, method=method)
+    with torch.no_grad(), mode, PeakBytes() as peak:
+        run()
+    return peak.peak
+
+
+def fake_pass(
+    tower: nn.Module,
+    inputs: Mapping[str, Any],
+    trainable: Iterable[Tensor] = (),
+    dtype: torch.dtype | None = None,
+    method: str = "forward",
+) -> tuple[Callable[[], Any], FakeTensorMode]:
+    """A call of a copy of `tower` with fake tensors, and the mode in which it runs."""
     extra = {id(p) for p in trainable}
     device = next(tower.parameters()).device
+    if device.type == "meta":
+        device = torch.device("cpu")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(t: Tensor) -> Tensor:
@@ -95,7 +141,13 @@ def count_step_cost(tower: nn.Module, inputs: Mapping[str, Any], trainable: Iter
     memo: dict[int, Any] = {id(t): fake(t) for t in (*tower.parameters(), *tower.buffers())}
     twin = copy.deepcopy(tower, memo)
     fake_inputs = tree_map(lambda v: fake(v) if isinstance(v, Tensor) else v, dict(inputs))
-    return _under_counters(lambda: _loss(twin(**fake_inputs)), mode)
+    call = twin if method == "forward" else getattr(twin, method)
+
+    def run() -> Any:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            return call(**fake_inputs)
+
+    return run, mode
 
 
 def measure_step_cost(step: Callable[[], Tensor]) -> StepCost:
@@ -114,16 +166,16 @@ def measure_step_cost(step: Callable[[], Tensor]) -> StepCost:
     return StepCost(cost.activations, cost.flops, time.perf_counter() - start, forward)
 
 
-def _under_counters(step: Callable[[], Tensor], mode: Any = None) -> StepCost:
-    peak, flops = PeakBytes(), FlopCounterMode(display=False)
-    with torch.enable_grad(), flops:
+def _under_counters(step: Callable[[], Tensor], mode: Any = None, count_flops: bool = True) -> StepCost:
+    peak, flops = PeakBytes(), FlopCounter()
+    with torch.enable_grad(), flops if count_flops else contextlib.nullcontext():
         if mode is None:
             with peak:
                 step().backward()
         else:
             with mode, peak:
                 step().backward()
-    return StepCost(peak.peak, flops.get_total_flops())
+    return StepCost(peak.peak, flops.get_total_flops() if count_flops else 0)
 
 
 def _loss(output: Any) -> Tensor:

@@ -1,0 +1,106 @@
+"""Parts of the memory of a run from shapes: what training adds to the weights, activations of a step, and the VAE's passes.
+
+The estimate of a loaded run and the prediction for a base model without weights are both sums of these.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families import Family
+from ..loop.config import TrainConfig
+from ..loop.optimizer_step import AUTOCAST
+from .step_cost import STATES, StepCost, count_forward_bytes, count_step_cost
+
+
+def training_bytes(values: int, config: TrainConfig) -> int:
+    """Bytes of float32 gradients, optimizer state, EMA weights and the copy of the last good weights and EMA weights.
+
+    Args:
+        values: number of trainable parameters.
+    """
+    copies = 4 * (2 if config.ema else 1)
+    return round(values * (4 + STATES.get(config.optimizer, 8) + copies + (4 if config.ema else 0)))
+
+
+def phase_peaks(
+    resident: int, encoders: int, training: int, activations: int, encoding: int, decoding: int, offloads: bool
+) -> dict[str, int]:
+    """Peak bytes of each phase of a run.
+
+    Args:
+        resident: weights of the denoiser and adapters. `encoders`: weights of VAE and text encoders.
+        training: see `training_bytes`. `activations`: of a step beyond its gradients.
+        encoding, decoding: what the VAE allocates for a photo and for an image.
+        offloads: whether the encoders leave the device once their outputs are cached, and return to generate images.
+    """
+    kept = 0 if offloads else encoders
+    return {
+        "loading": resident + encoders,
+        "caching": resident + encoders + encoding if offloads else 0,
+        "training": resident + kept + training + max(activations, 0 if offloads else encoding),
+        "generating": resident + encoders + training + decoding,
+    }
+
+
+def count_training_step(
+    family: Family, trainable: Iterable[Tensor], resolution: int, rows: int, precision: str, flops: bool = True
+) -> StepCost:
+    """Cost of a micro-batch from shapes, with the passes of text encoders that train.
+
+    Args:
+        trainable: trainable parameters. `resolution`: side in pixels. `rows`: images. `precision`: autocast dtype, as in
+            `mixed_precision`.
+        flops: count them too, which takes longer than the bytes.
+    """
+    trainable = list(trainable)
+    dtype = AUTOCAST[precision]
+    latent = resolution // family.vae_factor
+    noisy = torch.empty(rows, family.pipe.vae.config.latent_channels, latent, latent, device=family.device)
+    text = {name: torch.empty_like(shape, device=family.device) for name, shape in family.text_shapes(rows).items()}
+    times = torch.zeros(rows, device=family.device)
+    inputs = catch_inputs(family.tower, lambda: family.denoise(noisy, times, text))
+    costs = [count_step_cost(family.tower, inputs, trainable, dtype, flops)]
+    for tower in family.text_towers.values():
+        if any(p.requires_grad for p in tower.parameters()):
+            limit = getattr(tower.config, "max_position_embeddings", None) or family.t5_tokens
+            ids = torch.zeros(rows, int(limit), dtype=torch.int64, device="meta")
+            costs.append(count_step_cost(tower, {"input_ids": ids}, trainable, dtype, flops))
+    return StepCost(sum(cost.activations for cost in costs), sum(cost.flops for cost in costs))
+
+
+def vae_bytes(family: Family, resolution: int) -> tuple[int, int]:
+    """What the VAE allocates while it encodes one photo and decodes one image; a float16 VAE with `force_upcast` uses float32."""
+    vae, side = family.pipe.vae, resolution // family.vae_factor
+    factor = 2 if vae.dtype == torch.float16 and vae.config.get("force_upcast", False) else 1
+    photo = torch.empty(1, 3, resolution, resolution, dtype=vae.dtype, device="meta")
+    latents = torch.empty(1, vae.config.latent_channels, side, side, dtype=vae.dtype, device="meta")
+    encoding = count_forward_bytes(vae, {"x": photo}, "encode")
+    return factor * encoding, factor * count_forward_bytes(vae, {"z": latents}, "decode")
+
+
+class _Caught(Exception):
+    pass
+
+
+def catch_inputs(tower: nn.Module, step: Callable[[], object]) -> Mapping[str, Any]:
+    """The arguments by name of the denoiser call in a step; the denoiser does not run."""
+    caught: dict[str, Any] = {}
+
+    def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
+        caught.update(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+        raise _Caught
+
+    handle = tower.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        step()
+    except _Caught:
+        pass
+    finally:
+        handle.remove()
+    return caught
