@@ -21,7 +21,7 @@ from veneer.control.image_embedding import Embedder, embedder
 from veneer.control.loss import ControlLoss, ImageEmbeddingInput, MapInput
 from veneer.control.maps import maps
 from veneer.control.maps.resize import resize_map
-from veneer.control.training_images import TrainingImages, open_training_images
+from veneer.control.training_images import TrainingImages, generated_count, open_training_images
 from veneer.injection import Attachment, attach
 from veneer.training import prepare_base
 from veneer.training.adapter_trainer import adapter_trainer
@@ -205,7 +205,7 @@ def _square(image: Image.Image, side: int) -> Image.Image:
 
 def _generation_progress(config: ControlConfig, report: PhaseReport) -> Callable[[int, int], None] | None:
     """Progress callback for the training images that the base model generates if there is no data folder."""
-    return None if config.data is not None else report("class_images", config.generated_images).reach
+    return None if config.data is not None else report("class_images", generated_count(config)).reach
 
 
 def _plan(run: ControlRun, images: TrainingImages, steps: int) -> str:

@@ -31,9 +31,9 @@ def run_all(work: Path, methods: Sequence[str], seeds: Sequence[int]) -> None:
             out = work / f"{method}-{seed}"
             if (out / "result.json").is_file():
                 continue
-            images = next((path for other in methods if (path := work / f"{other}-{seed}" / "drawn").is_dir()), None)
-            if images is not None and images.parent != out and not (out / "drawn").exists():
-                shutil.copytree(images, out / "drawn")
+            images = next((path for other in methods if (path := work / f"{other}-{seed}" / "generated").is_dir()), None)
+            if images is not None and images.parent != out and not (out / "generated").exists():
+                shutil.copytree(images, out / "generated")
             control(ControlConfig(method=method, seed=seed, out=out))
 
 

@@ -211,6 +211,13 @@ def test_only_looking(base: str, photos: Path, tmp_path: Path, capsys: pytest.Ca
     assert "condition canny" in capsys.readouterr().out
 
 
+def test_a_dry_run_generates_a_few_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = control(ControlConfig(out=tmp_path / "out", dry_run=True, grid_images=1))
+    assert {p.name for p in out.iterdir()} == {"maps.png", "generated"}
+    assert len(list((out / "generated").glob("*.png"))) == 8
+    assert "8 of 384" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method", ["controlnet", "ip_adapter"])
 def test_recomputed_activations_give_the_same_weights(base: str, photos: Path, tmp_path: Path, method: str) -> None:
     options = {"method": method, "learning_rate": 0.01, "eval_seeds": 0}

@@ -19,6 +19,9 @@ from veneer.training.loop.seeds import generator
 from .config import ControlConfig
 from .image_pairs import find_pairs
 
+DRY_RUN_IMAGES = 8
+"""Largest number of images that the base model generates for a dry run."""
+
 
 @dataclass(frozen=True)
 class TrainingImages:
@@ -38,7 +41,7 @@ class TrainingImages:
 def open_training_images(
     config: ControlConfig, kind: Family, out: Path, progress: Callable[[int, int], None] | None = None, base: str | None = None
 ) -> TrainingImages:
-    """The images of a run; without a data folder, the base model first generates them in `out/drawn`.
+    """The images of a run; without a data folder, the base model first generates them in `out/generated`.
 
     Args:
         base: digest of the base model (default: `base_digest(kind)`).
@@ -52,7 +55,9 @@ def open_training_images(
             raise OptionError(
                 "condition 'pairs' needs a data folder with photos and their maps.", option="data", expected="pairs"
             )
-        photos = generate_training_images(config, kind, out / "drawn", progress, base)
+        if config.generated_images > (count := generated_count(config)):
+            notes = (f"dry run: {count} of {config.generated_images} images were generated",)
+        photos = generate_training_images(config, kind, out / "generated", progress, base)
     elif config.condition == "pairs":
         found = find_pairs(config.data)
         photos, notes = [pair.photo for pair in found.pairs], found.notes
@@ -72,6 +77,11 @@ def open_training_images(
     )
 
 
+def generated_count(config: ControlConfig) -> int:
+    """Number of training images that the base model generates: a few in a dry run, which shows their maps."""
+    return min(config.generated_images, DRY_RUN_IMAGES) if config.dry_run else config.generated_images
+
+
 def generate_training_images(
     config: ControlConfig, kind: Family, folder: Path, progress: Callable[[int, int], None] | None = None, base: str | None = None
 ) -> list[Photo]:
@@ -88,12 +98,12 @@ def generate_training_images(
             option="data",
             given=None,
         )
-    things = [_choose(preset.things, config.seed, "thing", i) for i in range(config.generated_images)]
+    things = [_choose(preset.things, config.seed, "thing", i) for i in range(generated_count(config))]
     prompts = [_choose(preset.scenes, config.seed, "scene", i).replace("{thing}", thing) for i, thing in enumerate(things)]
     settings = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale}
     kind.pipe.set_progress_bar_config(disable=True)
     paths = generate_class_images(
-        kind, folder, prompts, config.generated_images, config.seed, batch=16, base=base, progress=progress, **settings
+        kind, folder, prompts, generated_count(config), config.seed, batch=16, base=base, progress=progress, **settings
     )
     captions = [preset.scene_caption.replace("{thing}", thing) for thing in things]
     return [replace(find_photos(path)[0], caption=caption) for path, caption in zip(paths, captions, strict=True)]
