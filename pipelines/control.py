@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from veneer.config_file import CONFIG, write_config
+from veneer.config_file import CONFIG, ConfigWriter
 from veneer.control.artifacts import ControlRun, write_files, write_maps, write_preview, write_results
 from veneer.control.config import ControlConfig
 from veneer.control.evaluation import Subject
@@ -74,8 +74,6 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
         if accelerator.is_main_process
         else PhaseReport()
     )
-    if accelerator.is_main_process and not config.dry_run:
-        write_config(out / CONFIG, "control train", config)
     report("loading")
     pipe = load_base(config, accelerator)
     prepare_base.freeze(pipe)
@@ -129,7 +127,7 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
         identity={**config.identity(), "base": digest, "pictures": [p.digest for p in (*data.train, *data.held)]},
         accelerator=accelerator,
         base=base,
-        on_step=ProgressLine(),
+        on_step=ConfigWriter(out / CONFIG, "control train", config, ProgressLine()),
         on_preview=lambda step: write_preview(run, step),
     )
     result = trainer.fit(config.resume)

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from veneer import base_models
-from veneer.config_file import CONFIG, write_config
+from veneer.config_file import CONFIG, ConfigWriter
 from veneer.injection import Attachment, OptionError
 from veneer.training import attach_methods, param_groups, prepare_base
 from veneer.training.adapter_trainer import adapter_trainer
@@ -81,8 +81,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     photos = find_photos(config.photos or "", concept=config.concept)
     main = accelerator.is_main_process
     report = PhaseReport(None if config.dry_run else out / "progress.jsonl", sys.stderr) if main else PhaseReport()
-    if main and not config.dry_run:
-        write_config(out / CONFIG, "personalize", config)
+    on_step = ConfigWriter(out / CONFIG, "personalize", config, ProgressLine())
     report("loading")
     pipe = load_base(config, accelerator)
     prepare_base.freeze(pipe)
@@ -159,7 +158,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
         identity={**config.identity(), "base": digest, "photos": [p.digest for p in [*photos, *prior]]},
         accelerator=accelerator,
         base=base,
-        on_step=ProgressLine(),
+        on_step=on_step,
         on_preview=lambda step: write_preview(run, step),
     )
     result = trainer.fit(config.resume)

@@ -19,7 +19,7 @@ from veneer.classification.models.loading import open_classifier
 from veneer.classification.report.artifacts import tidy, write_files, write_results
 from veneer.classification.train.hyperparameter_search import search_hyperparameters
 from veneer.classification.train.train import ClassifierTrainer, attach_methods
-from veneer.config_file import CONFIG, write_config
+from veneer.config_file import CONFIG, ConfigWriter
 from veneer.injection import Attachment
 from veneer.training.loop.distributed import on_main
 from veneer.training.loop.optimizer_step import AUTOCAST
@@ -67,8 +67,7 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
         if accelerator.is_main_process
         else PhaseReport()
     )
-    if accelerator.is_main_process and not config.dry_run:
-        write_config(out / CONFIG, "transfer", config)
+    on_step = ConfigWriter(out / CONFIG, "transfer", config, ProgressLine())
     report("loading")
     classifier = open_classifier(
         config.model, data.classes, weights=config.weights, keep_head=config.keeps_head(), size=config.size, seed=config.seed,
@@ -80,7 +79,7 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
         config = search_hyperparameters(config, classifier, views, out, accelerator, features)
         attached = attach_methods(classifier, config, data)
         identity = {**config.identity(), "splits": data.splits.digest, "weights": classifier.weights}
-        trainer = ClassifierTrainer(classifier, attached, views, config, out, accelerator, identity, ProgressLine(), features)
+        trainer = ClassifierTrainer(classifier, attached, views, config, out, accelerator, identity, on_step, features)
         if accelerator.is_main_process:
             print(_plan(config, data, classifier, attached, trainer), flush=True)
         if config.dry_run:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from tests.raising import raises
 from tests.training.images import save
 from veneer import OptionError
-from veneer.cli import main
-from veneer.config_file import entries_of, read_config
+from veneer.cli import main, parser_for
+from veneer.config_file import entries_of, read_config, to_toml
 from veneer.flags import values
 from veneer.methods.reparameterized.lora import LoRA
 from veneer.testing.pipelines import tiny_pipeline
@@ -109,6 +110,50 @@ def test_files_that_are_no_config(name: str, text: str | None, given: str, tmp_p
         read_config(["personalize", f"--config={tmp_path / name}"])
 
 
+def test_several_files_and_a_name_in_two_spellings_are_errors(tmp_path: Path) -> None:
+    for name in ("a.toml", "b.toml"):
+        (tmp_path / name).write_text("learning_rate = 1.0\nlearning-rate = 2.0")
+    files = [str(tmp_path / name) for name in ("a.toml", "b.toml")]
+    with raises(OptionError, where="config", given=tuple(files)):
+        read_config(["personalize", "--config", files[0], f"--config={files[1]}"])
+    with raises(OptionError, where=files[0], given=("learning-rate",)):
+        read_config(["--config", files[0]])
+
+
+def test_yaml_has_numbers_without_a_point_and_words_for_false(tmp_path: Path) -> None:
+    assert config_of("alpha: 1e-3", tmp_path / "run.yaml") == {"alpha": 1e-3}
+    with raises(OptionError, where="word", given=False) as caught:
+        config_of("word: no", tmp_path / "run.yaml")
+    assert "quotes" in str(caught.value)
+
+
+def test_files_of_windows_editors_and_home_folders(tmp_path: Path) -> None:
+    (tmp_path / "run.TOML").write_bytes('folder = "~/photos"'.encode("utf-8-sig"))
+    assert entries_of(read_config(["--config", str(tmp_path / "run.TOML")]), Config) == {"folder": Path.home() / "photos"}
+
+
+def test_options_of_another_method_say_which_one_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[dora]\nrank = 4")
+    with raises(OptionError, where="dora", given="dora", expected=("lora",)):
+        entries_of(read_config(["--config", str(tmp_path / "run.toml")]), Config, {"lora": LoRA})
+    (tmp_path / "run.toml").write_text('method = ["lora"]')
+    with raises(OptionError, where="method", given=["lora"]):
+        parser_for(["personalize", "--config", str(tmp_path / "run.toml")])
+
+
+def test_a_flag_is_not_abbreviated(tmp_path: Path) -> None:
+    """`--conf` would otherwise be accepted, and its file ignored."""
+    (tmp_path / "run.toml").write_text("seed = 3")
+    with pytest.raises(SystemExit) as stopped:
+        main(["personalize", "--conf", str(tmp_path / "run.toml"), "--print-config"])
+    assert stopped.value.code == 2
+
+
+def test_values_of_numpy_are_written() -> None:
+    config = Config(Path("x"), rank=np.int64(3), alpha=np.float32(0.5), names=("a", None))  # type: ignore[arg-type]
+    assert {"rank = 3", "alpha = 0.5", 'names = ["a"]'} <= set(to_toml("personalize", config).splitlines())
+
+
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     capsys.readouterr()
     assert main([*words, "--print-config"]) == 0
@@ -151,6 +196,9 @@ def test_a_required_argument_may_be_in_the_file(tmp_path: Path, capsys: pytest.C
     assert stopped.value.code == 2
     (tmp_path / "run.toml").write_text('prompt = ["a cat"]')
     assert 'prompt = ["a cat"]' in printed(capsys, "generate", "--config", str(tmp_path / "run.toml"))
+    (tmp_path / "run.toml").write_text('folder = "runs/x"')
+    text = printed(capsys, "predict", "a.png", "b.png", "--config", str(tmp_path / "run.toml"))
+    assert {'folder = "runs/x"', 'images = ["a.png", "b.png"]'} <= set(text.splitlines())
 
 
 @pytest.fixture
@@ -182,3 +230,14 @@ def test_a_run_is_repeated_by_its_config(command: str, folders: tuple[str, str],
     first, second = (tmp_path / name / "adapter.safetensors" for name in ("flags", "again"))
     assert first.read_bytes() == second.read_bytes()
     assert (tmp_path / "again" / "config.toml").read_text() == config.read_text()
+
+
+def test_a_rejected_start_keeps_the_config_of_the_run(folders: tuple[str, str], tmp_path: Path) -> None:
+    photos, base = folders
+    words = ["personalize", photos, "--concept", "<toy>", "--base", base, "--method", "lora", "--eval-seeds", "0",
+             "--tracker", "none", "--steps", "2", "--checkpoint-every", "1", "--out", str(tmp_path / "run")]  # fmt: skip
+    assert main([*words, "--rank", "2"]) == 0
+    config = (tmp_path / "run" / "config.toml").read_text()
+    assert main([*words, "--rank", "3", "--resume"]) == 1
+    assert (tmp_path / "run" / "config.toml").read_text() == config
+    assert main([*words[:-2], "--rank", "2", "--resume"]) == 1, "which folder?"

@@ -117,7 +117,10 @@ def command_name(arguments: Sequence[str]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that prints its usage before an error only if it is short; the usage of `personalize` has 47 lines."""
+    """A parser without abbreviated flags. It prints its usage before an error only if it is short."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
         usage = self.format_usage()

@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from veneer.config_file import add_config_flags, entries_of, read_config, to_toml
+from veneer.config_file import add_config_flags, entries_of, method_of, read_config, to_toml
 from veneer.discovery import find_entries
 from veneer.flags import add_flags, required_fields, values
 from veneer.static_source import class_named, class_of
@@ -32,7 +32,7 @@ def _training_command(function: str, config_name: str, positional: str) -> AddFl
         module = f"veneer.pipelines.{function}"
         config_class = class_of(module, config_name)
         file = read_config(arguments)
-        names = _method_names(arguments, str(file.get("method", config_class.method)))
+        names = _method_names(arguments, method_of(file, config_class.method))
         taken = add_flags(parser, config_class, positional=(positional,), skip=("options",))
         add_config_flags(parser)
         for name in names:
@@ -103,7 +103,9 @@ def _config_command(
     def add(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         path = f"veneer.{module}" if "." in module else f"veneer.pipelines.{module}"
         file = read_config(arguments)
-        add_flags(parser, class_of(path, config_name), positional=positional, required=not file)
+        # with two positional arguments, those in the file leave the words of the command line to the others
+        fixed = [name for name in positional if name in file] if len(positional) > 1 else []
+        add_flags(parser, class_of(path, config_name), positional=positional, skip=fixed, required=not file)
         add_config_flags(parser)
 
         def run(namespace: argparse.Namespace) -> None:

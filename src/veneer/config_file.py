@@ -20,7 +20,7 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union
 
@@ -44,30 +44,55 @@ def read_config(arguments: Sequence[str]) -> Table:
     """The content of the file after `--config` in a command line, with `_` in names; empty without one.
 
     Raises:
-        OptionError: no such file, another type of file, or not a table.
+        OptionError: no such file, another type of file, not a table, or two files.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config")
+    parser.add_argument("--config", action="append", default=[])
     try:
-        name = parser.parse_known_args(list(arguments))[0].config
+        names = parser.parse_known_args(list(arguments))[0].config
     except argparse.ArgumentError:  # no value: the command's own parser reports it
-        name = None
-    return {} if name is None else _read(Path(name).expanduser())
+        names = []
+    if len(names) > 1:
+        _fail(f"--config: {len(names)} files; expected one.", "config", given=tuple(names), expected=1)
+    return _read(Path(names[0]).expanduser()) if names else {}
+
+
+def method_of(content: Table, default: str) -> str:
+    """The methods in a config file, by default those of the command.
+
+    Raises:
+        OptionError: they are not a string.
+    """
+    method = content.get("method", default)
+    if not isinstance(method, str):
+        _fail(
+            f"config file: method is {method!r}; expected a string, such as 'ssf+lora'.",
+            "method",
+            given=method,
+            expected="a string",
+        )
+    return method
 
 
 def _read(file: Path) -> Table:
-    parse = {".toml": _parse_toml, ".yaml": _parse_yaml, ".yml": _parse_yaml}.get(file.suffix)
+    parse = {".toml": _parse_toml, ".yaml": _parse_yaml, ".yml": _parse_yaml}.get(file.suffix.lower())
     if parse is None:
         _fail(f"--config {file}: expected a .toml or .yaml file.", file, given=file.suffix, expected=(".toml", ".yaml"))
     try:
-        content = parse(file.read_text(encoding="utf-8"))
+        content = parse(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         _fail(f"--config {file}: cannot be read ({error.strerror}).", file, given="unreadable")
     except ValueError as error:
         _fail(f"--config {file}: {error}", file, given="syntax")
     if not isinstance(content, dict):
         _fail(f"--config {file}: expected names and values, got {type(content).__name__}.", file, given=type(content).__name__)
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
+    table = {str(key).replace("-", "_"): value for key, value in content.items()}
+    if len(table) < len(content):
+        twice = [key for key in map(str, content) if key.replace("-", "_") in content and "-" in key]
+        _fail(
+            f"--config {file}: {', '.join(twice)} is there with - and with _; expected one of the two.", file, given=tuple(twice)
+        )
+    return table
 
 
 def _parse_toml(text: str) -> Any:
@@ -106,6 +131,14 @@ def entries_of(content: Table, config: type, methods: Mapping[str, type] = types
                 name = str(name).replace("-", "_")
                 _check_known(f"{key}.{name}", name, options)
                 entries[f"{key}.{name}"] = _typed(f"{key}.{name}", entry, options[name])
+        elif isinstance(value, dict) and key not in hints and methods:
+            used = ", ".join(methods)
+            _fail(
+                f"config file: options of {key}, but the run trains {used}; remove the table.",
+                key,
+                given=key,
+                expected=tuple(methods),
+            )
         else:
             _check_known(key, key, {**hints, **methods})
             entries[key] = _typed(key, value, hints.get(key, Mapping))
@@ -134,7 +167,8 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
         if matched:
             return result
     expected = " or ".join(_name(kind) for kind in kinds)
-    _fail(f"config file: {key} is {value!r}; expected {expected}.", key, given=value, expected=expected)
+    quote = " YAML reads no, yes, on and off as true and false: put them in quotes." if isinstance(value, bool) else ""
+    _fail(f"config file: {key} is {value!r}; expected {expected}.{quote}", key, given=value, expected=expected)
 
 
 def _alternatives(hint: Any) -> Iterator[Any]:
@@ -156,10 +190,19 @@ def _match(key: str, value: Any, kind: Any) -> tuple[bool, Any]:
     if isinstance(origin or kind, type) and issubclass(origin or kind, Mapping):
         return isinstance(value, dict), value
     if kind is Path:
-        return isinstance(value, str), Path(str(value))
+        return isinstance(value, str), Path(str(value)).expanduser()
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool), value
+        number = _number(value) if isinstance(value, str) else value
+        return isinstance(number, (int, float)) and not isinstance(number, bool), number
     return type(value) is kind or kind is Any, value
+
+
+def _number(text: str) -> float | str:
+    """The number in a text: YAML reads 1e-3, without a point, as one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _name(kind: Any) -> str:
@@ -180,6 +223,25 @@ def write_config(path: Path, command: str, config: Any) -> Path:
 
     write_atomically(path, to_toml(command, config).encode())
     return path
+
+
+class ConfigWriter:
+    """A callback for each step of a run: writes its config after the first one, then calls `on_step`.
+
+    A start that is rejected, such as a resume with other settings, leaves the file of the earlier run as it is.
+
+    Args:
+        path, command, config: as for `write_config`.
+    """
+
+    def __init__(self, path: Path, command: str, config: Any, on_step: Callable[[Any], object]) -> None:
+        self.path, self.command, self.config, self.on_step, self.is_written = path, command, config, on_step, False
+
+    def __call__(self, progress: Any) -> None:
+        if not self.is_written:
+            write_config(self.path, self.command, self.config)
+            self.is_written = True
+        self.on_step(progress)
 
 
 def to_toml(command: str, config: Any) -> str:
@@ -205,8 +267,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items() if each is not None}
     if isinstance(value, (tuple, list)):
-        return [_plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
+        return [_plain(each) for each in value if each is not None]
+    if hasattr(value, "item"):  # a scalar of numpy or torch
+        value = value.item()
+    return value if isinstance(value, (str, int, float)) else str(value)
 
 
 def _fail(message: str, where: Any, **attributes: Any) -> NoReturn:

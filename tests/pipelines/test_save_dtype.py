@@ -14,8 +14,10 @@ from veneer.pipelines.personalize import PersonalizeConfig, personalize
 
 import veneer
 from tests.raising import raises
+from veneer import SaveError
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.loop.errors import TrainError
+from veneer.training.save_dtype import cast_to
 
 FILES = ("adapter.safetensors", "pytorch_lora_weights.safetensors", "learned_embeds.safetensors")
 
@@ -75,3 +77,14 @@ def test_other_dtypes_are_errors(tmp_path: Path) -> None:
     for config in (PersonalizeConfig(concept="<toy>", save_dtype="float8"), ControlConfig(save_dtype="float8")):  # type: ignore[arg-type]
         with raises(TrainError, where="save_dtype", given="float8", expected=("float32", "bfloat16", "float16")):
             config.with_defaults()
+
+
+def test_values_beyond_float16_are_an_error_when_saved() -> None:
+    attached = veneer.attach(tiny_pipeline("sd"), "lora", rank=2)
+    with torch.no_grad():
+        next(iter(attached.parameters())).fill_(1e5)
+    with cast_to([attached], "bfloat16"):
+        pass
+    with raises(SaveError, where=attached.name, given="float16"), cast_to([attached], "float16"):
+        pass
+    assert {p.dtype for p in attached.parameters()} == {torch.float32}

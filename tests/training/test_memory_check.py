@@ -11,7 +11,7 @@ from veneer.pipelines.personalize import personalize
 from tests.raising import raises
 from veneer.base_models import BaseModelError
 from veneer.cli import main
-from veneer.injection import OptionError
+from veneer.injection import OptionError, UnsupportedSite
 from veneer.training.personalization_config import PersonalizeConfig
 from veneer.training.preflight.memory_changes import propose
 from veneer.training.preflight.memory_check import check_memory
@@ -141,3 +141,24 @@ def test_an_architecture_is_no_base_model_without_a_check(tmp_path):
     with raises(BaseModelError, where="kind", given="sd15", expected="weights"):
         personalize(PersonalizeConfig(base="sd15", out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_tokens_count(predictor, config):
+    """The base model is built without tokenizers; every vector has the width of the text encoder."""
+    plain = predictor.predict(replace(config, method="lora"))
+    both = predictor.predict(replace(config, method="pivotal", options={**config.options, "textual_inversion": {"vectors": 3}}))
+    assert both.values - plain.values == 3 * 128
+
+
+@pytest.mark.parametrize("method", ["glora", "full"])
+def test_quantization_is_not_proposed_to_methods_that_compute_the_weight(predictor, config, method):
+    found = propose(predictor, replace(config, method=method), 1)
+    assert not any("quantize" in flag for flag in found.flags)
+    assert "--gradient-checkpointing" in found.flags
+    with raises(UnsupportedSite, method=method, given="nf4"):
+        predictor.predict(replace(config, method=method, quantize=("nf4",)))
+
+
+def test_a_sharded_base_is_not_predicted():
+    with raises(OptionError, option="shard_base", given=True):
+        check_memory(replace(RUN, check="1GB", shard_base=True))

@@ -144,7 +144,8 @@ class TransferConfig:
     def with_defaults(self) -> TransferConfig:
         """The config with a results folder, a new one if none is set."""
         dataset = Path(self.data).name if self.data else "digits"
-        return self if self.out else dataclasses.replace(self, out=new_folder(Path("runs"), f"{dataset}-{self.method}"))
+        out = self.out or new_folder(Path("runs"), f"{dataset}-{self.method}", self.resume)
+        return dataclasses.replace(self, out=out)
 
     def build_methods(self, classes: int = 0, shots: int = 0) -> list[Method]:
         """Configs of the methods, in order.

@@ -76,7 +76,7 @@ class ControlConfig:
         gradient_checkpointing: recompute activations in the backward pass, which saves memory.
         cache: cache latents and text embeddings instead of computing them in each step.
         cache_folder: folder for the cache, which later runs reuse (default: in memory).
-        save_dtype: dtype of the saved adapter; 16 bits halve the file, and training stays in float32.
+        save_dtype: dtype of the trained parameters in the files; training stays in float32.
         seed: seed of all random numbers.
         checkpoint_every: optimizer steps between checkpoints; 0 saves one only when a run is stopped.
         resume: continue from the newest checkpoint in `out`.
@@ -176,7 +176,7 @@ class ControlConfig:
             "schedule": self.schedule or str(known.get("schedule", "constant")),
             "learning_rate": self._rate(known),
             "options": {self.method: {**known.get("options", {}), **self.options.get(self.method, {})}},
-            "out": self.out or new_folder(Path("runs"), f"{condition}-{self.method}"),
+            "out": self.out or new_folder(Path("runs"), f"{condition}-{self.method}", self.resume),
         }
         if self.preview_every is None:
             resolved["preview_every"] = max(1, resolved["steps"] // 4)

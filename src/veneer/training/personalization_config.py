@@ -97,7 +97,7 @@ class PersonalizeConfig:
         shard_base: split the frozen weights over the processes of `accelerate launch` (FSDP2); not with `quantize`.
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
         gradient_checkpointing: recompute activations in the backward pass, which saves memory.
-        save_dtype: dtype of the saved adapter; 16 bits halve the file, and training stays in float32.
+        save_dtype: dtype of the trained parameters in the files; training stays in float32.
         seed: seed of all random numbers.
         checkpoint_every: optimizer steps between checkpoints; 0 saves one only when a run is stopped.
         resume: continue from the newest checkpoint in `out`.
@@ -199,7 +199,8 @@ class PersonalizeConfig:
         resolved["batch"] = int(first.get("batch", 1)) if self.batch is None else self.batch
         resolved["schedule"] = str(first.get("schedule", "constant")) if self.schedule is None else self.schedule
         resolved["options"] = {**self.options, **{n: {**known[n].get("options", {}), **self.options.get(n, {})} for n in names}}
-        resolved["out"] = self.out or new_folder(Path("runs"), f"{_plain(resolved.get('concept', self.concept))}-{self.method}")
+        name = f"{_plain(resolved.get('concept', self.concept))}-{self.method}"
+        resolved["out"] = self.out or new_folder(Path("runs"), name, self.resume)
         return dataclasses.replace(self, **resolved)._checked()
 
     def _checked(self) -> PersonalizeConfig:
@@ -237,16 +238,15 @@ class PersonalizeConfig:
         token = new_token(self.concept, self.class_word, tokenizers)
         known = {name: texts for name in TEXTS if (texts := getattr(self, name)) is not None}
         renamed = {n: tuple(rename_concept(text, self.concept, token) for text in texts) or None for n, texts in known.items()}
-        changes: dict[str, Any] = {"concept": token, **renamed}
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, concept=token, **renamed)  # type: ignore[arg-type]
 
     def rates(self) -> dict[str, float]:
         """Learning rate of each method: the configured one, else that of the preset, else that of the method."""
         rates = self.default_rates()
         for name in rates:
             is_token_rate = trains_token_embeddings(methods.get(name)) and len(rates) > 1
-            rate = self.token_learning_rate if is_token_rate else self.learning_rate
-            rates[name] = rates[name] if rate is None else rate
+            configured = self.token_learning_rate if is_token_rate else self.learning_rate
+            rates[name] = rates[name] if configured is None else configured
         return rates
 
     def default_steps(self) -> int:

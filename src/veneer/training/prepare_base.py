@@ -8,8 +8,6 @@ from torch import nn
 
 from veneer.injection.errors import OptionError
 
-from .method_names import split_methods as split_methods
-
 
 def freeze(pipe: Any) -> None:
     """Sets every component of a pipeline to `eval` and disables its gradients; adapters are attached afterwards."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from veneer.base_models.devices import Dtype
-from veneer.injection import Attachment
+from veneer.injection import Attachment, SaveError
 
 
 @contextlib.contextmanager
@@ -21,7 +21,16 @@ def rounded_to(attachments: Sequence[Attachment], dtype: Dtype) -> Iterator[None
 
 @contextlib.contextmanager
 def cast_to(attachments: Sequence[Attachment], dtype: Dtype) -> Iterator[None]:
-    """Context in which parameters are in `dtype`, for writing files."""
+    """Context in which parameters are in `dtype`, for writing files.
+
+    Raises:
+        SaveError: a value is beyond the range of `dtype`.
+    """
+    largest = torch.finfo(getattr(torch, dtype)).max
+    for name, parameter in ((a.name, p) for a in attachments for p in a.parameters() if p.is_floating_point()):
+        if (values := parameter.detach().abs())[values.isfinite()].gt(largest).any():
+            message = f"{name} has values above {largest:g}, the largest of {dtype}; expected --save-dtype bfloat16 or float32."
+            raise SaveError(message, where=name, given=dtype, expected="bfloat16")
     with _changed(attachments, lambda values: values.to(getattr(torch, dtype))):
         yield
 

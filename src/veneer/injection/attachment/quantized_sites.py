@@ -25,15 +25,20 @@ def reject_weight_forms(planned: Plan) -> None:
         if isinstance(site, (WeightSite, ParamSite, NormSite)) and not acts_in_calls(site, adapter):
             tensor = base_tensor(planned.towers[site.component], site.path, site.param)
             if is_quantized(tensor):
-                kind, supported = type(tensor).__name__, methods_on_quantized(site)
-                raise UnsupportedSite(
-                    f"{site.name}: {method.name} with these options computes a new weight, and this one is quantized ({kind}). "
-                    f"Methods that work on it: {', '.join(supported) or 'none'}. Or load the base model unquantized.",
-                    site=site.name,
-                    method=method.name,
-                    given=kind,
-                    expected=supported,
-                )
+                raise weight_form_error(site, method, type(tensor).__name__)
+
+
+def weight_form_error(site: Site, method: Method, kind: str) -> UnsupportedSite:
+    """The error for a method that computes the weight at a site, which is quantized as `kind`."""
+    supported = methods_on_quantized(site)
+    return UnsupportedSite(
+        f"{site.name}: {method.name} with these options computes a new weight, and this one is quantized ({kind}). "
+        f"Methods that work on it: {', '.join(supported) or 'none'}. Or load the base model unquantized.",
+        site=site.name,
+        method=method.name,
+        given=kind,
+        expected=supported,
+    )
 
 
 def reject_trained(planned: Plan) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from veneer.injection.errors import UnsupportedSite
+
 from ..personalization_config import PersonalizeConfig
 from .memory_prediction import MemoryPrediction, MemoryPredictor
 
@@ -37,11 +39,15 @@ def propose(predictor: MemoryPredictor, config: PersonalizeConfig, capacity: int
         config: with defaults, a run that does not fit. `capacity`: bytes.
     """
     first = predictor.predict(config, 0)
-    changes = list(_changes(config, first, predictor.device))
-    for flag, change in changes:
-        single = predictor.predict(change(config), capacity)
+    changes: list[tuple[str, Change]] = []
+    for flag, change in _changes(config, first, predictor.device):
+        try:
+            single = predictor.predict(change(config), capacity)
+        except UnsupportedSite:  # the method does not work on quantized layers
+            continue
         if single.peak <= capacity:
             return Proposal((flag,), change(config), single, True)
+        changes.append((flag, change))
     chosen: list[tuple[str, Change]] = []
     for added in changes:
         chosen = [*(each for each in chosen if _option(each) != _option(added)), added]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from veneer.injection.errors import OptionError
+
 from ..personalization_config import PersonalizeConfig
 from .checks import Concern
 from .estimates import size
@@ -62,6 +64,9 @@ def check_memory(config: PersonalizeConfig) -> MemoryCheck:
     Raises:
         OptionError: an invalid size or option. BaseModelError: a base model without configs on this machine.
     """
+    if config.shard_base:
+        message = "--check counts the base model as a whole; expected no --shard-base."
+        raise OptionError(message, option="shard_base", given=True, expected=False)
     capacity = parse_capacity(config.check or "")
     config = config.with_defaults()
     predictor = MemoryPredictor(capacity.device)

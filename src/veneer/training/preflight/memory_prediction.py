@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from veneer.base_models.devices import resolve_dtype
 from veneer.base_models.quantization import parse_quantize, resolve_components
+from veneer.injection import Attachment
+from veneer.injection.attachment.quantized_sites import weight_form_error
 from veneer.injection.errors import OptionError
+from veneer.injection.method import Method
+from veneer.injection.seams.seam_choice import acts_in_calls
+from veneer.injection.sites import WeightSite
 
 from .. import attach_methods, prepare_base
 from ..families import Family
@@ -19,7 +24,7 @@ from ..personalization_config import PersonalizeConfig
 from .estimates import size
 from .memory_parts import count_training_step, phase_peaks, training_bytes, vae_bytes
 from .meta_family import meta_family
-from .packed_linear import pack_linears, weight_bytes
+from .packed_linear import PackedLinear, pack_linears, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -182,11 +187,35 @@ def _attach(config: PersonalizeConfig, kind: Family) -> list[Tensor]:
     """Attaches the methods of the run as `personalize` does. Returns the trainable parameters."""
     methods = attach_methods.build_methods(config.method, config.options, config.concept or "<toy>", config.class_word or "toy")
     where = {m.name: config.where for m in methods if config.where and not attach_methods.trains_token_embeddings(m)}
+    methods = [_without_tokenizer(method) for method in methods]
     attached = attach_methods.attach_all(kind.pipe, methods, where, config.text_encoder, config.seed)
+    for each in attached:
+        _reject_weight_forms(each)
     if config.gradient_checkpointing:
         for component in {component for each in attached for component in each.towers}:
             prepare_base.enable_gradient_checkpointing(kind.pipe.components[component])
     return [p for each in attached for p in each.parameters() if p.requires_grad]
+
+
+def _without_tokenizer(method: Method) -> Method:
+    """The method with ids for its tokens, because the base model is built without tokenizers."""
+    if not attach_methods.trains_token_embeddings(method):
+        return method
+    options: dict[str, Any] = {"ids": tuple(range(len(method.names))), "initialize": ""}  # type: ignore[attr-defined]
+    return replace(method, **options)
+
+
+def _reject_weight_forms(attached: Attachment) -> None:
+    """Checks that no adapter computes the weight of a layer that the run quantizes.
+
+    Raises:
+        UnsupportedSite: as `attach` raises it in the run.
+    """
+    for site, adapter in attached.parts.values():
+        if not isinstance(site, WeightSite) or acts_in_calls(site, adapter):
+            continue
+        if isinstance(layer := attached.towers[site.component].get_submodule(site.path), PackedLinear):
+            raise weight_form_error(site, attached.method, layer.kind)
 
 
 def _resolution(config: PersonalizeConfig, kind: Family) -> int:

@@ -75,7 +75,7 @@ class PackedLinear(nn.Linear):
             linear.in_features, linear.out_features, linear.bias is not None, device="meta", dtype=linear.weight.dtype
         )
         self.weight, self.bias = linear.weight, linear.bias
-        self.packing = PACKINGS[kind]
+        self.kind, self.packing = kind, PACKINGS[kind]
         self.stored = self.packing.stored(linear.out_features, linear.in_features, linear.weight.element_size())
 
     def forward(self, x: Tensor) -> Tensor:

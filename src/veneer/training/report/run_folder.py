@@ -8,18 +8,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from veneer.injection.errors import VeneerError
+from veneer.injection.errors import OptionError, VeneerError
 
 from ..data.image_io import DataError
 from ..loop.trainer import TrainResult
 from .phases import read_phase
 
-DISPOSABLE = frozenset({"config.toml", "logs", "progress.jsonl", "splits.json"})
+DISPOSABLE = frozenset({"logs", "progress.jsonl", "splits.json"})
 """Files that a run writes before training, and that the next start writes again."""
 
 
-def new_folder(parent: Path, name: str) -> Path:
-    """The first path that does not exist of `parent/name`, `parent/name-2` and so on."""
+def new_folder(parent: Path, name: str, resume: bool = False) -> Path:
+    """The first path that does not exist of `parent/name`, `parent/name-2` and so on.
+
+    Raises:
+        OptionError: `resume`, which needs the folder of a run.
+    """
+    if resume:
+        raise OptionError("--resume needs --out: the folder of the run that it continues.", option="out", given=None)
     names = (name if i == 1 else f"{name}-{i}" for i in itertools.count(1))
     return next(parent / n for n in names if not (parent / n).exists())
 
