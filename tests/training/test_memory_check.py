@@ -152,11 +152,11 @@ def test_tokens_count(predictor, config):
 
 @pytest.mark.parametrize("method", ["glora", "full"])
 def test_quantization_is_not_proposed_to_methods_that_compute_the_weight(predictor, config, method):
-    found = propose(predictor, replace(config, method=method), 1)
+    found = propose(predictor, replace(config, method=method, options={}), 1)
     assert not any("quantize" in flag for flag in found.flags)
     assert "--gradient-checkpointing" in found.flags
     with raises(UnsupportedSite, method=method, given="nf4"):
-        predictor.predict(replace(config, method=method, quantize=("nf4",)))
+        predictor.predict(replace(config, method=method, options={}, quantize=("nf4",)))
 
 
 def test_a_sharded_base_is_not_predicted():
