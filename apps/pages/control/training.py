@@ -31,9 +31,9 @@ class Preset:
 PRESETS = {"quick": Preset(400, 192), "balanced": Preset(800, 384), "thorough": Preset(1600, 384)}
 """For a method with a default of 800 steps. Edge agreement (F1) of ControlNet on the bundled base model, on six held-out images:
 0.09 after 200 of 800 steps, 0.22 after 400, 0.31 after 600, 0.34 after 800, and 0.07 without the map."""
-REFERENCE_STEP_SECONDS = {"controlnet": 0.5, "t2i_adapter": 0.2, "controlnext": 2.0, "ip_adapter": 0.25}
+REFERENCE_STEP_SECONDS = {"controlnet": 0.55, "t2i_adapter": 0.35, "controlnext": 2.0, "ip_adapter": 0.2}
 """Seconds per step with the bundled base model on two idle CPU cores."""
-REFERENCE_IMAGE_SECONDS = 0.2
+REFERENCE_IMAGE_SECONDS = 0.35
 """Seconds per generated image on the same machine."""
 MAX_STEPS = 20_000
 MAX_IMAGES = 2000
