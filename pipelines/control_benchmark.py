@@ -24,8 +24,8 @@ METHODS = ("controlnet", "t2i_adapter", "controlnext", "ip_adapter")
 KINDS = ("followed", "free", "misled")
 
 
-def run_all(work: Path, methods: Sequence[str], seeds: Sequence[int]) -> None:
-    """Runs what is missing in the folder."""
+def run_all(work: Path, methods: Sequence[str], seeds: Sequence[int]) -> bool:
+    """Runs what is missing in the folder. Returns whether all is there: a run that is stopped ends the benchmark."""
     for seed in seeds:
         for method in methods:
             out = work / f"{method}-{seed}"
@@ -35,6 +35,9 @@ def run_all(work: Path, methods: Sequence[str], seeds: Sequence[int]) -> None:
             if images is not None and images.parent != out and not (out / "generated").exists():
                 shutil.copytree(images, out / "generated")
             control(ControlConfig(method=method, seed=seed, out=out))
+            if not (out / "result.json").is_file():
+                return False
+    return True
 
 
 def collect(work: Path, methods: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -78,8 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     given = parser.parse_args(arguments)
-    run_all(given.work, given.methods, given.seeds)
-    if given.out:
+    if run_all(given.work, given.methods, given.seeds) and given.out:
         shown = table(collect(given.work, given.methods, given.seeds))
         given.out.mkdir(parents=True, exist_ok=True)
         (given.out / "controls.md").write_text(shown + "\n")
