@@ -15,7 +15,7 @@ from veneer.extras import EXTRAS, advice, require
 from veneer.injection.errors import MissingExtra
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE_AND_TIMM = {"timm", "torchvision"}  # timm requires torchvision
+CORE_AND_TIMM = {"timm", "torchvision", "yaml"}  # timm requires torchvision and PyYAML
 SSF = """
 import timm, torch, veneer
 
