@@ -40,7 +40,8 @@ TIERS = {
         "injection/test_quantized_weights.py", "injection/test_swap.py",
         "methods/test_chain.py", "methods/test_controlnet.py", "methods/test_controls_exported.py", "methods/test_lora_inits.py",
         "methods/test_output_rotation.py", "training/test_preflight.py",
-        "training/test_families.py", "training/test_resume.py", "training/test_scheduled.py",
+        "training/test_families.py", "training/test_memory", "training/test_resume.py", "training/test_scheduled.py",
+        "training/test_sharded_base.py",
     ),
 }  # fmt: skip
 """Marker to the beginnings of paths below `tests`, beside tests that have the marker themselves."""

@@ -212,6 +212,7 @@ def folders(tmp_path: Path) -> tuple[str, str]:
     return str(tmp_path / "photos"), str(tmp_path / "base")
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("command", ["personalize", "control train", "transfer"])
 def test_a_run_is_repeated_by_its_config(command: str, folders: tuple[str, str], tmp_path: Path) -> None:
     """Bitwise: by flags, and by the file that this run has written."""
@@ -232,6 +233,7 @@ def test_a_run_is_repeated_by_its_config(command: str, folders: tuple[str, str],
     assert (tmp_path / "again" / "config.toml").read_text() == config.read_text()
 
 
+@pytest.mark.training
 def test_a_rejected_start_keeps_the_config_of_the_run(folders: tuple[str, str], tmp_path: Path) -> None:
     photos, base = folders
     words = ["personalize", photos, "--concept", "<toy>", "--base", base, "--method", "lora", "--eval-seeds", "0",
