@@ -75,7 +75,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     adapters, device = [parse_adapter(text) for text in config.adapter], resolve_device(config.device)
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "bundled")
     check_offload(config.offload, device, quantized=bool(config.quantize))
-    pipe = load_on_device(base, device, config.dtype, config.quantize, offload=config.offload != "none")
+    pipe = load_on_device(base, device, config.dtype, config.quantize, on_cpu=config.offload != "none")
     prepare_base.freeze(pipe)
     attached = [a for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
     offload_pipeline(pipe, config.offload, device)

@@ -70,9 +70,10 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
 
 def _check(config: PersonalizeConfig) -> Path:
     """Prints the predicted memory; writes nothing."""
-    found = check_memory(config)
-    print(found.text() if found.proposal is None else found.text().rpartition("\n")[0], flush=True)
-    found.check()
+    memory = check_memory(config)
+    print(memory.table(), flush=True)
+    memory.check()
+    print(memory.verdict(), flush=True)
     return Path()
 
 
@@ -94,8 +95,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
 
     attached = _attach(config, pipe)
     if config.gradient_checkpointing:
-        for component in {c for a in attached for c in a.towers}:
-            prepare_base.enable_gradient_checkpointing(pipe.components[component])
+        prepare_base.checkpoint_towers(pipe, attached)
     base = shard_base(config, model, accelerator)
     if (note := sharding_note(config, base)) and main:
         print(note, flush=True)

@@ -16,6 +16,7 @@ Keys are the names of flags, with `_` or `-`; options of a method are in a table
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import sys
 import types
@@ -146,8 +147,6 @@ def entries_of(content: Table, config: type, methods: Mapping[str, type] = types
 
 
 def _hints(config: type) -> dict[str, Any]:
-    import dataclasses
-
     hints = typing.get_type_hints(config)
     return {field.name: hints[field.name] for field in dataclasses.fields(config) if field.name != "options"}
 
@@ -246,8 +245,6 @@ class ConfigWriter:
 
 def to_toml(command: str, config: Any) -> str:
     """The options of a config as TOML."""
-    import dataclasses
-
     import tomlkit
 
     document = tomlkit.document()

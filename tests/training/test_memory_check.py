@@ -111,7 +111,7 @@ def test_a_run_that_fits():
     found.check()
     assert found.proposal is None
     assert found.prediction.peak < 10**9
-    assert all(part in found.text() for part in ("unet", "text_encoder", "vae", "adapters", "peak, training"))
+    assert all(part in found.table() for part in ("unet", "text_encoder", "vae", "adapters", "peak, training"))
 
 
 def test_a_run_that_does_not_fit():

@@ -60,16 +60,16 @@ def load(base: str | Path = "bundled", *, quantize: Quantize | None = None, devi
 
 
 def load_on_device(
-    base: str | Path, device: Any, dtype: Dtype | None = None, quantize: Quantize | None = None, *, offload: bool = False
+    base: str | Path, device: Any, dtype: Dtype | None = None, quantize: Quantize | None = None, *, on_cpu: bool = False
 ) -> Any:
     """`load` for training and generation: the pipeline on a device.
 
     Args:
         device: a device or its name. `dtype`: of the base model (default: `resolve_dtype`). `base`, `quantize`: see `load`.
-        offload: leave float weights on the CPU, for `offload_pipeline`.
+        on_cpu: leave float weights on the CPU, from which offloading or sharding moves them.
     """
     pipe = load(base, quantize=quantize, device=device, dtype=resolve_dtype(dtype, device))
-    return pipe if offload else pipe.to(device)
+    return pipe if on_cpu else pipe.to(device)
 
 
 def _load_float(source: Path | str, **kwargs: Any) -> Any:

@@ -10,8 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from veneer import base_models
-from veneer.base_models.devices import Dtype, resolve_dtype
+from veneer.base_models.devices import Dtype
 from veneer.base_models.loading import load_on_device
 
 from .data.latent_cache import why_not_cached
@@ -44,10 +43,8 @@ def is_sharding(options: BaseOptions, accelerator: Accelerator) -> bool:
 
 def load_base(options: BaseOptions, accelerator: Accelerator) -> Any:
     """The pipeline on the device of this process; on the CPU if it will be sharded, from which its parts are moved."""
-    device: Any = accelerator.device
-    if is_sharding(options, accelerator):
-        return base_models.load(options.base, dtype=resolve_dtype(options.dtype, device))
-    return load_on_device(options.base, device, options.dtype, options.quantize)
+    on_cpu = is_sharding(options, accelerator)
+    return load_on_device(options.base, accelerator.device, options.dtype, options.quantize, on_cpu=on_cpu)
 
 
 def shard_base(options: BaseOptions, kind: Family, accelerator: Accelerator) -> ShardedBase | None:

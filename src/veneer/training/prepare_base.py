@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from veneer.injection import Attachment
 from veneer.injection.errors import OptionError
 
 
@@ -29,3 +31,9 @@ def enable_gradient_checkpointing(tower: Any) -> None:
         raise OptionError(message, option="gradient_checkpointing", given=kind)
     enable()
     tower.training = True  # only the flag that enables checkpointing; submodules stay in eval, without dropout
+
+
+def checkpoint_towers(pipe: Any, attached: Sequence[Attachment]) -> None:
+    """`enable_gradient_checkpointing` on the components of a pipeline that have adapters."""
+    for component in {component for attachment in attached for component in attachment.towers}:
+        enable_gradient_checkpointing(pipe.components[component])

@@ -29,11 +29,10 @@ class MemoryCheck:
     prediction: MemoryPrediction
     proposal: Proposal | None
 
-    def text(self) -> str:
-        """Lines for a terminal: the parts, the peak of each phase, and whether it fits."""
+    def table(self) -> str:
+        """Lines for a terminal: the parts, and the peak of each phase."""
         predicted = self.prediction
-        head = f"memory of {self.base} at {predicted.resolution} pixels, batch {predicted.batch}, from shapes:"
-        return f"{head}\n{predicted}\n{self.verdict()}"
+        return f"memory of {self.base} at {predicted.resolution} pixels, batch {predicted.batch}, from shapes:\n{predicted}"
 
     def verdict(self) -> str:
         """One sentence: whether the run fits, and the changes that make it fit."""

@@ -192,8 +192,7 @@ def _attach(config: PersonalizeConfig, kind: Family) -> list[Tensor]:
     for each in attached:
         _reject_weight_forms(each)
     if config.gradient_checkpointing:
-        for component in {component for each in attached for component in each.towers}:
-            prepare_base.enable_gradient_checkpointing(kind.pipe.components[component])
+        prepare_base.checkpoint_towers(kind.pipe, attached)
     return [p for each in attached for p in each.parameters() if p.requires_grad]
 
 
