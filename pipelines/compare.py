@@ -11,8 +11,10 @@ import torch
 from accelerate import Accelerator
 
 from veneer.atomic_files import write_atomically, write_json
+from veneer.base_models.devices import Precision
 from veneer.classification.config import TransferConfig
 from veneer.classification.data.run_data import Views, open_data
+from veneer.classification.data.transforms import Augmentation
 from veneer.classification.models.loading import is_clip_name, open_classifier
 from veneer.classification.report.comparison_table import summarize_runs, table, verdict, write_accuracy_plot
 from veneer.classification.train.comparison import Comparison, MethodRow, parse_rows
@@ -77,10 +79,10 @@ class CompareConfig:
     weight_decay: float = 1e-4
     warmup: float = 0.1
     label_smoothing: float = 0.0
-    augment: str = "flip"
+    augment: Augmentation = "flip"
     squash: bool = False
     size: int | None = None
-    mixed_precision: str = "no"
+    mixed_precision: Precision = "no"
     search: int = 0
     search_epochs: int = 3
     first_seed: int = 0

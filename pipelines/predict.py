@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from veneer.classification.predict import Prediction, find_images, open_predictor
 from veneer.injection import OptionError, VeneerError
@@ -30,7 +31,7 @@ class PredictConfig:
     folder: Path
     images: tuple[Path, ...] = ()
     top: int = 3
-    format: str = "text"
+    format: Literal["text", "json", "csv"] = "text"
     batch: int = 32
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from veneer.cli import parser_for
+from veneer.command_line.examples import EXAMPLES
 from veneer.commands import COMMANDS
 from veneer.injection import methods as registry
 from veneer.listing import support_matrix
@@ -208,6 +209,8 @@ def _command(words: list[str]) -> list[str]:
     """The heading, usage and flags of one command, or those of its subcommands."""
     parser = _parser(words)
     lines = [f"## veneer {' '.join(words)}", "", _sentence(parser.description or ""), ""]
+    if examples := EXAMPLES.get(" ".join(words)):
+        lines += ["```sh", *examples, "```", ""]
     if subcommands := _subparsers(parser):
         return [*lines, *itertools.chain.from_iterable(_command([*words, name]) for name in subcommands)]
     for group in parser._action_groups:

@@ -7,17 +7,16 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from veneer.allocator import keep_freed_memory, share_freed_memory
+from veneer.command_line.examples import examples_text
+from veneer.command_line.parser import Parser
 from veneer.commands import COMMANDS, check_command
 from veneer.extras import advice
 
 BROKEN_PIPE = 141
 """Exit status of a program that SIGPIPE terminates: 128 + 13."""
-
-SHORT_USAGE = 15
-"""Largest number of lines of a usage text that is printed before an error."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,19 +115,6 @@ def command_name(arguments: Sequence[str]) -> str:
     return next((word for word in arguments if not word.startswith("-")), "")
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser without abbreviated flags. It prints its usage before an error only if it is short."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **settings})
-
-    def error(self, message: str) -> NoReturn:
-        usage = self.format_usage()
-        if usage.count("\n") <= SHORT_USAGE:
-            super().error(message)
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
-
-
 class _Version(argparse.Action):
     """Prints the version of the installed package."""
 
@@ -148,7 +134,8 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command")
     check_command(parser, command_name(arguments), COMMANDS)
     for name, (text, add) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
+        about: dict[str, Any] = {"help": text, "description": text, "epilog": examples_text(name)}
+        command = commands.add_parser(name, argument_default=argparse.SUPPRESS, **about)
         if name == command_name(arguments):
             add(command, arguments)
     return parser

@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from veneer.command_line.examples import examples_text
 from veneer.config_file import add_config_flags, entries_of, method_of, read_config, to_toml
 from veneer.discovery import find_entries
 from veneer.flags import add_flags, required_fields, values
@@ -33,7 +34,7 @@ def _training_command(function: str, config_name: str, positional: str) -> AddFl
         config_class = class_of(module, config_name)
         file = read_config(arguments)
         names = _method_names(arguments, method_of(file, config_class.method))
-        taken = add_flags(parser, config_class, positional=(positional,), skip=("options",))
+        taken = add_flags(parser, config_class, positional=(positional,), skip=("options",), grouped=True)
         add_config_flags(parser)
         for name in names:
             group = parser.add_argument_group(f"options of {name}")
@@ -135,10 +136,14 @@ def _command_group(**commands: tuple[str, AddFlags]) -> AddFlags:
 
     def add(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         subparsers = parser.add_subparsers(metavar="command", required=True)
-        subcommand = "".join([word for word in arguments if not word.startswith("-")][1:2])
+        words = [word for word in arguments if not word.startswith("-")]
+        subcommand, known = "".join(words[1:2]), [word for word in words[2:] if word in commands]
+        if subcommand not in commands and known:
+            parser.error(f"flags of {known[0]!r} belong after it: {parser.prog} {known[0]} …")
         check_command(parser, subcommand, commands)
         for name, (text, add_flags_of) in commands.items():
-            command = subparsers.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
+            about: dict[str, Any] = {"help": text, "description": text, "epilog": examples_text(f"{words[0]} {name}")}
+            command = subparsers.add_parser(name, argument_default=argparse.SUPPRESS, **about)
             if name == subcommand:
                 add_flags_of(command, arguments)
 

@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from veneer.command_line.flag_groups import GROUPS, group_of
+
 METAVARS = {int: "N", float: "X", Path: "PATH"}
 """Type to the placeholder of its values in help texts."""
 
@@ -26,6 +28,7 @@ def add_flags(
     prefix: str = "",
     taken: Collection[str] = (),
     required: bool = True,
+    grouped: bool = False,
 ) -> set[str]:
     """Adds one flag per field of `config`. The parsed namespace has only the fields that were passed.
 
@@ -38,10 +41,14 @@ def add_flags(
         skip: fields without a flag.
         prefix: prefix such as `lora`: the flags are `--lora.rank`, and also `--rank` if it is not in `taken`.
         taken: flags that the parser already has.
+        grouped: list the flags by the titles of `flag_groups`.
     Returns:
         The added flags.
     """
     hints, texts, added = typing.get_type_hints(config), help_of(config), set[str]()
+    groups = (
+        _argument_groups(parser, {field.name for field in dataclasses.fields(config)} - {*positional, *skip}) if grouped else {}
+    )
     for field in fields_in_order(config):
         if field.name in skip:
             continue
@@ -56,9 +63,14 @@ def add_flags(
         flags = [f"--{name.replace('_', '-')}"]
         if prefix and (plain := f"--{field.name.replace('_', '-')}") not in taken:
             flags.append(plain)
-        parser.add_argument(*flags, dest=name, **settings)
+        groups.get(group_of(field.name), parser).add_argument(*flags, dest=name, **settings)
         added.update(flags)
     return added
+
+
+def _argument_groups(parser: argparse._ActionsContainer, names: Collection[str]) -> dict[str | None, argparse._ActionsContainer]:
+    """An argument group for each title that has one of these fields."""
+    return {title: parser.add_argument_group(title) for title, fields in GROUPS.items() if {*fields} & {*names}}
 
 
 def fields_in_order(config: Any) -> list[dataclasses.Field[Any]]:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 from veneer.injection.errors import BaseModelError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["no", "bf16", "fp16"]
+"""Dtype of autocast; `no` is float32."""
 
 
 def resolve_device(name: str | None = None) -> str:

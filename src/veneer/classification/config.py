@@ -8,8 +8,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from veneer.base_models.devices import Precision
 from veneer.injection import methods
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
@@ -17,6 +18,8 @@ from veneer.training.loop.config import TrainConfig
 from veneer.training.loop.optimizer_step import AUTOCAST
 from veneer.training.method_names import split_methods
 from veneer.training.report.run_folder import new_folder
+
+from .data.transforms import Augmentation
 
 WITHOUT_EFFECT = ("data", "model", "weights", "cache", "resume", "dry_run", "out", "workers", "search")
 """Options that a resumed run may change, or that are compared by content."""
@@ -79,10 +82,10 @@ class TransferConfig:
     method: str = "lora"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     where: tuple[str, ...] | None = None
-    head: str | None = None
+    head: Literal["fresh", "kept"] | None = None
     lp_ft: bool = False
     templates: tuple[str, ...] = ("a photo of a {}.",)
-    batch_norm: str | None = None
+    batch_norm: Literal["frozen", "moving"] | None = None
     shots: int | None = None
     validation: float = 0.1
     test: float = 0.15
@@ -98,10 +101,10 @@ class TransferConfig:
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
-    augment: str = "flip"
+    augment: Augmentation = "flip"
     squash: bool = False
     size: int | None = None
-    mixed_precision: str = "no"
+    mixed_precision: Precision = "no"
     patience: int = 0
     search: int = 0
     search_epochs: int = 3

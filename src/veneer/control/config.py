@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer import base_models
-from veneer.base_models.devices import Dtype
+from veneer.base_models.devices import Dtype, Precision
 from veneer.injection import methods
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
@@ -18,6 +18,7 @@ from veneer.training.attach_methods import check_options
 from veneer.training.data.buckets import Crop
 from veneer.training.loop.config import TrainConfig, check_dtypes, check_sharding
 from veneer.training.objective.objectives import ObjectiveOptions
+from veneer.training.objective.timestep_sampling import Density
 from veneer.training.report.feature_models import check_features
 from veneer.training.report.run_folder import new_folder
 
@@ -117,11 +118,11 @@ class ControlConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema: float = 0.0
-    timestep_sampling: str | None = None
+    timestep_sampling: Density | None = None
     dtype: Dtype | None = None
     quantize: tuple[str, ...] = ()
     shard_base: bool = False
-    mixed_precision: str = "no"
+    mixed_precision: Precision = "no"
     gradient_checkpointing: bool = False
     cache: bool = True
     cache_folder: Path | None = None

@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from veneer import base_models, methods
-from veneer.base_models.devices import Dtype
+from veneer.base_models.devices import Dtype, Precision
 from veneer.injection.errors import OptionError
 
 from .attach_methods import check_options, new_token, trains_token_embeddings
@@ -19,9 +19,11 @@ from .data.buckets import Crop
 from .data.captions import rename_concept
 from .loop.config import TrainConfig, check_dtypes, check_sharding
 from .method_names import split_methods
+from .objective.loss_weighting import LossWeighting
 from .objective.losses import LossKind
 from .objective.noise import NoiseOptions
 from .objective.objectives import ObjectiveOptions
+from .objective.timestep_sampling import Density
 from .report.feature_models import check_features
 from .report.run_folder import new_folder
 
@@ -147,8 +149,8 @@ class PersonalizeConfig:
     max_grad_norm: float = 1.0
     ema: float = 0.0
     min_snr_gamma: float = 0.0
-    loss_weighting: str = "none"
-    timestep_sampling: str | None = None
+    loss_weighting: LossWeighting = "none"
+    timestep_sampling: Density | None = None
     prediction: str | None = None
     loss: LossKind = "l2"
     noise_offset: float = 0.0
@@ -160,7 +162,7 @@ class PersonalizeConfig:
     dtype: Dtype | None = None
     quantize: tuple[str, ...] = ()
     shard_base: bool = False
-    mixed_precision: str = "no"
+    mixed_precision: Precision = "no"
     gradient_checkpointing: bool = False
     save_dtype: Dtype = "float32"
     seed: int = 0
@@ -172,7 +174,7 @@ class PersonalizeConfig:
     eval_seeds: int = 3
     features: str = "bundled"
     tracker: str = "tensorboard"
-    truncate: str = "error"
+    truncate: Literal["error", "warn"] = "error"
     dry_run: bool = False
     check: str | None = None
     out: Path | None = None

@@ -6,6 +6,7 @@ SNR_t = ᾱ_t / (1 − ᾱ_t). A schedule with zero terminal SNR has SNR_T = 0, 
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ SNR_FLOOR, SNR_CEILING = 1e-5, 1000.0
 """Range to which debiased estimation clamps the SNR: the ceiling is kohya's; the floor, below the SNR of common schedules without
 zero terminal SNR, limits the weight to 316."""
 
-SNR_WEIGHTS = ("none", "min_snr", "min_snr_plus_one", "debiased", "snr_scaled_v")
-FLOW_WEIGHTS = ("none", "sigma_sqrt", "cosmap")
+SnrWeighting = Literal["none", "min_snr", "min_snr_plus_one", "debiased", "snr_scaled_v"]
+FlowWeighting = Literal["none", "sigma_sqrt", "cosmap"]
+LossWeighting = Literal[SnrWeighting, FlowWeighting]
+SNR_WEIGHTS, FLOW_WEIGHTS = get_args(SnrWeighting), get_args(FlowWeighting)
 
 
 def snr_weight(weighting: str, prediction: str, snr: Tensor, gamma: float) -> Tensor:

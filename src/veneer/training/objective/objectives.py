@@ -52,7 +52,7 @@ class ObjectiveOptions:
     prediction: str | None = None
 
     def __post_init__(self) -> None:
-        if self.density not in (None, *timestep_sampling.DENSITIES):
+        if self.density is not None and self.density not in timestep_sampling.DENSITIES:
             raise unknown("density", self.density, timestep_sampling.DENSITIES, "timestep density")
         if self.weighting not in {*SNR_WEIGHTS, *FLOW_WEIGHTS}:
             names = dict.fromkeys((*SNR_WEIGHTS, *FLOW_WEIGHTS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 
@@ -26,7 +26,8 @@ class DensityOptions(Protocol):
     def sigmoid_scale(self) -> float: ...
 
 
-DENSITIES = ("uniform", "logit_normal", "mode", "cubic", "sigmoid", "shift", "flux_shift")
+Density = Literal["uniform", "logit_normal", "mode", "cubic", "sigmoid", "shift", "flux_shift"]
+DENSITIES = get_args(Density)
 """`uniform` u ~ U(0, 1) · `logit_normal` sigmoid(N(m, s²)) · `mode` 1 − u − s·(cos²(πu/2) − 1 + u) · `cubic` 1 − u³ ·
 `sigmoid` sigmoid(s·N(0, 1)) · `shift`, `flux_shift`: as `sigmoid`, then `shift_sigma` or
 `shift_sigma_exponentially`."""

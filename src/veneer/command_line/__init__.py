@@ -1,0 +1,1 @@
+"""The command line: parser, groups of flags, and examples."""
