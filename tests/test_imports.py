@@ -44,7 +44,9 @@ ALLOWED = {
     "classification": JOBS,
     "control": JOBS,
     "benchmarks": {*JOBS, "testing"},
-    "commands": {*JOBS, "classification", "command_line", "config_file", "discovery", "flags", "listing", "methods", "static_source"},
+    "commands": {
+        *JOBS, "classification", "command_line", "config_file", "discovery", "flags", "listing", "methods", "static_source",
+    },
     "cli": {"allocator", "command_line", "commands", "extras", "version"},
     "pipelines": {*JOBS, "adapter_merging", "benchmarks", "classification", "cli", "config_file", "control", "flags", "methods"},
     "apps": {

@@ -11,6 +11,7 @@ from typing import Any
 
 from veneer.allocator import keep_freed_memory, share_freed_memory
 from veneer.command_line.examples import examples_text
+from veneer.command_line.output import add_output_flags, error_of, output, print_json, result_of
 from veneer.command_line.parser import Parser
 from veneer.commands import COMMANDS, check_command
 from veneer.extras import advice
@@ -30,7 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         namespace = parser_for(arguments).parse_args(arguments)
         log_to_stderr()
-        namespace.run(namespace)
+        flags = vars(namespace)
+        as_json = bool(flags.get("json output"))
+        with output(bool(flags.get("quiet output")), as_json):
+            result = namespace.run(namespace)
+        if as_json:
+            print_json(command_name(arguments), result_of(result))
         sys.stdout.flush()
     except _reported_errors() as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
@@ -38,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in arguments or (isinstance(error, ModuleNotFoundError) and not advice(error.name)):
             raise
         print(f"veneer: {_message(error)}", file=sys.stderr)
+        if "--json" in arguments:
+            print_json(command_name(arguments), error_of(error, _message(error)))
         return 1
     except KeyboardInterrupt:
         print("veneer: interrupted", file=sys.stderr)
@@ -138,4 +146,6 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
         command = commands.add_parser(name, argument_default=argparse.SUPPRESS, **about)
         if name == command_name(arguments):
             add(command, arguments)
+            if name != "control":  # its subcommands have them
+                add_output_flags(command)
     return parser

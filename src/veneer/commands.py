@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from veneer.command_line.examples import examples_text
+from veneer.command_line.output import add_output_flags, print_lines
 from veneer.config_file import add_config_flags, entries_of, method_of, read_config, to_toml
 from veneer.discovery import find_entries
 from veneer.flags import add_flags, required_fields, values
@@ -109,15 +110,14 @@ def _config_command(
         add_flags(parser, class_of(path, config_name), positional=positional, skip=fixed, required=not file)
         add_config_flags(parser)
 
-        def run(namespace: argparse.Namespace) -> None:
+        def run(namespace: argparse.Namespace) -> object:
             pipeline = importlib.import_module(path)
             kind = getattr(pipeline, config_name)
             flags = _flags_over(entries_of(file, kind), namespace)
             _check_positional(parser, kind, positional, flags)
             command = parser.prog.removeprefix("veneer ")
             result = _run_or_print(command, kind(**values(kind, flags)), getattr(pipeline, function), namespace)
-            for line in (result or ()) if prints_lines else ():
-                print(line)
+            return print_lines(result or ()) if prints_lines else result
 
         parser.set_defaults(run=run)
 
@@ -146,6 +146,7 @@ def _command_group(**commands: tuple[str, AddFlags]) -> AddFlags:
             command = subparsers.add_parser(name, argument_default=argparse.SUPPRESS, **about)
             if name == subcommand:
                 add_flags_of(command, arguments)
+                add_output_flags(command)
 
     return add
 
@@ -156,25 +157,27 @@ def _sites(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         help="`bundled`, `bundled_clip`, a diffusers folder, a hub name, or a timm or open_clip model as for `transfer --model`",
     )
 
-    def run(namespace: argparse.Namespace) -> None:
+    def run(namespace: argparse.Namespace) -> object:
         from veneer import base_models
         from veneer.classification.models.loading import build_without_weights
         from veneer.injection import sites
 
-        print(sites(build_without_weights(namespace.base) or base_models.load(namespace.base)))
+        return print_lines(str(sites(build_without_weights(namespace.base) or base_models.load(namespace.base))).splitlines())
 
     parser.set_defaults(run=run)
 
 
 def _registry_command(kind: str) -> AddFlags:
     def add(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-        def run(namespace: argparse.Namespace) -> None:
+        def run(namespace: argparse.Namespace) -> object:
             from veneer.listing import rows, support_matrix
 
-            for name, source, about in rows(kind):
+            table = list(rows(kind))
+            for name, source, about in table:
                 print(f"{name:22}{source:12}{about}")
             if kind == "methods":
                 print(f"\nSupported hosts:\n\n{support_matrix()}")
+            return {kind: [{"name": name, "source": source, "about": about} for name, source, about in table]}
 
         parser.set_defaults(run=run)
 

@@ -94,6 +94,7 @@ def test_a_flag_before_its_subcommand_is_an_error_that_names_the_subcommand(caps
         ("generate --adapter a b -- 'a <toy>' sea", ["a", "b"], ["a <toy>", "sea"]),
         ("generate --adapter a --seed 3 'a <toy>'", ["a"], ["a <toy>"]),
         ("generate --seed=3 --adapter a 'a <toy>'", ["a"], ["a <toy>"]),
+        ("generate --adapter a 'a <toy>' --seed 3 --side-by-side", ["a"], ["a <toy>"]),
         ("control generate --adapter a 'a <toy>'", ["a"], ["a <toy>"]),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -51,11 +52,13 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         missing = self._missing_positional(words)
-        flag, word = self._last_value(words)
-        if missing and flag and Path(word).exists():
-            self.error(f"{flag} took {word!r}, and {missing.dest} is missing; write {missing.dest} before the flags")
-        if missing and flag and missing.required:
-            words = [word, *words[:-1]]  # veneer generate --adapter A 'a prompt'
+        if missing is not None and (places := self._last_values(words)):
+            place, name = places[-1], missing.dest
+            if Path(words[place]).exists():
+                flag = next(word for word in reversed(words[:place]) if word.startswith("-"))
+                self.error(f"{flag} took {words[place]!r}, and {name} is missing; write {name} before the flags")
+            if missing.required:  # veneer generate --adapter A 'a prompt'
+                words = [words[place], *words[:place], *words[place + 1 :]]
         return super().parse_known_args(words, namespace)
 
     def _missing_positional(self, words: Sequence[str]) -> argparse.Action | None:
@@ -73,12 +76,11 @@ class Parser(argparse.ArgumentParser):
                 return None
         return next((action for action in self._actions if not action.option_strings), None)
 
-    def _last_value(self, words: Sequence[str]) -> tuple[str, str]:
-        """The last flag and the last word, if the flag takes any number of values and has at least two; else empty strings."""
-        place = max((place for place, word in enumerate(words) if word in self._option_string_actions), default=len(words))
-        if len(words) - place < 3 or self._option_string_actions[words[place]].nargs != "+":
-            return "", ""
-        return words[place], words[-1]
+    def _last_values(self, words: Sequence[str]) -> list[int]:
+        """Places of the last values of flags that take any number of values and have at least two."""
+        starts = [place for place, word in enumerate(words) if word.startswith("-")]
+        spans = [(start, end) for start, end in itertools.pairwise([*starts, len(words)]) if end - start > 2]
+        return [end - 1 for start, end in spans if getattr(self._option_string_actions.get(words[start]), "nargs", None) == "+"]
 
     def _usage_without_flags(self) -> str:
         shown = [action for action in self._actions if not action.option_strings]
