@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from veneer import base_models
 from veneer.base_models.devices import Dtype, resolve_device
 from veneer.base_models.loading import load_on_device
 from veneer.base_models.offloading import Offload, check_offload, offload_pipeline
+from veneer.base_models.schedulers import Scheduler, use_scheduler
 from veneer.formats import load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, OptionError
 from veneer.training import prepare_base
 from veneer.training.families import Family, family
 from veneer.training.report.image_grid import GridRow, make_grid
+from veneer.training.report.phases import PhaseReport
 from veneer.training.report.png_metadata import save_png
 from veneer.training.report.previews import PreviewSettings, check_counts, generate_pairs, previews, save_preview, settings_of
 
@@ -33,7 +36,8 @@ class GenerateConfig:
         seed: seed of the first image.
         steps: denoising steps (default: the base model's).
         guidance_scale: scale of classifier-free guidance (default: the base model's).
-        size: height and width in pixels (default: the base model's).
+        size: height and width in pixels, as a flag `WIDTHxHEIGHT` or one side of a square (default: the base model's).
+        scheduler: scheduler (sampler), with the base model's noise schedule (default: the base model's).
         side_by_side: also write an image grid with the base model's image beside each, from the same noise.
         dtype: dtype of the frozen base model; adapters are in float32 (default: bfloat16 on a GPU, float32 on a CPU).
         quantize: quantization of frozen linear layers, as in training: `nf4` or another kind, or COMPONENT=KIND (default: none).
@@ -52,6 +56,7 @@ class GenerateConfig:
     steps: int | None = None
     guidance_scale: float | None = None
     size: tuple[int, int] | None = None
+    scheduler: Scheduler | None = None
     side_by_side: bool = False
     dtype: Dtype | None = None
     quantize: tuple[str, ...] = ()
@@ -75,19 +80,22 @@ def generate(config: GenerateConfig) -> list[Path]:
     adapters, device = [parse_adapter(text) for text in config.adapter], resolve_device(config.device)
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "bundled")
     check_offload(config.offload, device, quantized=bool(config.quantize))
+    report = PhaseReport(None, sys.stderr)
+    report("loading")
     pipe = load_on_device(base, device, config.dtype, config.quantize, on_cpu=config.offload != "none")
+    use_scheduler(pipe, config.scheduler)
     prepare_base.freeze(pipe)
     attached = [a for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
     offload_pipeline(pipe, config.offload, device)
     prompts = [_truncated(family(pipe), prompt) for prompt in config.prompt]
 
     settings = settings_of(config, base_models.preset(base))
-    made = previews(pipe, prompts, settings)
+    made = previews(pipe, prompts, settings, progress=report("generating", len(prompts) * len(settings.seeds)))
     used = [{"file": str(path), "scale": scale} for path, scale in adapters]
     config.out.mkdir(parents=True, exist_ok=True)
     files = [save_preview(config.out, preview, {"base": base, "adapters": used}) for preview in made]
     if config.side_by_side:
-        files.append(_write_comparison(replace(config, prompt=tuple(prompts)), pipe, attached, settings))
+        files.append(_write_comparison(replace(config, prompt=tuple(prompts)), pipe, attached, settings, report))
     return files
 
 
@@ -146,9 +154,12 @@ def _truncated(kind: Family, prompt: str) -> str:
     return short
 
 
-def _write_comparison(config: GenerateConfig, pipe: Any, attached: list[Attachment], settings: PreviewSettings) -> Path:
+def _write_comparison(
+    config: GenerateConfig, pipe: Any, attached: list[Attachment], settings: PreviewSettings, report: PhaseReport
+) -> Path:
     words = {word: usual for text in config.adapter for word, usual in words_for_base(parse_adapter(text)[0]).items()}
-    found = generate_pairs(pipe, attached, config.prompt, settings, words)
+    count = report("comparing", 2 * len(config.prompt) * len(settings.seeds))
+    found = generate_pairs(pipe, attached, config.prompt, settings, words, count)
     rows = [GridRow(f"{pair.prompt}, seed {pair.seed}", ((pair.base,), (pair.adapted,))) for pair in found]
     image = make_grid(rows, columns=("without", "with"))
     facts = {"prompts": list(config.prompt), "adapters": list(config.adapter), "seed": config.seed}

@@ -25,6 +25,7 @@ from veneer.training.loop.distributed import on_main
 from veneer.training.loop.optimizer_step import AUTOCAST
 from veneer.training.preflight.estimates import written_bytes
 from veneer.training.preflight.preflight import require_disk
+from veneer.training.report.bars import show_bar
 from veneer.training.report.phases import PhaseReport
 from veneer.training.report.progress import ProgressLine
 from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
@@ -59,7 +60,7 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
     if (out / "result.json").exists():
         print(f"{out}: this run is already finished.")
         return out
-    data = on_main(accelerator, lambda: open_data(config, out, _progress("images checked")))
+    data = on_main(accelerator, lambda: open_data(config, out, _progress("checking images")))
     for note in data.notes if accelerator.is_main_process else ():
         print(f"note: {note}", flush=True)
     report = (
@@ -101,11 +102,11 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
 
 
 def _progress(label: str) -> Callable[[int, int], None]:
-    """Callback that prints a counter on a terminal."""
+    """Callback that shows a bar on a terminal."""
 
     def update(done: int, count: int) -> None:
         if sys.stderr.isatty():
-            print(f"\r{label}: {done:,}/{count:,}", end="\n" if done == count else "", file=sys.stderr, flush=True)
+            show_bar(sys.stderr, label, done, count)
 
     return update
 

@@ -167,7 +167,7 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ["personalize", "photos", "--method", "lora", "--by-site", "mlp.*:rank=4,alpha=2", "--quantize", "unet=nf4"],
         ["control", "train", "--method", "t2i_adapter", "--learning-rate", "1e-5"],
         ["transfer", "digits", "--method", "ssf+lora", "--lora.rank", "3", "--where", "attn", "mlp"],
-        ["generate", "a cat", "--size", "64", "96", "--offload", "model"],
+        ["generate", "a cat", "--size", "96x64", "--offload", "model"],
         ["compare", "digits", "--methods", "lora, ssf"],
         ["merge", "a.safetensors", "b.safetensors", "--out", "c.safetensors"],
     ],

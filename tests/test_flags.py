@@ -73,11 +73,19 @@ def test_a_positional_argument_is_optional_if_its_field_has_a_default(capsys: py
 
 
 def test_types() -> None:
-    given = "x --rank 8 --alpha 2 --kind b --bias --words one --size 3 4 --ranks mlp=2 attn.*=3"
+    given = "x --rank 8 --alpha 2 --kind b --bias --words one --size 4x3 --ranks mlp=2 attn.*=3"
     sizes = {"rank": 8, "alpha": 2.0, "size": (3, 4), "ranks": {"mlp": 2, "attn.*": 3}}
     assert parse(*given.split()) == {"folder": Path("x"), "kind": "b", "bias": True, "words": "one", **sizes}
     assert parse("x", "--names", "one", "--where", "attn") == {"folder": Path("x"), "names": ("one",), "where": ("attn",)}
     assert parse("x", "--words", "one", "two", "--no-bias") == {"folder": Path("x"), "words": ("one", "two"), "bias": False}
+
+
+def test_size_is_width_by_height_or_the_side_of_a_square() -> None:
+    assert parse("x", "--size", "768x512")["size"] == (512, 768)
+    assert parse("x", "--size", "512")["size"] == (512, 512)
+    for wrong in ("0x512", "512x", "512,768", "-1"):
+        with pytest.raises(SystemExit):
+            parse("x", f"--size={wrong}")
 
 
 def test_options_by_site() -> None:

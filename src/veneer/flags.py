@@ -54,7 +54,7 @@ def add_flags(
             continue
         name = f"{prefix}.{field.name}" if prefix else field.name
         text = _help(texts.get(field.name, ""), field)
-        settings: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, **_value_settings(hints[field.name])}
+        settings: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, **_settings_of(field, hints[field.name])}
         if field.name in positional:
             settings.pop("metavar", None)
             optional = not required or field.name not in required_fields(config)
@@ -96,6 +96,21 @@ def _help(text: str, field: dataclasses.Field[Any]) -> str:
         return text.replace("%", "%%")
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
     return f"{text} (default: {shown})".replace("%", "%%")
+
+
+def _settings_of(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+    """Arguments of `add_argument` for the values of a field."""
+    settings = _value_settings(hint)
+    return {"type": _parse_size, "metavar": "WxH"} if field.name == "size" and settings.get("nargs") == 2 else settings
+
+
+def _parse_size(text: str) -> list[int]:
+    """Height and width of `768x512` (width x height), or of `512`."""
+    sides = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if sides is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 768x512, or one side of a square")
+    width, height = sides.group(1), sides.group(2) or sides.group(1)
+    return [int(height), int(width)]
 
 
 def _value_settings(hint: Any) -> dict[str, Any]:

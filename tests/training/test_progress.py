@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from veneer.training.report.bars import close_bar
+from veneer.training.report.phases import PhaseReport
 from veneer.training.report.progress import WINDOW, Pace, Progress, ProgressFile, ProgressLine, clock, peak_memory, read_progress
 
 
@@ -49,18 +51,42 @@ def test_log_shows_first_and_last_and_few_between():
     assert [text.split()[1] for text in stream.getvalue().splitlines()] == ["1/100", "100/100"]
 
 
-def test_terminal_rewrites_one_line():
+def test_a_terminal_has_a_bar_on_one_line():
     stream = Terminal()
     line = ProgressLine(stream)
     line.seconds = 0
-    line(event(1, left=3600 * 10))
-    line(event(2, left=1))
-    line(event(100))
-    first, second, last = stream.getvalue().split("\r")[1:]
-    assert len(second) == len(first)  # padded, so that nothing of the longer line stays
-    assert second.startswith("step 2/100")
+    for step in (1, 2, 100):
+        line(event(step))
+    *_, last = stream.getvalue().split("\r")
+    assert last.startswith("training 100%|")
+    assert "100/100 steps" in last
+    assert event(100).note() in last
     assert last.endswith("\n")
     assert stream.getvalue().count("\n") == 1
+
+
+def test_a_bar_that_is_closed_early_ends_its_line():
+    stream = Terminal()
+    ProgressLine(stream)(event(3))
+    assert "\n" not in stream.getvalue()
+    close_bar()
+    assert stream.getvalue().endswith("\n")
+
+
+def test_another_phase_closes_the_bar_of_training():
+    stream = Terminal()
+    line, report = ProgressLine(stream), PhaseReport(None, stream)
+    line(event(3))
+    count = report("previews", 2)
+    count(2)
+    report("saving")
+    line(event(4))
+    close_bar()
+    lines = [text.split("\r")[-1] for text in stream.getvalue().split("\n")]
+    assert [text.partition("|")[0].split("%")[0].rsplit(None, 1)[0] for text in lines if "%" in text] == [
+        "training", "generating previews", "training"
+    ]  # fmt: skip
+    assert sum("saving" in text for text in lines) == 1
 
 
 def test_peak_memory_of_this_process():

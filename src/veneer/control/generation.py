@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from veneer import base_models
 from veneer.base_models.devices import Dtype, resolve_device
 from veneer.base_models.loading import load_on_device
+from veneer.base_models.schedulers import Scheduler, use_scheduler
 from veneer.formats import format_of, load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, VeneerError, methods
@@ -20,6 +22,7 @@ from veneer.injection.errors import OptionError
 from veneer.training import prepare_base
 from veneer.training.data.image_io import read_photo
 from veneer.training.families import Family, family
+from veneer.training.report.phases import PhaseReport
 from veneer.training.report.png_metadata import save_png
 from veneer.training.report.previews import check_counts, previews, save_preview, settings_of
 
@@ -47,7 +50,8 @@ class ControlGenerateConfig:
         seed: seed of the first image.
         steps: denoising steps (default: the base model's).
         guidance_scale: scale of classifier-free guidance (default: the base model's).
-        size: height and width in pixels (default: the base model's).
+        size: height and width in pixels, as a flag `WIDTHxHEIGHT` or one side of a square (default: the base model's).
+        scheduler: scheduler (sampler), with the base model's noise schedule (default: the base model's).
         dtype: dtype of the frozen base model; adapters are in float32 (default: bfloat16 on a GPU, float32 on a CPU).
         quantize: quantization of frozen linear layers, as in training: `nf4` or another kind, or COMPONENT=KIND (default: none).
         device: device such as `cuda` (default: a GPU if there is one).
@@ -68,6 +72,7 @@ class ControlGenerateConfig:
     steps: int | None = None
     guidance_scale: float | None = None
     size: tuple[int, int] | None = None
+    scheduler: Scheduler | None = None
     dtype: Dtype | None = None
     quantize: tuple[str, ...] = ()
     device: str | None = None
@@ -91,7 +96,10 @@ def generate_with_control(config: ControlGenerateConfig, adapters: list[tuple[Pa
         message = "expected either --image, whose maps are computed, or --map, the maps themselves, not both."
         raise OptionError(message, option="map", expected="image or map")
     device = resolve_device(config.device)
+    report = PhaseReport(None, sys.stderr)
+    report("loading")
     pipe = load_on_device(base, device, config.dtype, config.quantize)
+    use_scheduler(pipe, config.scheduler)
     prepare_base.freeze(pipe)
     kind = family(pipe)
     loaded = [(a, path) for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
@@ -103,16 +111,16 @@ def generate_with_control(config: ControlGenerateConfig, adapters: list[tuple[Pa
     side = kind.resolution
     size = config.size or (side, side)
     settings = settings_of(replace(config, size=size), base_models.preset(base))
-    config.out.mkdir(parents=True, exist_ok=True)
-    written = []
+    shown = []
     with contextlib.ExitStack() as scopes:
         for number, ((control, path), file) in enumerate(zip(controls, files, strict=True), 1):
             image, given = _load_condition(config, kind, control, path, file, size)
             scopes.enter_context(control.condition(**given, start=config.start, end=config.end, pipeline=pipe))
-            written.append(save_png(image, config.out / f"map-{number}.png", {"of": str(file)}))
-        made = previews(pipe, config.prompt, settings)
+            shown.append((image, config.out / f"map-{number}.png", {"of": str(file)}))
+        made = previews(pipe, config.prompt, settings, progress=report("generating", len(config.prompt) * len(settings.seeds)))
+    config.out.mkdir(parents=True, exist_ok=True)
     facts = {"base": base, "adapters": list(config.adapter), "given": [str(f) for f in files]}
-    return [*written, *(save_preview(config.out, preview, facts) for preview in made)]
+    return [*(save_png(*each) for each in shown), *(save_preview(config.out, preview, facts) for preview in made)]
 
 
 def _load_condition(

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..report.bars import close_bar
 from ..report.progress import WINDOW, Pace, Progress, ProgressFile, peak_memory, reset_peak_memory
 from ..report.result import TrainResult
 from ..report.tracking import tracking
@@ -142,6 +143,7 @@ class Trainer:
         try:
             return self._run()
         finally:
+            close_bar()
             if self._reserve is not None and self.accelerator.is_main_process:
                 self._reserve.release()
 

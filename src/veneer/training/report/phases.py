@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
+from .bars import close_bar, show_bar
 from .progress import clock
 
 PHASES: Mapping[str, str] = {
@@ -23,6 +24,8 @@ PHASES: Mapping[str, str] = {
     "caching": "encoding photos and captions",
     "training": "training",
     "previews": "generating previews",
+    "generating": "generating",
+    "comparing": "generating with and without the adapters",
     "evaluating": "evaluating",
     "saving": "saving",
 }
@@ -55,7 +58,7 @@ class PhaseReport:
 
     Args:
         path: `progress.jsonl` of the run, or None. `stream`: stream for readable lines, or None.
-        seconds: minimum time between two lines of one phase; its first and last are always written.
+        seconds: minimum time between two lines of one phase, 0.1 on a terminal; its first and last are always written.
 
     Attributes:
         seconds_in: seconds spent in each phase so far.
@@ -68,7 +71,8 @@ class PhaseReport:
         seconds: float = 5.0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.path, self.stream, self.seconds, self.now = path, stream, seconds, now
+        self.path, self.stream, self.now = path, stream, now
+        self.seconds = min(seconds, 0.1) if stream is not None and stream.isatty() else seconds
         self.seconds_in: dict[str, float] = {}
         self._phase, self._since = "", now()
         self._begun = self._since
@@ -86,6 +90,7 @@ class PhaseReport:
 
     def close(self) -> None:
         """Ends the current phase."""
+        close_bar()
         if self._phase:
             spent = self.now() - self._since
             self.seconds_in[self._phase] = self.seconds_in.get(self._phase, 0.0) + spent
@@ -94,8 +99,7 @@ class PhaseReport:
     def write(self, phase: Phase) -> None:
         """Writes one line to the file and one to the stream; a full disk does not end a run."""
         if self.stream is not None:
-            self.stream.write(f"{phase}\n")
-            self.stream.flush()
+            self._show(phase, self.stream)
         if self.path is None:
             return
         try:
@@ -104,6 +108,15 @@ class PhaseReport:
                 file.write(f"{json.dumps(asdict(phase))}\n")
         except OSError:
             return
+
+    def _show(self, phase: Phase, stream: TextIO) -> None:
+        """A bar on a terminal, a line elsewhere and for a phase without a count."""
+        if phase.total and stream.isatty():
+            show_bar(stream, PHASES.get(phase.phase, phase.phase), phase.done, phase.total)
+        else:
+            close_bar()
+            stream.write(f"{phase}\n")
+            stream.flush()
 
 
 class PhaseCounter:

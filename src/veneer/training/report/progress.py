@@ -14,6 +14,8 @@ from typing import TextIO
 
 import torch
 
+from .bars import show_bar
+
 WINDOW = 50
 """Number of steps over which the smoothed loss and the remaining time are averaged."""
 
@@ -45,10 +47,11 @@ class Progress:
 
     def __str__(self) -> str:
         left = "" if self.seconds_left is None else f"  {clock(self.seconds_left)} left"
-        return (
-            f"step {self.step}/{self.steps}  loss {self.smoothed:.4f}  lr {self.learning_rate:.2e}"
-            f"{left}  {self.memory_bytes / 2**30:.1f} GiB"
-        )
+        return f"step {self.step}/{self.steps}  {self.note(left)}"
+
+    def note(self, left: str = "") -> str:
+        """Loss, learning rate, `left` and memory."""
+        return f"loss {self.smoothed:.4f}  lr {self.learning_rate:.2e}{left}  {self.memory_bytes / 2**30:.1f} GiB"
 
 
 def clock(seconds: float) -> str:
@@ -59,7 +62,7 @@ def clock(seconds: float) -> str:
 
 
 class ProgressLine:
-    """Prints progress: one line that is rewritten on a terminal, else a new line per interval.
+    """Prints progress: a bar on a terminal, else a new line per interval.
 
     Args:
         stream: output stream (default: standard error).
@@ -71,20 +74,17 @@ class ProgressLine:
         self.terminal = self.stream.isatty()
         self.seconds = 0.1 if self.terminal else seconds
         self._shown: float | None = None
-        self._width = 0
 
     def __call__(self, progress: Progress) -> None:
         now, last = time.monotonic(), progress.step == progress.steps
         if self._shown is not None and now - self._shown < self.seconds and not last:
             return
         self._shown = now
-        text = str(progress)
         if self.terminal:
-            self.stream.write(f"\r{text.ljust(self._width)}" + ("\n" if last else ""))
-            self._width = len(text)
+            show_bar(self.stream, "training", progress.step, progress.steps, "steps", progress.note())
         else:
-            self.stream.write(f"{text}\n")
-        self.stream.flush()
+            self.stream.write(f"{progress}\n")
+            self.stream.flush()
 
 
 class ProgressFile:
