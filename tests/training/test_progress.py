@@ -76,6 +76,7 @@ def test_a_bar_that_is_closed_early_ends_its_line():
 def test_another_phase_closes_the_bar_of_training():
     stream = Terminal()
     line, report = ProgressLine(stream), PhaseReport(None, stream)
+    line.seconds = 0
     line(event(3))
     count = report("previews", 2)
     count(2)
