@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -115,7 +116,11 @@ def complete() -> None:
     from argcomplete.lexers import split_line
 
     *_, words, _ = split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))
-    argcomplete.autocomplete(parser_for(words[1:]))
+    try:
+        parser = parser_for(words[1:])
+    except _reported_errors():  # of a config file that is not typed to the end
+        parser = parser_for([*itertools.takewhile(lambda word: not word.startswith("--config"), words[1:])])
+    argcomplete.autocomplete(parser)
 
 
 def command_name(arguments: Sequence[str]) -> str:

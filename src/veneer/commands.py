@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -65,7 +66,8 @@ def _flags_over(entries: Mapping[str, Any], namespace: argparse.Namespace) -> di
 def _run_or_print(command: str, config: Any, function: Callable[[Any], Any], namespace: argparse.Namespace) -> Any:
     """Calls the function of a command, or prints its config for `--print-config`."""
     if vars(namespace).get("print config"):
-        print(to_toml(command, config), end="")
+        if os.environ.get("RANK", "0") == "0":  # once for all processes of `accelerate launch`
+            print(to_toml(command, config), end="")
         return None
     return function(config)
 
