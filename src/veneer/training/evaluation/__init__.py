@@ -1,0 +1,1 @@
+"""What a personalization run evaluates: how many images, and by which feature model."""
