@@ -94,7 +94,7 @@ def _help(text: str, field: dataclasses.Field[Any]) -> str:
     default = field.default
     if default in (dataclasses.MISSING, None, "", ()) or default is False:
         return text.replace("%", "%%")
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else "on" if default is True else default
     return f"{text} (default: {shown})".replace("%", "%%")
 
 
