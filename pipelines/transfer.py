@@ -116,10 +116,21 @@ def _summary(record: dict[str, Any], out: Path) -> str:
     low, high = record["test_interval_95"]
     return (
         f"test accuracy {record['test_accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}), validation accuracy "
-        f"{record['val_accuracy']:.1%}, epoch {record['chosen']['epoch']}; {record['trainable_parameters']:,} trainable "
+        f"{record['val_accuracy']:.1%}, epoch {record['chosen']['epoch']}; test {_further(record['test'])}; "
+        f"{record['trainable_parameters']:,} trainable "
         f"parameters, adapter of {record['stored_bytes']:,} bytes in {out}\n{read_verdict(record).text()}\n"
         f"classify images: veneer predict {shlex.quote(str(out))} IMAGE …"
     )
+
+
+def _further(test: dict[str, Any]) -> str:
+    """Further metrics that the test images have."""
+    shown = [f"macro F1 {test['macro_f1']:.1%}"]
+    if test["top5_accuracy"] is not None:
+        shown.append(f"top-5 accuracy {test['top5_accuracy']:.1%}")
+    if test["auc"] is not None:
+        shown.append(f"AUC {test['auc']:.3f}")
+    return ", ".join(shown)
 
 
 def _plan(

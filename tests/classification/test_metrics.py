@@ -12,7 +12,7 @@ from veneer.training.report.metrics import mean_interval
 
 
 def test_accuracy_recall_and_confusion_match_scikit_learn() -> None:
-    from sklearn.metrics import confusion_matrix, log_loss, recall_score
+    from sklearn.metrics import confusion_matrix, f1_score, log_loss, recall_score
 
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(200, 4, generator=generator), torch.randint(0, 3, (200,), generator=generator)
@@ -24,6 +24,22 @@ def test_accuracy_recall_and_confusion_match_scikit_learn() -> None:
     assert metrics.recall[3] is None, "a class without images has no recall"
     assert metrics.loss == pytest.approx(log_loss(labels, logits.double().softmax(1), labels=range(4)))
     assert metrics.as_dict("abcd")["recall"]["d"] is None
+    assert metrics.macro_f1 == pytest.approx(f1_score(labels, answers, average="macro"))
+    assert metrics.auc is None, "a class has no images"
+    assert metrics.top5 is None, "there are four classes"
+
+
+def test_top_five_and_auc_match_scikit_learn() -> None:
+    from sklearn.metrics import roc_auc_score, top_k_accuracy_score
+
+    generator = torch.Generator().manual_seed(1)
+    logits, labels = torch.randn(300, 9, generator=generator), torch.randint(0, 9, (300,), generator=generator)
+    logits[range(300), labels] += 1
+    metrics = compute_metrics(logits, labels)
+    shares = logits.double().softmax(1)
+    assert metrics.auc == pytest.approx(roc_auc_score(labels, shares, multi_class="ovr", average="macro"))
+    assert metrics.top5 == pytest.approx(top_k_accuracy_score(labels, shares, k=5))
+    assert metrics.as_dict("abcdefghi")["top5_accuracy"] == metrics.top5
 
 
 @pytest.mark.parametrize(("right", "of"), [(0, 10), (10, 10), (3, 7), (311, 372), (1, 1)])

@@ -159,8 +159,10 @@ def test_saved_equals_loaded_on_a_fresh_head(
         )
 
 
-def test_a_stopped_run_resumes_bitwise(tmp_path: Path, pictures: Path, models: dict[str, Path]) -> None:
-    whole = config(pictures, models["vit"], tmp_path / "whole", method="adaptformer", epochs=4, augment="flip", patience=3)
+@pytest.mark.parametrize("options", [{}, {"mixup": 0.4, "cutmix": 1.0, "ema": 0.9, "class_weights": "balanced"}], ids=str)
+def test_a_stopped_run_resumes_bitwise(tmp_path: Path, pictures: Path, models: dict[str, Path], options: dict[str, Any]) -> None:
+    shared = {"method": "adaptformer", "epochs": 4, "augment": "flip", "patience": 3}
+    whole = config(pictures, models["vit"], tmp_path / "whole", **shared, **options)
     transfer(whole)
     half = dataclasses.replace(whole, out=tmp_path / "half")
 
@@ -212,6 +214,28 @@ def test_a_head_is_trained_on_features_that_are_computed_once(
     assert result(out)["training"]["cached_features"]
 
 
+def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(
+    tmp_path: Path, pictures: Path, models: dict[str, Path]
+) -> None:
+    """Against the weights after 1, 2 and 3 steps, with the decays 0, 2/11 and 3/12 of the warm-up."""
+
+    def weights(steps: int, ema: float) -> dict[str, torch.Tensor]:
+        out = tmp_path / f"{steps}-{ema}"
+        options = {"method": "adaptformer", "schedule": "constant", "warmup": 0.0, "steps": steps, "ema": ema}
+        return load_file(transfer(config(pictures, models["vit"], out, **options)) / "adapter.safetensors")
+
+    first, second, third = (weights(steps, 0.0) for steps in (1, 2, 3))
+    for name, tensor in weights(3, 0.9).items():
+        average = 2 / 11 * first[name] + 9 / 11 * second[name]
+        torch.testing.assert_close(tensor, 3 / 12 * average + 9 / 12 * third[name])
+    assert any(not torch.equal(first[name], third[name]) for name in first)
+
+
+def test_mixed_images_are_not_replaced_by_cached_features(tmp_path: Path, pictures: Path, models: dict[str, Path]) -> None:
+    out = transfer(config(pictures, models["vit"], tmp_path / "probe", method="linear_probe", epochs=1, mixup=0.2))
+    assert not result(out)["training"]["cached_features"]
+
+
 def test_adapters_train_and_the_base_does_not(tmp_path: Path, pictures: Path, models: dict[str, Path]) -> None:
     """Dropout of the adapter is active; batch statistics of the base model are unchanged and not saved."""
     tensors = []
@@ -252,6 +276,9 @@ def test_invalid_settings_are_errors_before_training(tmp_path: Path, pictures: P
         ({"where": ("attn.z",)}, SelectionError, {"pattern": "attn.z"}),
         ({"shots": 0}, OptionError, {"option": "shots", "given": 0}),
         ({"head": "new"}, OptionError, {"option": "head", "given": "new"}),
+        ({"mixup": -0.1}, OptionError, {"option": "mixup", "given": -0.1}),
+        ({"ema": 1.0}, OptionError, {"option": "ema", "given": 1.0}),
+        ({"class_weights": "inverse"}, OptionError, {"option": "class_weights", "given": "inverse"}),
         ({"validation": 0.0}, DataError, {"where": "validation", "given": 0}),
     ):
         with raises(error, **data):

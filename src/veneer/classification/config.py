@@ -59,6 +59,10 @@ class TransferConfig:
         weight_decay: decoupled weight decay.
         max_grad_norm: gradient clipping: largest L2 norm of the gradient; 0 disables clipping.
         label_smoothing: share of the target that is spread over all classes, 0 to 1.
+        class_weights: weights of the classes in the loss: `none`, or `balanced`, in inverse proportion to their training images.
+        mixup: alpha of mixup, typically 0.2; 0 disables it.
+        cutmix: alpha of CutMix, typically 1; 0 disables it. With both, each pair of images gets one of them.
+        ema: decay of an exponential moving average of the weights, which is what is evaluated and saved; 0 disables it.
         augment: `none`, `light` (random crop), `flip` (also horizontal flips, if the data allows them) or `strong` (also
             RandAugment and random erasing).
         squash: resize to the exact side without a crop, as VTAB does.
@@ -101,6 +105,10 @@ class TransferConfig:
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    ema: float = 0.0
     augment: Augmentation = "flip"
     squash: bool = False
     size: int | None = None
@@ -129,6 +137,10 @@ class TransferConfig:
             self._check(name, getattr(self, name) >= least, f"at least {least}")
         for name in ("validation", "test", "warmup", "label_smoothing"):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name in ("mixup", "cutmix"):
+            self._check(name, 0 <= getattr(self, name) < math.inf, "0, or a finite alpha above 0")
+        self._check("ema", 0 <= self.ema < 1, "0, or a decay below 1")
+        self._check("class_weights", self.class_weights in ("none", "balanced"), "none or balanced")
         self._check("shots", self.shots is None or self.shots >= 1, "at least 1")
         self._check("steps", self.steps is None or self.steps >= 1, "at least 1")
         self._check("learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "finite and above 0")

@@ -25,6 +25,9 @@ class ClassificationMetrics:
         recall: of each class; None without images of the class.
         confusion: counts by (true, predicted) class.
         images: number of images.
+        top5: share of the images whose class is among the five most probable; None with five classes or fewer.
+        macro_f1: mean over classes of 2 TP / (2 TP + FP + FN), of those that occur or are predicted.
+        auc: area under the ROC curve, mean over classes of each against the rest; None if a class has no images.
     """
 
     accuracy: float
@@ -34,6 +37,9 @@ class ClassificationMetrics:
     recall: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
     images: int
+    top5: float | None = None
+    macro_f1: float = 0.0
+    auc: float | None = None
 
     def as_dict(self, classes: Sequence[str]) -> dict[str, Any]:
         """The metrics as JSON values, with recall by class name."""
@@ -42,6 +48,9 @@ class ClassificationMetrics:
             "interval_95": list(self.interval),
             "calibration_error": self.calibration_error,
             "loss": self.loss,
+            "top5_accuracy": self.top5,
+            "macro_f1": self.macro_f1,
+            "auc": self.auc,
             "recall": dict(zip(classes, self.recall, strict=True)),
             "confusion": [list(row) for row in self.confusion],
             "pictures": self.images,
@@ -65,7 +74,23 @@ def compute_metrics(logits: Tensor, labels: Tensor) -> ClassificationMetrics:
         tuple(h / n if n else None for h, n in zip(hits, totals, strict=True)),
         tuple(tuple(row) for row in confusion.tolist()),
         len(labels),
+        float((logits.topk(5).indices == labels[:, None]).any(1).double().mean()) if classes > 5 else None,
+        _macro_f1(confusion),
+        _auc(logits.softmax(1), labels) if min(totals) > 0 else None,
     )
+
+
+def _macro_f1(confusion: Tensor) -> float:
+    hits, seen = confusion.diagonal().double(), (confusion.sum(0) + confusion.sum(1)).double()
+    return float((2 * hits / seen)[seen > 0].mean())
+
+
+def _auc(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean over classes of the area under the ROC curve of p_c: the share of pairs that it orders correctly."""
+    from sklearn.metrics import roc_auc_score
+
+    areas = [roc_auc_score(labels == c, probabilities[:, c]) for c in range(probabilities.shape[1])]
+    return float(sum(areas) / len(areas))
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:

@@ -10,6 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from veneer.training.loop.seeds import generator
 
+from .mixing import Mixing
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -34,7 +36,7 @@ class Order:
 
 
 class ClassifyingLoss:
-    """Cross-entropy of a step's images.
+    """Cross-entropy of a step's images: mean over images of w[y] · CE(logits, y), with weights w of the classes if there are any.
 
     Args:
         logits: computes logits from inputs (B, …): the model from images, or its head from features.
@@ -43,6 +45,8 @@ class ClassifyingLoss:
         prefetch: called with the samples of this step and the next, or None.
         smoothing: label smoothing.
         device: of the model.
+        class_weights: (classes,), or None.
+        mixing: mixup and CutMix, or None.
     """
 
     def __init__(
@@ -54,17 +58,45 @@ class ClassifyingLoss:
         prefetch: Callable[[Sequence[tuple[int, int]]], None] | None = None,
         smoothing: float = 0.0,
         device: torch.device | str = "cpu",
+        class_weights: Tensor | None = None,
+        mixing: Mixing | None = None,
     ) -> None:
+        self.class_weights = None if class_weights is None else class_weights.to(device)
+        self.mixing = mixing if mixing is not None and mixing.enabled else None
         self.logits, self.inputs, self.order, self.samples = logits, inputs, order, samples
         self.prefetch, self.smoothing, self.device = prefetch, smoothing, device
 
     def __call__(self, step: int, rows: list[int]) -> Tensor:
-        samples, following = ([self.order.at(n * self.samples + row) for row in rows] for n in (step, step + 1))
+        needed = rows if self.mixing is None else [*dict.fromkeys([*rows, *(self.mixing.partner(r, self.samples) for r in rows)])]
+        samples, following = ([self.order.at(n * self.samples + row) for row in needed] for n in (step, step + 1))
         if self.prefetch is not None:
             self.prefetch([*samples, *following])
         inputs, labels = self.inputs(samples)
-        logits = self.logits(inputs.to(self.device))
-        return cross_entropy(logits.float(), labels.to(self.device), label_smoothing=self.smoothing)
+        inputs, labels = inputs.to(self.device), labels.to(self.device)
+        if self.mixing is not None:
+            return self._mixed(self.mixing, step, rows, needed, inputs, labels)
+        return self._cross_entropy(self.logits(inputs).float(), labels)
+
+    def _mixed(self, mixing: Mixing, step: int, rows: list[int], needed: list[int], inputs: Tensor, labels: Tensor) -> Tensor:
+        """λ CE(f(x), y) + (1 − λ) CE(f(x), y') of images that are mixed with their partners."""
+        places = [needed.index(row) for row in rows]
+        partners = [needed.index(mixing.partner(row, self.samples)) for row in rows]
+        images, weights = mixing(inputs[places], inputs[partners], step, rows)
+        logits = self.logits(images).float()
+        return self._cross_entropy(logits, labels[places], weights) + self._cross_entropy(logits, labels[partners], 1 - weights)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Mean of the cross-entropies, each times the weight of its image and of its class."""
+        if weights is None and self.class_weights is None:
+            return cross_entropy(logits, labels, label_smoothing=self.smoothing)
+        each = cross_entropy(logits, labels, self.class_weights, label_smoothing=self.smoothing, reduction="none")
+        return (each if weights is None else weights * each).mean()
+
+
+def balanced_weights(labels: Iterable[int], classes: int) -> Tensor:
+    """Weights N / (K n_c) of K classes with n_c of N images, (K,): every class counts the same. 0 for a class without images."""
+    counts = torch.bincount(torch.as_tensor(list(labels)), minlength=classes).float()
+    return torch.where(counts > 0, counts.sum() / (classes * counts.clamp(min=1)), 0.0)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from veneer.injection import Attachment, VeneerError, attach
 from veneer.injection.attachment.model_state import statistics
@@ -32,8 +33,9 @@ from ..models.cached_features import CachedFeatures, reads_features_only
 from ..models.classifier import Classifier
 from ..models.linear_probe_init import Head, accepts_probe_init, init_head
 from ..report.metrics import ClassificationMetrics, compute_metrics
-from .batches import Batch, ClassifyingLoss, Order, logits_of
+from .batches import Batch, ClassifyingLoss, Order, balanced_weights, logits_of
 from .epoch_selection import Epoch, EpochSelection
+from .mixing import Mixing
 
 
 def attach_methods(classifier: Classifier, config: TransferConfig, data: Data) -> list[Attachment]:
@@ -109,7 +111,8 @@ class ClassifierTrainer:
         self.dtype = AUTOCAST[config.mixed_precision]
         classifier.model.to(accelerator.device)
         self.model: Any = classifier.model
-        cached = config.cache and reads_features_only(classifier, attached)
+        self.mixing = Mixing(config.mixup, config.cutmix, config.seed)
+        cached = config.cache and not self.mixing.enabled and reads_features_only(classifier, attached)
         self._frozen = features or CachedFeatures(classifier, views, config.batch, self.dtype)
         self.features = self._frozen if cached else None
         self.per_epoch = max(1, len(views.data.splits.train) // (config.batch * config.gradient_accumulation_steps))
@@ -181,13 +184,24 @@ class ClassifierTrainer:
             self.views.train.prefetch if cached is None else None,
             self.config.label_smoothing,
             self.accelerator.device,
+            self._class_weights(),
+            self.mixing,
         )
+
+    def _class_weights(self) -> Tensor | None:
+        """Weights of the classes in the loss, by their training images."""
+        if self.config.class_weights == "none":
+            return None
+        data = self.views.data
+        return balanced_weights((data.source.examples[i].label for i in data.splits.train), len(data.classes))
 
     def _fit(self) -> TrainResult:
         loop, loss = self.config.loop(self.per_epoch, self.steps), self.loss()
 
         def evaluate(step: int) -> None:
-            self._evaluate(step, trainer.losses[-self.per_epoch :])
+            with trainer.averaged():
+                self._evaluate(step, trainer.losses[-self.per_epoch :])
+            self._prepare(math.ceil(step / self.per_epoch))
             if self.selection.exhausted:
                 trainer.stop()
 
@@ -208,7 +222,8 @@ class ClassifierTrainer:
             self.selection.resume(steps[-1])
         result = trainer.fit(self.config.resume)
         if not result.stopped and self.steps % self.per_epoch and self.accelerator.is_main_process:
-            self._evaluate(self.steps, trainer.losses[-(self.steps % self.per_epoch) :])
+            with trainer.averaged():
+                self._evaluate(self.steps, trainer.losses[-(self.steps % self.per_epoch) :])
         return result
 
     def metrics(self, split: str) -> ClassificationMetrics:
@@ -277,10 +292,8 @@ class ClassifierTrainer:
         return groups
 
     def _evaluate(self, step: int, losses: Sequence[float]) -> None:
-        """Evaluates the validation split after an epoch, and runs the preparation passes of the next one."""
+        """Evaluates the validation split after an epoch."""
         metrics = self.metrics("validation")
         mean = sum(losses) / len(losses) if losses else math.nan
         number = math.ceil(step / self.per_epoch)
         self.selection.add(Epoch(number, step, mean, metrics.loss, metrics.accuracy))
-        if number:
-            self._prepare(number)
