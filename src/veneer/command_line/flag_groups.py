@@ -14,7 +14,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "optimization": (
         "steps", "epochs", "batch", "gradient_accumulation_steps", "learning_rate", "text_learning_rate", "token_learning_rate",
-        "schedule", "warmup", "optimizer", "weight_decay", "max_grad_norm", "ema", "label_smoothing", "class_weights", "mixup", "cutmix", "patience", "search",
+        "schedule", "warmup", "optimizer", "weight_decay", "max_grad_norm", "ema", "label_smoothing", "class_weights",
+        "mixup", "cutmix", "patience", "search",
         "search_epochs", "seed", "seeds", "first_seed",
     ),
     "loss": (
