@@ -59,8 +59,8 @@ class TrainedMethod:
 
     Args:
         merges: True if each adapter has a weight form at its site.
-        source: what is exported. `pixels`: two normalized images. `logits`: of the attached model. `change`: largest difference to
-            the logits without the method.
+        source: what is exported. `pixels`: two normalized images. `logits`: of the attached model.
+        change: largest difference to the logits without the method.
     """
 
     method: str

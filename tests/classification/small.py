@@ -17,7 +17,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet": ("resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}),
     "swin": (
         "swin_tiny_patch4_window7_224",
-        {"img_size": SIDE, "window_size": 4, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4]},
+        {"img_size": SIDE, "window_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4]},
     ),
     "convnext": ("convnext_tiny", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "kernel_sizes": 3, "ls_init_value": 1.0}),
 }
