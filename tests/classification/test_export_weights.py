@@ -116,6 +116,14 @@ def test_a_size_and_arguments_of_the_architecture_are_exported(tmp_path: Path) -
         assert torch.allclose(export(case, "vit", tmp_path / "out"), case.logits, atol=1e-5)
 
 
+def test_arguments_are_exported_by_releases_of_timm_that_do_not_record_them(tmp_path: Path) -> None:
+    classifier = open_small("convnext", tmp_path)
+    classifier.model.__dict__.pop("_model_args", None)
+    assert classifier.arguments["depths"] == [1, 1, 1, 1]
+    with trained(classifier, "bitfit") as case:
+        assert torch.allclose(export(case, "convnext", tmp_path / "out"), case.logits, atol=1e-5)
+
+
 def test_exports_that_cannot_be_written_are_errors(tmp_path: Path) -> None:
     vit, clip = open_small("vit", tmp_path), open_small("clip", tmp_path)
     with trained(vit, "lora") as case:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from veneer.version import __version__
 
 from .export_format import ExportSource
 
@@ -17,7 +16,7 @@ def describe(source: ExportSource) -> dict[str, Any]:
     """What reproduces a prediction beside the weights: labels and preprocessing, in timm's terms."""
     name = source.classifier.name
     return {
-        "veneer": __version__,
+        "veneer": version("veneer"),
         "model": Path(name).name if Path(name).is_dir() else name,
         "methods": [attachment.method.name for attachment in source.attached],
         "label_names": list(source.classifier.classes),
