@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +25,6 @@ from tests.classification.export_cases import (
 from veneer.classification.export.export_classifier import export_classifier
 from veneer.classification.export.export_format import ExportError
 
-PAGE = Path("docs/results/export.md")
 HEAD = """# Exported classifiers
 
 Every method that supports image classifiers was attached to a small model of every vision host, at its default sites, or at
@@ -49,52 +50,69 @@ def differences(case: TrainedMethod, kind: str, folder: Path) -> Iterator[float]
     yield relative(float((run_onnx(file, case.pixels) - case.logits).abs().max()), case.logits)
 
 
-def cells(kind: str) -> Iterator[tuple[str, bool, tuple[float, ...]]]:
-    """Method, whether it merges, and differences, of one model; no differences if the method cannot be exported."""
-    with tempfile.TemporaryDirectory() as parent:
-        for case in trained_methods(open_small(kind, Path(parent))):
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    found = tuple(differences(case, kind, Path(folder)))
-                except ExportError as error:
-                    print(error, flush=True)
-                    found = ()
-            print(kind, case.method, *found, flush=True)
-            yield case.method, case.merges, found
+def record(host: str, records: Path) -> None:
+    """Adds each method on the small model of a host to `records`, a JSON line each, that is not there yet."""
+    done = {(line["host"], line["method"]) for line in read(records)}
+    with tempfile.TemporaryDirectory() as parent, records.open("a") as file:
+        for case in trained_methods(open_small(HOSTS[host], Path(parent))):
+            if (host, case.method) not in done:
+                with tempfile.TemporaryDirectory() as folder:
+                    try:
+                        found = list(differences(case, HOSTS[host], Path(folder)))
+                    except ExportError as error:
+                        print(error, flush=True)
+                        found = []
+                line = {"host": host, "method": case.method, "merges": case.merges, "differences": found}
+                print(line, flush=True)
+                file.write(json.dumps(line) + "\n")
+                file.flush()
 
 
-def page() -> str:
+def read(records: Path) -> list[dict[str, Any]]:
+    """Finished pairs."""
+    return [json.loads(line) for line in records.read_text().splitlines()] if records.is_file() else []
+
+
+def page(lines: list[dict[str, Any]]) -> str:
     """The Markdown."""
     import onnxruntime
     import timm
 
-    start = time.perf_counter()
-    table = {host: {method: (merges, found) for method, merges, found in cells(kind)} for host, kind in HOSTS.items()}
-    minutes = (time.perf_counter() - start) / 60
-    names = sorted({method for row in table.values() for method in row})
-    lines = ["| method | " + " | ".join(f"`{host}`" for host in HOSTS) + " |", "|---" * (len(HOSTS) + 1) + "|"]
-    for name in names:
-        entries = [table[host].get(name) for host in HOSTS]
-        lines.append(f"| `{name}` | " + " | ".join("–" if e is None else _cell(e[1]) for e in entries) + " |")
-    merged = [found for row in table.values() for merges, found in row.values() if merges]
-    graphs = [found for row in table.values() for merges, found in row.values() if not merges]
-    missing = sum(not found for found in [*merged, *graphs])
+    table = {(line["method"], line["host"]): line["differences"] for line in lines}
+    rows = ["| method | " + " | ".join(f"`{host}`" for host in HOSTS) + " |", "|---" * (len(HOSTS) + 1) + "|"]
+    for method in sorted({method for method, _ in table}):
+        rows.append(f"| `{method}` | " + " | ".join(_cell(table.get((method, host))) for host in HOSTS) + " |")
+    merged = [line["differences"] for line in lines if line["merges"]]
+    graphs = [line["differences"] for line in lines if not line["merges"]]
     summary = (
         f"{len(merged)} pairs of a method that can be merged and a host: the largest difference is "
         f"{max(found[0] for found in merged if found):.1e} of the largest logit for merged weights and "
         f"{max(found[-1] for found in merged if found):.1e} for ONNX. {len(graphs)} other pairs: "
-        f"{max(found[0] for found in graphs if found):.1e} for ONNX. "
-        f"Pairs that could not be exported: {missing}."
+        f"{max((found[0] for found in graphs if found), default=0):.1e} for ONNX. "
+        f"Pairs that could not be exported: {sum(not line['differences'] for line in lines)}."
     )
     versions = f"Versions: torch {torch.__version__}, timm {timm.__version__}, onnxruntime {onnxruntime.__version__}."
-    made = f"Generated by `python -m tests.classification.export_table`, in about {minutes:.0f} minutes on one busy core."
-    return "\n".join([HEAD, summary, "", versions, "", made, "", *lines, ""])
+    made = "Generated by `python -m tests.classification.export_table`; finished pairs are not exported again."
+    return "\n".join([HEAD, summary, "", versions, "", made, "", *rows, ""])
 
 
-def _cell(found: tuple[float, ...]) -> str:
-    return ", ".join(f"{each:.0e}" for each in found) or "✗"
+def _cell(found: list[float] | None) -> str:
+    return "–" if found is None else ", ".join(f"{each:.0e}" for each in found) or "✗"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hosts", default=",".join(HOSTS), help="with commas")
+    parser.add_argument("--records", type=Path, default=Path("runs/export.jsonl"), help="finished pairs")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/export.md"))
+    given = parser.parse_args(arguments)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    given.records.parent.mkdir(parents=True, exist_ok=True)
+    for host in given.hosts.split(","):
+        record(host, given.records)
+    given.out.write_text(page(read(given.records)), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    PAGE.write_text(page(), encoding="utf-8")
+    main()
