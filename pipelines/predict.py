@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from veneer.classification.predict import Prediction, find_images, open_predictor
+from veneer.base_models.devices import resolve_device
+from veneer.classification.image_paths import find_images
+from veneer.classification.predict import Prediction, open_predictor
 from veneer.injection import OptionError, VeneerError
 
 __all__ = ["PredictConfig", "predict"]
@@ -22,10 +24,11 @@ class PredictConfig:
 
     Args:
         folder: folder that `veneer transfer --out` has written.
-        images: images, and folders of images.
+        images: images, folders of images, `.txt` files with one path per line, or `-` for such a list from stdin.
         top: classes to list per image.
-        format: `text`, `json` (one line per image) or `csv`.
+        format: `text`, `json` (one line per image) or `csv` (one row per image, with a header).
         batch: images per forward pass.
+        device: device such as `cuda` (default: a GPU if there is one).
     """
 
     folder: Path
@@ -33,6 +36,7 @@ class PredictConfig:
     top: int = 3
     format: Literal["text", "json", "csv"] = "text"
     batch: int = 32
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.format not in FORMS:
@@ -53,32 +57,40 @@ def predict(config: PredictConfig) -> Iterator[str]:
     if not images:
         message = "no images; pass image files or a folder of images after the run folder."
         raise OptionError(message, option="images", given=())
+    predictor = open_predictor(config.folder, resolve_device(config.device))
+    top = min(config.top, len(predictor.classifier.classes))
     if config.format == "csv":
-        yield _row(["image", "label", "probability", "problem"])
+        yield _row(_columns(top))
     read = False
-    for prediction in open_predictor(config.folder).predict(images, config.top, config.batch):
+    for prediction in predictor.predict(images, top, config.batch):
         read = read or not prediction.problem
-        yield FORMS[config.format](prediction)
+        yield FORMS[config.format](prediction, top)
     if not read:
         message = f"none of the {len(images)} images could be read; see the reasons above."
         raise VeneerError(message, where="images", given=tuple(map(str, images)))
 
 
-def _text(prediction: Prediction) -> str:
+def _text(prediction: Prediction, top: int) -> str:
     if prediction.problem:
         return f"{prediction.image}: {prediction.problem}"
     classes = ((prediction.label, prediction.probability), *prediction.others)
     return f"{prediction.image}: {', '.join(f'{label} {probability:.1%}' for label, probability in classes)}"
 
 
-def _json(prediction: Prediction) -> str:
+def _json(prediction: Prediction, top: int) -> str:
     return json.dumps(asdict(prediction), ensure_ascii=False)
 
 
-def _csv(prediction: Prediction) -> str:
-    return _row(
-        [prediction.image, prediction.label, "" if prediction.problem else repr(prediction.probability), prediction.problem]
-    )
+def _columns(top: int) -> list[str]:
+    others = [f"{name}_{rank}" for rank in range(2, top + 1) for name in ("label", "probability")]
+    return ["image", "label", "probability", "problem", *others]
+
+
+def _csv(prediction: Prediction, top: int) -> str:
+    probability = "" if prediction.problem else repr(prediction.probability)
+    others = [cell for label, value in prediction.others for cell in (label, repr(value))]
+    cells = [prediction.image, prediction.label, probability, prediction.problem, *others]
+    return _row(cells + [""] * (len(_columns(top)) - len(cells)))
 
 
 def _row(cells: list[str]) -> str:

@@ -112,14 +112,15 @@ def _progress(label: str) -> Callable[[int, int], None]:
 
 
 def _summary(record: dict[str, Any], out: Path) -> str:
-    """Metrics, verdict and next command."""
+    """Metrics, verdict and next commands."""
     low, high = record["test_interval_95"]
     return (
         f"test accuracy {record['test_accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}), validation accuracy "
         f"{record['val_accuracy']:.1%}, epoch {record['chosen']['epoch']}; test {_further(record['test'])}; "
         f"{record['trainable_parameters']:,} trainable "
         f"parameters, adapter of {record['stored_bytes']:,} bytes in {out}\n{read_verdict(record).text()}\n"
-        f"classify images: veneer predict {shlex.quote(str(out))} IMAGE …"
+        f"classify images: veneer predict {shlex.quote(str(out))} IMAGE …\n"
+        f"use it without veneer: veneer export {shlex.quote(str(out))} --to onnx"
     )
 
 

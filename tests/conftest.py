@@ -31,7 +31,8 @@ TIERS = {
     "browser": ("apps/test_browser", "apps/test_clients.py"),
     "slow": (
         "apps/", "base_models/", "benchmarks/", "pipelines/", "test_allocator.py", "test_example_package.py", "test_extras.py",
-        "test_docs.py", "test_readme.py", "classification/test_comparison.py", "formats/test_controlnext_base.py",
+        "test_docs.py", "test_readme.py", "classification/test_comparison.py", "classification/test_export",
+        "formats/test_controlnext_base.py",
         "formats/test_diffusers.py", "formats/test_families.py", "formats/test_growth.py", "formats/test_image_embeddings.py",
         "formats/test_kohya.py", "formats/test_lora_reader.py", "formats/test_lycoris.py", "formats/test_malformed.py",
         "formats/test_onetrainer_methods.py", "formats/test_peft_folder.py", "hosts/test_every_architecture.py",

@@ -22,7 +22,7 @@ from veneer.injection import methods
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
-TRAINING = ["index", "tutorials/subject", "tutorials/control", "tutorials/classification", "config-files"]
+TRAINING = ["index", "tutorials/subject", "tutorials/control", "tutorials/classification", "config-files", "export"]
 RUN = [
     *(pytest.param(page, marks=pytest.mark.training) for page in TRAINING),
     "tutorials/method",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from veneer.adapter_merging.delta_weights import CombineError
     from veneer.benchmarks.shapes import BenchError
     from veneer.classification.data.transforms import ViewError
+    from veneer.classification.export.export_format import ExportError
     from veneer.classification.models.classifier import ModelError
     from veneer.formats import load, load_all
     from veneer.injection import Attachment, activate, attach, attachments, merges, mixed
@@ -66,18 +67,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Attachment", "BaseModelError", "BenchError", "BlockedGradient", "CacheWarning", "CheckpointError", "CheckpointWarning",
-    "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite", "DiskFull", "Diverged", "HostChanged", "LoadError",
-    "MissingExtra", "ModelError", "OptionError", "PhotoError", "PreflightError", "PromptError", "PromptWarning", "SaveError",
-    "SelectionError", "StateError", "TextError", "TipAdapterError", "TrainError", "UnknownName", "UnknownOption",
-    "UnsupportedSite", "VeneerError", "VeneerWarning", "ViewError", "activate", "adapter_merging", "attach", "attachments",
-    "base_models", "classification", "control", "formats", "functional", "hosts", "injection", "load", "load_all", "merges",
-    "methods", "mixed", "models", "sites", "testing", "training",
+    "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite", "DiskFull", "Diverged", "ExportError",
+    "HostChanged", "LoadError", "MissingExtra", "ModelError", "OptionError", "PhotoError", "PreflightError", "PromptError",
+    "PromptWarning", "SaveError", "SelectionError", "StateError", "TextError", "TipAdapterError", "TrainError", "UnknownName",
+    "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning", "ViewError", "activate", "adapter_merging", "attach",
+    "attachments", "base_models", "classification", "control", "formats", "functional", "hosts", "injection", "load",
+    "load_all", "merges", "methods", "mixed", "models", "sites", "testing", "training",
 ]  # fmt: skip
 
 _MODULES = {
     "adapter_merging.delta_weights": ("CombineError",),
     "benchmarks.shapes": ("BenchError",),
     "classification.data.transforms": ("ViewError",),
+    "classification.export.export_format": ("ExportError",),
     "classification.models.classifier": ("ModelError",),
     "formats": ("load", "load_all"),
     "injection": ("Attachment", "activate", "attach", "attachments", "merges", "mixed"),

@@ -203,6 +203,10 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
         "classify images with a fine-tuned model",
         _config_command("predict", "predict", "PredictConfig", ("folder", "images"), True),
     ),
+    "export": (
+        "export a fine-tuned classifier to timm, open_clip, ONNX or torch.export",
+        _config_command("export", "export", "ExportConfig", ("folder",), True),
+    ),
     "control": (
         "condition a diffusion model on maps or images",
         _command_group(

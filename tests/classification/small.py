@@ -15,6 +15,11 @@ CLASSES = ("blue", "green", "red")
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_tiny_patch16_224", {"img_size": SIDE, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}),
     "resnet": ("resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": SIDE, "window_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4]},
+    ),
+    "convnext": ("convnext_tiny", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "kernel_sizes": 3, "ls_init_value": 1.0}),
 }
 
 

@@ -23,8 +23,6 @@ from .models.classifier import Classifier
 from .models.loading import open_classifier
 from .report.artifacts import FORM
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -51,6 +49,11 @@ class Predictor:
     view: EvalView
     dtype: torch.dtype | None
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return next(self.classifier.model.parameters()).device
+
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
         """Logits (n, classes) of pixels (n, 3, height, width), float32."""
@@ -67,7 +70,7 @@ class Predictor:
         for start in range(0, len(images), batch):
             inputs = [self._read(path) for path in images[start : start + batch]]
             pixels = [each for each in inputs if isinstance(each, Tensor)]
-            probabilities = iter(self.logits(torch.stack(pixels)).softmax(1) if pixels else ())
+            probabilities = iter(self.logits(torch.stack(pixels).to(self.device)).softmax(1).cpu() if pixels else ())
             for path, each in zip(images[start : start + batch], inputs, strict=True):
                 if isinstance(each, str):
                     yield Prediction(str(path), problem=each)
@@ -86,9 +89,11 @@ class Predictor:
         return Prediction(str(path), *classes[0], others=tuple(classes[1:]))
 
 
-def open_predictor(folder: Path) -> Predictor:
+def open_predictor(folder: Path, device: str = "cpu") -> Predictor:
     """Loads the classifier in a folder of `veneer transfer`.
 
+    Args:
+        device: device of the model, such as `cuda`.
     Raises:
         VeneerError: no finished run in the folder, or the model's weights are missing or have changed.
     """
@@ -121,25 +126,5 @@ def open_predictor(folder: Path) -> Predictor:
         raise VeneerError(message, file=weights, where="weights", **digests)
     if record["adapted"]:
         load_all(classifier.model, folder / "adapter.safetensors")
-    classifier.model.eval()
+    classifier.model.eval().to(device)
     return Predictor(classifier, EvalView(classifier.data, squash=record["squash"]), AUTOCAST[record["precision"]])
-
-
-def find_images(images: Sequence[Path]) -> list[Path]:
-    """Image files, with folders expanded recursively and sorted by name.
-
-    Raises:
-        VeneerError: a path does not exist, or a folder has no images.
-    """
-    found: list[Path] = []
-    for image in images:
-        if image.is_dir():
-            inside = sorted(p for p in image.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-            if not inside:
-                raise VeneerError(f"{image}: no image in this folder; expected files such as .jpg or .png.", file=image, given=())
-            found += inside
-        elif image.exists():
-            found.append(image)
-        else:
-            raise VeneerError(f"{image}: there is no such file or folder.", file=image, given="missing")
-    return found

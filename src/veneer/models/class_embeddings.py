@@ -87,6 +87,9 @@ class ClassEmbeddings(nn.Module):
         Args:
             ids: (n, length). `embeddings`: (n, length, width), used instead of the token embeddings of `ids`.
         """
+        exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+        if exporting:  # the number of chunks would make the batch size a constant of the graph
+            return normalize(_encode(self.clip, ids, embeddings), dim=-1)
         parts = ids.split(PROMPTS)
         replaced = [None] * len(parts) if embeddings is None else embeddings.split(PROMPTS)
         return torch.cat([normalize(_encode(self.clip, i, e), dim=-1) for i, e in zip(parts, replaced, strict=True)])
@@ -116,7 +119,7 @@ def _encode(clip: Any, ids: Tensor, embeddings: Tensor | None) -> Tensor:
     dtype = tower.transformer.get_cast_dtype()
     x = embeddings.to(dtype) + tower.positional_embedding[: embeddings.shape[1]].to(dtype)
     x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask))
-    x = x[torch.arange(len(x), device=x.device), _ends(clip, tower, ids)]
+    x = x[torch.arange(x.shape[0], device=x.device), _ends(clip, tower, ids)]
     projection = tower.text_projection
     if projection is None:
         return x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Classifier:
         classes: names of the classes.
         weights: origin of the weights: `published`, `random`, or the SHA-256 of the file.
         fresh: True if its head is new and must be trained.
+        arguments: arguments of `timm.create_model` that its architecture depends on, beside the number of classes.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class Classifier:
     classes: tuple[str, ...]
     weights: str
     fresh: bool
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def features(self) -> FeatureSite | None:

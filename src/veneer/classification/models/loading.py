@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def open_classifier(
         torch.manual_seed(mix(seed, "model"))
         source = str(base_models.path("bundled_clip")) if name == "bundled" else name.removeprefix("timm:")
         model: Any
-        model, origin = _timm(source, weights, size)
+        model, origin, arguments = _timm(source, weights, size)
         if not keep_head:
             new_head(model, name, len(classes), seed)
     from timm.data.config import resolve_model_data_config
@@ -102,10 +103,11 @@ def open_classifier(
     channels, *own = data["input_size"]
     data["input_size"] = (channels, *((size, size) if size is not None else own))
     model.to(memory_format=torch.channels_last)  # convolutions take two thirds of the time
-    return Classifier(model.eval().requires_grad_(False), name, data, tuple(classes), origin, not keep_head)
+    return Classifier(model.eval().requires_grad_(False), name, data, tuple(classes), origin, not keep_head, arguments)
 
 
-def _timm(name: str, weights: str | Path | None, size: int | None) -> tuple[nn.Module, str]:
+def _timm(name: str, weights: str | Path | None, size: int | None) -> tuple[nn.Module, str, dict[str, Any]]:
+    """The model, the origin of its weights, and the arguments that its architecture depends on."""
     import timm
 
     folder = Path(name).is_dir()
@@ -115,8 +117,9 @@ def _timm(name: str, weights: str | Path | None, size: int | None) -> tuple[nn.M
     name = f"local-dir:{name}" if folder else name
     if size is not None and _has_img_size(name):
         options["img_size"] = size
+    arguments = (_model_args(Path(name.partition(":")[2])) if folder else {}) | options
     if weights == "none":
-        return timm.create_model(name, pretrained=False, **options), "random"
+        return timm.create_model(name, pretrained=False, **options), "random", arguments
     if weights is not None:
         file = check_weights(weights)
         try:
@@ -125,14 +128,19 @@ def _timm(name: str, weights: str | Path | None, size: int | None) -> tuple[nn.M
             model = timm.create_model(name, pretrained=not folder, **options)
             if folder:
                 timm.models.load_checkpoint(model, str(file), strict=True)
-            return model, digest_of(file)
+            return model, digest_of(file), arguments
         except (RuntimeError, KeyError, ValueError) as error:
             raise ModelError(_mismatch_message(name, file, error), file=file, given="mismatch", expected=name) from error
     with hub(not folder) as why:
         try:
-            return timm.create_model(name, pretrained=True, **options), "published"
+            return timm.create_model(name, pretrained=True, **options), "published", arguments
         except Exception as error:  # the hub's clients raise a dozen kinds
             raise download_error(name, why, error) from error
+
+
+def _model_args(folder: Path) -> dict[str, Any]:
+    """The arguments of the architecture in a folder of timm."""
+    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_args") or {})
 
 
 def _has_img_size(name: str) -> bool:

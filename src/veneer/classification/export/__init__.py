@@ -1,0 +1,1 @@
+"""Export of trained classifiers to formats that other tools load without veneer."""
