@@ -15,6 +15,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "compare": ("veneer compare photos/ --methods 'lora, ssf, vpt' --seeds 3",),
     "predict": ("veneer predict runs/clothes new-photos/",),
+    "export": (
+        "veneer export runs/clothes --to timm --out clothes-timm",
+        "veneer export runs/clothes --to onnx --out clothes.onnx",
+    ),
     "control train": (
         "veneer control train --condition canny --method controlnet",
         "veneer control train pairs/ --condition pairs --method t2i_adapter",
