@@ -1,0 +1,145 @@
+"""Benchmark of quantized base models: kinds × seeds of `veneer personalize` on the bundled base model and a photographed subject.
+
+Also the error of each kind against float32: of the weights (relative Frobenius norm over all quantized layers), and of the noise
+that the UNet predicts for the same inputs. Existing runs are not repeated. `python -m veneer.pipelines.quantization_benchmark`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer import base_models
+from veneer.base_models.quantization import linear_layers
+from veneer.injection.quantized_weight import float_weight, is_quantized
+from veneer.training.report.metrics import MeanInterval, mean_interval
+
+from .personalize import PersonalizeConfig, personalize
+
+FLOAT = "none"
+KINDS = (FLOAT, "fp8", "int8", "int8-torchao", "int8-quanto", "int4", "nf4", "nf4-dq", "fp4", "fp4-dq")
+SUBJECT: dict[str, Any] = {
+    "photos": base_models.examples("sneaker"),
+    "concept": "<sneaker>",
+    "class_word": "shoe",
+    "method": "pivotal",
+    "steps": 150,
+    "prompts": ("a photo of a {concept}",),
+    "drift_prompts": ("a photo of a mug",),
+    "tracker": "none",
+}
+"""Options of every run: half the default steps, three images for the similarity and three for the drift."""
+TIMESTEPS = (100, 500, 900)
+"""Timesteps of the inputs on which predicted noise is compared, from almost clean to almost pure noise."""
+
+
+def run_all(work: Path, kinds: Sequence[str], seeds: Sequence[int]) -> bool:
+    """Runs what is missing in the folder. Returns whether all is there: a run that is stopped ends the benchmark."""
+    for seed in seeds:
+        for kind in kinds:
+            out = work / f"{kind}-{seed}"
+            if not (out / "result.json").is_file():
+                personalize(PersonalizeConfig(**SUBJECT, seed=seed, quantize=() if kind == FLOAT else (kind,), out=out))
+                if not (out / "result.json").is_file():
+                    return False
+    return True
+
+
+def errors(kind: str) -> tuple[float, float]:
+    """Relative errors of the weights of the quantized layers, and of the predicted noise, of the bundled base model."""
+    plain, quantized = base_models.load("bundled"), base_models.load("bundled", quantize=kind)
+    original = {name: module.weight for name, module in plain.unet.named_modules() if name in set(linear_layers(plain.unet))}
+    layers = {name: m for name, m in quantized.unet.named_modules() if name in original and is_quantized(m.weight)}
+    weights = [(float_weight(module), original[name].detach()) for name, module in layers.items()]
+    return _relative(weights), _relative([(_noise(quantized, t), _noise(plain, t)) for t in TIMESTEPS])
+
+
+def _relative(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """‖a − b‖ / ‖b‖ over all pairs."""
+    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    return float((difference / sum(float(b.double().square().sum()) for _, b in pairs)) ** 0.5)
+
+
+@torch.no_grad()
+def _noise(pipe: Any, timestep: int) -> Tensor:
+    """The UNet's prediction for fixed noise and the prompt of the class word."""
+    size = pipe.unet.config.sample_size
+    generator = torch.Generator().manual_seed(timestep)
+    latents = torch.randn(4, pipe.unet.config.in_channels, size, size, generator=generator)
+    tokens = pipe.tokenizer(
+        ["a photo of a shoe"] * 4, padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="pt"
+    )
+    texts = pipe.text_encoder(tokens.input_ids)[0]
+    prediction: Tensor = pipe.unet(latents, timestep, texts).sample
+    return prediction
+
+
+def collect(work: Path, kinds: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """One row per kind: metrics and their intervals over seeds, and the difference to float32, paired by seed."""
+    records = {(k, s): json.loads((work / f"{k}-{s}" / "result.json").read_text("utf-8")) for k in kinds for s in seeds}
+
+    def values(kind: str, name: str, image: str) -> list[float]:
+        found = [records[kind, seed]["metrics"][name] for seed in seeds]
+        return [each[image]["mean"] if image else each["mean"] for each in found]
+
+    rows = []
+    for kind in kinds:
+        trained, plain = values(kind, "similarity", "adapted"), values(FLOAT, "similarity", "adapted")
+        row: dict[str, Any] = {"kind": kind, "base": mean_interval(values(kind, "similarity", "base"))}
+        row |= {"trained": mean_interval(trained), "gain": mean_interval(values(kind, "similarity", "gain"))}
+        row["over_float"] = mean_interval([a - b for a, b in zip(trained, plain, strict=True)])
+        row["drift"] = mean_interval(values(kind, "drift", ""))
+        row["errors"] = None if kind == FLOAT else errors(kind)
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    heads = ["quantization", "error of the weights", "error of the noise", "similarity: base", "trained", "gain", "over float32"]
+    lines = [f"| {' | '.join([*heads, 'drift'])} |", f"|---|{'---:|' * len(heads)}"]
+    for row in rows:
+        shown = [f"{100 * error:.2f} %" for error in row["errors"]] if row["errors"] else ["", ""]
+        over = "" if row["kind"] == FLOAT else _cell(row["over_float"], "+")
+        cells = [
+            row["kind"],
+            *shown,
+            _cell(row["base"]),
+            _cell(row["trained"]),
+            _cell(row["gain"], "+"),
+            over,
+            _cell(row["drift"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(value: MeanInterval, sign: str = "") -> str:
+    half = "" if value.high is None else f" ± {value.high - value.mean:.3f}"
+    return f"{value.mean:{sign}.3f}{half}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the benchmark, and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("runs/quantized"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, help="folder of the table (default: only print it)")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options = parser.parse_args(arguments)
+    if run_all(options.work, options.kinds, options.seeds):
+        shown = table(collect(options.work, options.kinds, options.seeds))
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "quantized.md").write_text(shown + "\n", encoding="utf-8")
+        print(shown)
+
+
+if __name__ == "__main__":
+    main()
