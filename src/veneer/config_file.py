@@ -116,11 +116,14 @@ def _parse_yaml(text: str) -> Any:
         raise ValueError(error) from error
 
 
-def entries_of(content: Table, config: type, methods: Mapping[str, type] = types.MappingProxyType({})) -> dict[str, Any]:
+def entries_of(
+    content: Table, config: type, methods: Mapping[str, type] = types.MappingProxyType({}), place: str = ""
+) -> dict[str, Any]:
     """The content of a config file as a parsed namespace has it, such as `{"steps": 100, "lora.rank": 16}`.
 
     Args:
         config: config class of the command. `methods`: classes of the methods in use, whose options are tables.
+        place: prefix of the names in errors, for a table inside the file.
     Raises:
         OptionError: an unknown name, or a value of another type.
     """
@@ -141,8 +144,8 @@ def entries_of(content: Table, config: type, methods: Mapping[str, type] = types
                 expected=tuple(methods),
             )
         else:
-            _check_known(key, key, {**hints, **methods})
-            entries[key] = _typed(key, value, hints.get(key, Mapping))
+            _check_known(f"{place}{key}", key, {**hints, **methods})
+            entries[key] = _typed(f"{place}{key}", value, hints.get(key, Mapping))
     return entries
 
 
@@ -249,13 +252,17 @@ def to_toml(command: str, config: Any) -> str:
 
     document = tomlkit.document()
     document.add(tomlkit.comment(f"veneer {command} --config FILE"))
+    tables = dict[str, Any]()
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in UNSAVED and value is not None:
-            document.add(field.name, tomlkit.item(_plain(value)))
+            several = isinstance(value, tuple) and any(isinstance(each, Mapping) for each in value)
+            (tables if several else document).setdefault(field.name, tomlkit.item(_plain(value)))
     for name, options in getattr(config, "options", {}).items():
         if options:
             document.add(name, tomlkit.item(_plain(options)))
+    for name, item in tables.items():  # after all keys, which would belong to the last table
+        document.add(name, item)
     return tomlkit.dumps(document)
 
 
