@@ -42,10 +42,14 @@ ALLOWED = {
     "training": {"atomic_files", "base_models", "config_file", "extras", "flags", "formats", "injection", "methods"},
     "classification": JOBS,
     "control": JOBS,
+    "config_conversion": {"config_file", "injection", "training"},
     "benchmarks": {*JOBS, "testing"},
     "commands": {*JOBS, "classification", "config_file", "discovery", "flags", "listing", "methods", "static_source"},
     "cli": {"allocator", "commands", "extras", "version"},
-    "pipelines": {*JOBS, "adapter_merging", "benchmarks", "classification", "cli", "config_file", "control", "flags", "methods"},
+    "pipelines": {
+        *JOBS, "adapter_merging", "benchmarks", "classification", "cli", "config_conversion", "config_file", "control", "flags",
+        "methods",
+    },
     "apps": {
         *JOBS, "adapter_merging", "allocator", "classification", "cli", "control", "flags", "full_size_models", "method_catalog",
         "method_search", "methods", "pipelines", "veneer",

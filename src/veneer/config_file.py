@@ -55,7 +55,7 @@ def read_config(arguments: Sequence[str]) -> Table:
         names = []
     if len(names) > 1:
         _fail(f"--config: {len(names)} files; expected one.", "config", given=tuple(names), expected=1)
-    return _read(Path(names[0]).expanduser()) if names else {}
+    return read_table(Path(names[0]).expanduser()) if names else {}
 
 
 def method_of(content: Table, default: str) -> str:
@@ -75,7 +75,12 @@ def method_of(content: Table, default: str) -> str:
     return method
 
 
-def _read(file: Path) -> Table:
+def read_table(file: Path) -> Table:
+    """The content of a TOML or YAML file, with `_` in its names.
+
+    Raises:
+        OptionError: no such file, another type of file, invalid syntax, or not a table.
+    """
     parse = {".toml": _parse_toml, ".yaml": _parse_yaml, ".yml": _parse_yaml}.get(file.suffix.lower())
     if parse is None:
         _fail(f"--config {file}: expected a .toml or .yaml file.", file, given=file.suffix, expected=(".toml", ".yaml"))
@@ -248,22 +253,28 @@ class ConfigWriter:
 
 def to_toml(command: str, config: Any) -> str:
     """The options of a config as TOML."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in UNSAVED}
+    options = {name: each for name, each in getattr(config, "options", {}).items() if each}
+    return table_to_toml(command, {**values, **options})
+
+
+def table_to_toml(command: str, content: Table) -> str:
+    """The content of a config file as TOML. Values that are None are left out."""
     import tomlkit
 
     document = tomlkit.document()
     document.add(tomlkit.comment(f"veneer {command} --config FILE"))
-    tables = dict[str, Any]()
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in UNSAVED and value is not None:
-            several = isinstance(value, tuple) and any(isinstance(each, Mapping) for each in value)
-            (tables if several else document).setdefault(field.name, tomlkit.item(_plain(value)))
-    for name, options in getattr(config, "options", {}).items():
-        if options:
-            document.add(name, tomlkit.item(_plain(options)))
-    for name, item in tables.items():  # after all keys, which would belong to the last table
-        document.add(name, item)
+    plain = {key: _plain(value) for key, value in content.items() if value is not None}
+    for key in sorted(plain, key=lambda key: _rank(plain[key])):
+        document.add(key, tomlkit.item(plain[key]))
     return tomlkit.dumps(document)
+
+
+def _rank(value: Any) -> int:
+    """Position in a file: tables follow all keys, which would belong to them, and lists of tables are last."""
+    if isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
+        return 2
+    return 1 if isinstance(value, Mapping) else 0
 
 
 def _plain(value: Any) -> Any:
