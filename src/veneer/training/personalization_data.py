@@ -14,6 +14,7 @@ from veneer import base_models
 from veneer.injection.errors import OptionError
 
 from .concepts.concept import Concept, concepts_of
+from .data.captions import expand_wildcards
 from .data.class_images import generate_class_images
 from .data.dataset import PhotoDataset
 from .data.latent_cache import Cache
@@ -22,6 +23,7 @@ from .data.photo_source import PhotoSource
 from .data.run_photos import RunPhotos, TablePhotos
 from .families import Family
 from .loop.distributed import on_main
+from .loop.seeds import generator
 from .objective.denoising_loss import DenoisingLoss, LossOptions
 from .report.phases import PhaseReport
 
@@ -78,7 +80,7 @@ class PersonalizationData:
                 message = f"class images of {concept.token} need its class word (--class-word), such as 'toy'."
                 raise OptionError(message, option="class_word", where=concept.token, given="")
         preset = base_models.preset(config.base)
-        prompts = [prompt for prompt in self._class_prompts() for _ in range(config.class_images)]
+        prompts = self._class_prompts()
 
         def make() -> list[Path]:
             count = self.report("class_images", len(prompts))
@@ -92,9 +94,10 @@ class PersonalizationData:
         return [dataclasses.replace(image, caption=prompt) for image, prompt in zip(images, prompts, strict=True)]
 
     def _class_prompts(self) -> list[str]:
-        """The class prompt of each concept: the first template of its first dataset with the class word."""
+        """The prompt of every class image: the first template of the concept's first dataset with the class word."""
         captions = {part.table.concept: part.table.captions() for part in reversed(self.photos.training)}
-        return [captions[concept.token].prior for concept in self.concepts]
+        prompts = [captions[concept.token].prior for concept in self.concepts for _ in range(self.config.class_images)]
+        return [expand_wildcards(prompt, generator(self.config.seed, "class", i)) for i, prompt in enumerate(prompts)]
 
     def loss(self, generated: Sequence[Photo]) -> DenoisingLoss:
         """The loss on all datasets.

@@ -70,9 +70,10 @@ class DatasetTable:
         """Captions of its samples; all options are resolved."""
         templates = self.template or ("{concept}",)
         word = self.class_word or ""
+        has_prior = word or (self.regularization and "{concept}" not in templates[0])
         return Captions(
             concept=self.concept or "",
-            prior=templates[0].replace("{concept}", word) if word else "",
+            prior=templates[0].replace("{concept}", word) if has_prior else "",
             templates=templates,
             dropout=self.caption_dropout or 0.0,
             tag_dropout=self.tag_dropout or 0.0,

@@ -144,6 +144,21 @@ def read_scores(path: Path) -> list[ValidationScore]:
     return [scores[step] for step in sorted(scores)]
 
 
+def validation_lines(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line for a terminal: the validation loss at the first and the last measurement, and its minimum.
+
+    Args:
+        scores: as `ValidationScore.as_dict` returns them; without any, there is no line.
+    """
+    if not scores:
+        return []
+    first, last, least = scores[0], scores[-1], min(scores, key=lambda score: score["validation_loss"])
+    return [
+        f"validation loss: {first['validation_loss']:.4f} at step {first['step']}, {last['validation_loss']:.4f} at step "
+        f"{last['step']}; lowest {least['validation_loss']:.4f} at step {least['step']}"
+    ]
+
+
 def _example(dataset: PhotoDataset, source: PhotoSource, photo: Photo, multiple: int, index: int) -> Example:
     plan = BucketPlan(source.resolutions[0], multiple, source.min_side, source.max_side, not source.buckets, source.upscale)
     bucket = plan.choose(photo.size)

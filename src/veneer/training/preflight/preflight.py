@@ -113,13 +113,14 @@ def preflight(
         loading: seconds since the start of the run.
     """
     side = resolution or family.resolution
-    concepts = list(dict.fromkeys(photo.concept or concept for photo in photos if not photo.is_prior)) or [concept]
-    texts = [*concepts, *_captions(photos, concept), *(prompts or ())]
+    default = "" if any(photo.concept for photo in photos) else concept
+    concepts = list(dict.fromkeys(photo.concept for photo in photos if photo.concept)) or [concept]
+    texts = [*concepts, *_captions(photos, default), *(prompts or ())]
     found = [
         *checks.sites(attachments),
         *checks.learning_rates(attachments, config, groups, default_rates),
         *checks.steps(config, photos),
-        *checks.images(photos, side, concept),
+        *checks.images(photos, side, default),
         *checks.side(side, family),
         *(each for word in concepts for each in checks.concept_word(attachments, family, word, photos)),
         *checks.prompts(family, texts),

@@ -30,6 +30,8 @@ from ..data.photo_folder import Photo
 from ..loop.disk_space import optional, writing
 from ..loop.distributed import whole_weights
 from ..loop.trainer import TrainResult
+from ..loss_plot import LOSS_PLOT
+from ..objective.validation_loss import validation_lines
 from ..save_dtype import cast_to
 from .feature_models import features
 from .image_grid import GridRow, before_after, make_grid, subject_rows
@@ -177,27 +179,17 @@ def final_message(run: PersonalizationRun, record: dict[str, Any]) -> str:
     """Message of a finished run: files, metrics, verdict, and the next command."""
     warnings = [f"warning: {text}" for text in record["training"]["warnings"]]
     prompt = shlex.quote(run.prompts[0])
+    names = [*record["files"], GRID, *([LOSS_PLOT] if record.get("validation") else []), "result.json"]
     return "\n".join(
         [
-            f"finished in {clock(run.report.elapsed)}; in {run.out}: {', '.join([*record['files'], GRID, 'result.json'])}",
+            f"finished in {clock(run.report.elapsed)}; in {run.out}: {', '.join(names)}",
             *warnings,
             *([str(record["scores"])] if record.get("scores") else []),
-            *_validation_lines(record.get("validation", [])),
+            *validation_lines(record.get("validation", [])),
             read_verdict(record).text(),
             f"compare with the base model: veneer generate {prompt} --adapter {shlex.quote(str(run.out))} --side-by-side",
         ]
     )
-
-
-def _validation_lines(scores: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The validation loss at the first and the last measurement, and its minimum."""
-    if not scores:
-        return []
-    first, last, least = scores[0], scores[-1], min(scores, key=lambda score: score["validation_loss"])
-    return [
-        f"validation loss: {first['validation_loss']:.4f} at step {first['step']}, {last['validation_loss']:.4f} at step "
-        f"{last['step']}; lowest {least['validation_loss']:.4f} at step {least['step']}"
-    ]
 
 
 def write_files(run: PersonalizationRun) -> list[str]:
