@@ -121,9 +121,9 @@ def is_diffusion_adapter(path: Path) -> bool:
 
 def concepts_of(path: Path) -> dict[str, str]:
     """Every trigger token or word in the metadata of a native file, with its class word or ""."""
-    found = _header(path).get("provenance", {})
-    one = {found["concept"]: found.get("class_word")} if isinstance(found.get("concept"), str) else {}
-    several = found.get("concepts") if isinstance(found.get("concepts"), dict) else {}
+    provenance = _header(path).get("provenance", {})
+    one = {provenance["concept"]: provenance.get("class_word")} if isinstance(provenance.get("concept"), str) else {}
+    several = provenance.get("concepts") if isinstance(provenance.get("concepts"), dict) else {}
     return {token: word if isinstance(word, str) else "" for token, word in {**one, **several}.items() if token}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ from veneer.training.report.artifacts import (
 )
 from veneer.training.report.phases import PhaseReport
 from veneer.training.report.progress import ProgressLine
-from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
+from veneer.training.report.run_folder import SHARDS, discard_unused, run_folder, stopped_message
 from veneer.training.save_dtype import rounded_to
 from veneer.training.validation import Validation
 
@@ -93,6 +94,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     run = PersonalizationRun(config, pipe, attached, photos, out, data.report, base=base, subjects=data.subjects)
     _preflight(data, run, groups, loss.dataset)
     if config.dry_run:
+        shutil.rmtree(out / SHARDS, ignore_errors=True)
         with contextlib.suppress(OSError):  # removes only an empty folder
             out.rmdir()
         return out
@@ -117,7 +119,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
 
 def _load(config: PersonalizeConfig, out: Path, accelerator: Accelerator) -> PersonalizationData:
     """Reads the photos and loads the base model."""
-    photos = read_photos(config, config.validation_share, config.seed)
+    photos = read_photos(config, config.validation_share, config.seed, out / SHARDS)
     main = accelerator.is_main_process
     report = PhaseReport(None if config.dry_run else out / "progress.jsonl", sys.stderr) if main else PhaseReport()
     report("loading")
@@ -197,13 +199,13 @@ def _named(
     config: PersonalizeConfig, model: Family, photos: RunPhotos, accelerator: Accelerator
 ) -> tuple[PersonalizeConfig, RunPhotos]:
     """The config and photos with a placeholder token for each concept that cannot be a new token itself."""
-    renamed = config.with_token([tokenizer for tokenizer, _ in model.limits()] if model.text_towers else [])
-    names = {old.token: new.token for old, new in zip(concepts_of(config), concepts_of(renamed), strict=True)}
+    with_tokens = config.with_token([tokenizer for tokenizer, _ in model.limits()] if model.text_towers else [])
+    names = {old.token: new.token for old, new in zip(concepts_of(config), concepts_of(with_tokens), strict=True)}
     for name, token in names.items() if accelerator.is_main_process else ():
         if name != token:
             print(f"concept: {name!r} is not a new token for the base model; the trained token is {token}", flush=True)
             print(f"         use {token} in prompts", flush=True)
-    return renamed, photos.with_texts(renamed, lambda text: rename_concepts(text, names))
+    return with_tokens, photos.with_texts(with_tokens, lambda text: rename_concepts(text, names))
 
 
 def _cache_and_offload(config: PersonalizeConfig, model: Family, loss: DenoisingLoss, steps: int, report: PhaseReport) -> None:

@@ -264,17 +264,10 @@ def table_to_toml(command: str, content: Table) -> str:
 
     document = tomlkit.document()
     document.add(tomlkit.comment(f"veneer {command} --config FILE"))
-    plain = {key: _plain(value) for key, value in content.items() if value is not None}
-    for key in sorted(plain, key=lambda key: _rank(plain[key])):
-        document.add(key, tomlkit.item(plain[key]))
+    for key, value in content.items():
+        if value is not None:
+            document.add(key, tomlkit.item(_plain(value)))
     return tomlkit.dumps(document)
-
-
-def _rank(value: Any) -> int:
-    """Position in a file: tables follow all keys, which would belong to them, and lists of tables are last."""
-    if isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
-        return 2
-    return 1 if isinstance(value, Mapping) else 0
 
 
 def _plain(value: Any) -> Any:

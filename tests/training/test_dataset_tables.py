@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from veneer.cli import parser_for
 from veneer.config_file import entries_of, read_config, to_toml
 from veneer.flags import values
 from veneer.training.concepts.concept import Concept, concepts_of, token_options
-from veneer.training.data.dataset_tables import dataset_tables
+from veneer.training.data.dataset_tables import DatasetTable, dataset_tables
 from veneer.training.personalization_config import PersonalizeConfig
 
 TOY: dict[str, Any] = {"path": "toys", "concept": "<toy>", "class_word": "bear"}
@@ -57,10 +58,10 @@ def test_the_first_concept_is_that_of_the_run() -> None:
 
 
 def test_a_renamed_concept_is_renamed_in_its_own_table_and_texts(tmp_path: Path) -> None:
-    from veneer.training.concepts.concept import renamed
+    from veneer.training.concepts.concept import rename_fields
 
     run = config({"path": "v", "concept": "vase", "template": ["a vase here"]}, TOY, prompts=("a vase", "a {concept}"))
-    changed = renamed(run, {"vase": "<vase>", "<toy>": "<toy>"})
+    changed = rename_fields(run, {"vase": "<vase>", "<toy>": "<toy>"})
     assert [table["concept"] for table in changed["datasets"]] == ["<vase>", "<toy>"]
     assert changed["datasets"][0]["template"] == ["a <vase> here"]
     assert changed["prompts"] == ("a <vase>", "a {concept}")
@@ -111,6 +112,12 @@ def test_datasets_are_a_flag_and_a_list_of_tables_in_a_file(tmp_path: Path) -> N
     again = values(PersonalizeConfig, entries_of(read, PersonalizeConfig, {"lora": methods.get("lora")}))
     assert again["datasets"] == tables
     assert read["lora"] == {"rank": 2}, "tables follow the keys"
+
+
+def test_every_option_of_a_dataset_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    options = page.partition("## Options of a dataset")[2].partition("## Captions")[0]
+    assert [f.name for f in dataclasses.fields(DatasetTable) if f"`{f.name}`" not in options] == []
 
 
 def test_a_table_without_keys_is_an_error_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,7 @@ def test_datasets_have_their_own_captions_flips_and_masks(folders: Path) -> None
         Image.new("L", (64, 64), 128).save(folders / name / "0.mask.png")
     data = dataset_of(config(folders, {**TOY, "caption_dropout": 1.0, "masks": False}, {**CUP, "flip": 1.0}))
     plain = dataset_of(config(folders, TOY, CUP))
+    assert {plain.examples(step, 1)[0].caption for step in range(12)} == {"a <toy>", "a <cup>"}
     for step in range(12):
         (example,), (other,) = data.examples(step, 1), plain.examples(step, 1)
         if other.caption == "a <cup>":

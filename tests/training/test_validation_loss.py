@@ -24,7 +24,7 @@ from veneer.training.objective.validation_loss import (
     ValidationLoss,
     ValidationScore,
     fixed_timesteps,
-    measured_loss,
+    loss_with_measurements,
     read_scores,
     write_score,
 )
@@ -130,7 +130,7 @@ def test_fixed_timesteps_are_the_middles_of_equal_intervals(kind: Any, parts: An
 
 def test_it_is_measured_once_at_each_interval() -> None:
     measured: list[int] = []
-    step = measured_loss(lambda step, rows: torch.tensor(float(step)), 3, measured.append)
+    step = loss_with_measurements(lambda step, rows: torch.tensor(float(step)), 3, measured.append)
     for number in range(7):
         assert [float(step(number, [row])) for row in range(2)] == [number] * 2
     assert measured == [0, 3, 6]

@@ -13,9 +13,9 @@ from typing import Any
 
 from veneer.injection.errors import OptionError
 
-from .ai_toolkit_left_out import LEFT_OUT, TAKEN
+from .ai_toolkit_omissions import IMPLIED, OMISSIONS
 from .run_options import set_optimizer, set_schedule, set_timesteps
-from .source_table import Converted, SourceTable
+from .source_table import RunContent, SourceTable
 
 SECTIONS = ("network", "save", "datasets", "train", "model", "sample", "logging")
 TRAIN = {
@@ -52,7 +52,7 @@ DTYPES = {
 PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 
 
-def convert_job(content: Mapping[str, Any], folder: Path, converted: Converted) -> None:
+def convert_job(content: Mapping[str, Any], folder: Path, target: RunContent) -> None:
     """Converts a job.
 
     Args:
@@ -60,20 +60,20 @@ def convert_job(content: Mapping[str, Any], folder: Path, converted: Converted) 
     Raises:
         OptionError: no process, or one that does not train.
     """
-    job = SourceTable(content, "", converted)
+    job = SourceTable(content, "", target)
     if job.take("job", "extension") not in ("extension", "train"):
         job.remark("left_out", "job", "only the options of training are carried over")
-    config = SourceTable(job.take("config", {}), "config.", converted)
+    config = SourceTable(job.take("config", {}), "config.", target)
     name, processes = config.take("name"), config.take("process", [])
     if not isinstance(processes, list) or not processes or not isinstance(processes[0], dict):
         message = "config.process: no process; expected a list with one that trains, of type sd_trainer."
         raise OptionError(message, option="file", where="config.process", given=processes, expected="sd_trainer")
     if len(processes) > 1:
         config.remark("left_out", "process", f"{len(processes)} processes; only the first is converted")
-    process = SourceTable(processes[0], "config.process[0].", converted)
-    parts = {key: _section(process, key, converted) for key in SECTIONS if key != "datasets"}
+    process = SourceTable(processes[0], "config.process[0].", target)
+    parts = {key: _section(process, key, target) for key in SECTIONS if key != "datasets"}
     process.take("type")
-    options = converted.options
+    options = target.options
     if name or process.take("training_folder"):
         options["out"] = str(Path(process.take("training_folder", "runs")) / str(name or "run"))
     trigger = process.take("trigger_word")
@@ -81,36 +81,36 @@ def convert_job(content: Mapping[str, Any], folder: Path, converted: Converted) 
         options["concept"] = str(trigger)
     else:
         reason = "no trigger_word; set concept to the trigger token in the captions"
-        SourceTable({}, "config.process[0].", converted).remark("missing", "trigger_word", reason)
-    _set_network(parts["network"], converted)
+        SourceTable({}, "config.process[0].", target).remark("missing", "trigger_word", reason)
+    _set_network(parts["network"], target)
     _set_train(parts["train"], options)
     _set_model(parts["model"], options)
     _set_files(parts["save"], parts["sample"], parts["logging"], options)
     for i, dataset in enumerate(process.take("datasets", [])):
-        table = SourceTable(dataset, f"config.process[0].datasets[{i}].", converted)
-        converted.datasets.append(_dataset(table, str(trigger or ""), folder))
+        table = SourceTable(dataset, f"config.process[0].datasets[{i}].", target)
+        target.datasets.append(_dataset(table, str(trigger or ""), folder))
     for table in (job, config, process, *parts.values()):
-        for key in TAKEN:
+        for key in IMPLIED:
             table.take(key)
-        table.explain(LEFT_OUT)
+        table.explain(OMISSIONS)
         table.report_unknown()
 
 
-def _section(process: SourceTable, key: str, converted: Converted) -> SourceTable:
+def _section(process: SourceTable, key: str, target: RunContent) -> SourceTable:
     content = process.take(key, {})
-    return SourceTable(content if isinstance(content, dict) else {}, f"config.process[0].{key}.", converted)
+    return SourceTable(content if isinstance(content, dict) else {}, f"config.process[0].{key}.", target)
 
 
-def _set_network(network: SourceTable, converted: Converted) -> None:
+def _set_network(network: SourceTable, target: RunContent) -> None:
     """Method, rank and alpha; the default alpha of ai-toolkit is 1."""
     kind = network.take("type", "lora")
     method = METHODS.get(kind, "lora")
     if kind not in METHODS:
         network.remark("left_out", "type", "expected lora, locon, lokr or dora; lora is used")
-    converted.options["method"] = method
+    target.options["method"] = method
     rank = network.take("linear", network.take("rank", 4))
     alpha = network.take("linear_alpha", network.take("alpha", 1.0))
-    options = converted.methods.setdefault(method, {})
+    options = target.methods.setdefault(method, {})
     if method == "lokr" and network.take("lokr_full_rank"):
         network.remark("changed", "lokr_full_rank", "the rank is left out, so that both factors are full matrices")
     else:
@@ -119,7 +119,7 @@ def _set_network(network: SourceTable, converted: Converted) -> None:
         options["factor"] = int(factor)
     if (conv := network.take("conv")) is not None and method in ("lora", "lokr"):
         options["by_site"] = {"conv.*": {"rank": int(conv), "alpha": float(network.take("conv_alpha", conv))}}
-        converted.options["where"] = ["attn", "xattn", "mlp", "conv.*"]
+        target.options["where"] = ["attn", "xattn", "mlp", "conv.*"]
     if (dropout := network.take("dropout")) and method == "lora":
         options["dropout"] = float(dropout)
 
@@ -191,27 +191,27 @@ def _dataset(table: SourceTable, trigger: str, folder: Path) -> dict[str, Any]:
         message = f"{table.place}folder_path: missing; expected the folder of the images."
         raise OptionError(message, option="file", where=f"{table.place}folder_path", given=path, expected="a folder")
     extension = f".{str(table.take('caption_ext', 'txt')).lstrip('.')}"
-    found: dict[str, Any] = {"path": str(path), "caption_extension": extension}
-    table.carry(DATASET, found)
+    options: dict[str, Any] = {"path": str(path), "caption_extension": extension}
+    table.carry(DATASET, options)
     sides = table.take("resolution", 512)
-    found["resolution"] = [int(side) for side in (sides if isinstance(sides, list) else [sides])]
+    options["resolution"] = [int(side) for side in (sides if isinstance(sides, list) else [sides])]
     if table.take("flip_x"):
-        found["flip"] = 0.5
+        options["flip"] = 0.5
     if table.take("random_crop"):
-        found["crop"] = "random"
+        options["crop"] = "random"
     if caption := table.take("default_caption"):
-        found["template"] = [str(caption) if found.get("regularization") else _with_concept(str(caption), trigger)]
-    if trigger and not found.get("regularization") and not _all_mention(folder / path, extension, trigger):
-        found["caption_prefix"] = "{concept}"
+        options["template"] = [str(caption) if options.get("regularization") else _with_concept(str(caption), trigger)]
+    if trigger and not options.get("regularization") and not _all_mention(folder / path, extension, trigger):
+        options["caption_prefix"] = "{concept}"
         reason = "before every caption, as ai-toolkit adds it; remove caption_prefix if the captions contain it"
-        SourceTable({"trigger_word": trigger}, table.place, table.converted).remark("changed", "trigger_word", reason)
-    if found.get("template") and "{concept}" in found["template"][0] and "caption_prefix" in found:
-        del found["caption_prefix"]
-    for key in TAKEN:
+        SourceTable({"trigger_word": trigger}, table.place, table.target).remark("changed", "trigger_word", reason)
+    if options.get("template") and "{concept}" in options["template"][0] and "caption_prefix" in options:
+        del options["caption_prefix"]
+    for key in IMPLIED:
         table.take(key)
-    table.explain(LEFT_OUT)
+    table.explain(OMISSIONS)
     table.report_unknown()
-    return found
+    return options
 
 
 def _all_mention(folder: Path, extension: str, trigger: str) -> bool:

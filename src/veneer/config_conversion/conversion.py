@@ -14,7 +14,7 @@ from veneer.injection.errors import OptionError
 from .ai_toolkit import convert_job
 from .kohya_arguments import convert_arguments
 from .kohya_datasets import convert_datasets
-from .source_table import Converted, Remark
+from .source_table import Remark, RunContent
 
 ARGUMENTS = ("pretrained_model_name_or_path", "network_module", "network_dim", "dataset_config", "train_data_dir", "output_name")
 """Keys of which training arguments of sd-scripts have one."""
@@ -41,15 +41,15 @@ def convert_file(path: Path) -> ConfigConversion:
     Raises:
         OptionError: the file cannot be read, is not a config of these trainers, or lacks a folder of images.
     """
-    content, converted = _read(path), Converted()
+    content, target = _read(path), RunContent()
     trainer = _trainer(content, path)
     if trainer == "ai-toolkit job":
-        convert_job(content, path.parent, converted)
+        convert_job(content, path.parent, target)
     elif trainer == "sd-scripts dataset config":
-        convert_datasets(content, converted)
+        convert_datasets(content, target)
     else:
-        convert_arguments(content, path.parent, converted, _read)
-    return ConfigConversion(trainer, converted.content(), tuple(converted.remarks))
+        convert_arguments(content, path.parent, target, _read)
+    return ConfigConversion(trainer, target.content(), tuple(target.remarks))
 
 
 def _trainer(content: Mapping[str, Any], path: Path) -> str:

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .kohya_datasets import LEFT_OUT as DATASET_LEFT_OUT
+from .kohya_datasets import OMISSIONS as DATASET_OMISSIONS
 from .kohya_datasets import SHARED, convert_datasets, side_of
-from .kohya_left_out import LEFT_OUT, TAKEN
+from .kohya_omissions import IMPLIED, OMISSIONS
 from .run_options import set_optimizer, set_schedule, set_timesteps
-from .source_table import Converted, SourceTable
+from .source_table import RunContent, SourceTable
 
 PLAIN = {
     "pretrained_model_name_or_path": "base",
@@ -55,7 +55,7 @@ ALGORITHMS = {
 SINGLE = ("train_data_dir", "reg_data_dir", "dataset_repeats")
 
 
-def convert_arguments(content: Mapping[str, Any], folder: Path, converted: Converted, read: Any) -> None:
+def convert_arguments(content: Mapping[str, Any], folder: Path, target: RunContent, read: Any) -> None:
     """Converts a file of training arguments, and the dataset config that it names.
 
     Args:
@@ -65,25 +65,25 @@ def convert_arguments(content: Mapping[str, Any], folder: Path, converted: Conve
     flat: dict[str, Any] = {}
     for key, value in content.items():
         flat |= value if isinstance(value, dict) else {key: value}
-    source, options = SourceTable(flat, "", converted), converted.options
+    source, options = SourceTable(flat, "", target), target.options
     source.carry(PLAIN, options)
     options.update({name: float(options[name]) for name in FLOATS if name in options})
-    for key in TAKEN:
+    for key in IMPLIED:
         source.take(key)
     _set_output(source, options)
-    _set_network(source, converted)
+    _set_network(source, target)
     _set_rates(source, options)
     set_optimizer(source, options, "optimizer_type", "optimizer_args")
     set_schedule(source, options, "lr_scheduler", "lr_warmup_steps")
     set_timesteps(source, options, "timestep_sampling")
     _set_loss(source, options)
     _set_prompts(source, options, folder)
-    _set_datasets(source, converted, folder, read)
+    _set_datasets(source, target, folder, read)
     if "max_train_epochs" in source:
         source.remark(
             "left_out", "max_train_epochs", "a run is measured in steps; set steps to epochs x images x repeats / batch"
         )
-    source.explain(LEFT_OUT)
+    source.explain(OMISSIONS)
     source.report_unknown()
 
 
@@ -104,7 +104,7 @@ def _set_output(source: SourceTable, options: dict[str, Any]) -> None:
         options["tracker"] = {"all": "tensorboard,wandb"}.get(trackers, trackers)
 
 
-def _set_network(source: SourceTable, converted: Converted) -> None:
+def _set_network(source: SourceTable, target: RunContent) -> None:
     """Method, rank and alpha: the default alpha of sd-scripts is 1, so that it is always written."""
     module, arguments = str(source.take("network_module", "networks.lora")), _pairs(source.take("network_args", []))
     algorithm = arguments.pop("algo", "lora") if module.startswith("lycoris") else module.rpartition(".")[2]
@@ -112,11 +112,11 @@ def _set_network(source: SourceTable, converted: Converted) -> None:
     if method is None:
         source.remark("left_out", "network_module", f"no method {algorithm!r}; lora is used. veneer methods lists the methods")
         method = "lora"
-    converted.options["method"] = method
+    target.options["method"] = method
     if "network_module" in source and method in ("lora", "loha", "lokr"):
         reason = "sites are the method's default, and attention in text encoders; set where, such as attn, xattn, mlp and proj"
         source.remark("changed", "network_module", reason)
-    options = converted.methods.setdefault(method, {})
+    options = target.methods.setdefault(method, {})
     rank, alpha = source.take("network_dim", 4), float(source.take("network_alpha", 1.0))
     if method in ("lora", "lora_fa", "loha", "lokr"):
         options |= {"rank": int(rank), "alpha": alpha}
@@ -129,14 +129,14 @@ def _set_network(source: SourceTable, converted: Converted) -> None:
         source.remark("left_out", "network_dropout", f"{method} has no dropout")
     _set_network_arguments(source, arguments, method, options)
     if not source.take("network_train_unet_only") and method not in ("ia3",):
-        converted.options["text_encoder"] = True
+        target.options["text_encoder"] = True
 
 
 def _set_network_arguments(source: SourceTable, arguments: dict[str, Any], method: str, options: dict[str, Any]) -> None:
     conv = {"rank": arguments.pop("conv_dim", None), "alpha": arguments.pop("conv_alpha", 1.0)}
     if conv["rank"] is not None and method in ("lora", "loha", "lokr"):
         options["by_site"] = {"conv.*": {"rank": int(conv["rank"]), "alpha": float(conv["alpha"])}}
-        source.converted.options["where"] = ["attn", "xattn", "mlp", "conv.*"]
+        source.target.options["where"] = ["attn", "xattn", "mlp", "conv.*"]
     if method == "lokr" and "factor" in arguments:
         options["factor"] = int(arguments.pop("factor"))
     for name, value in arguments.items():
@@ -179,32 +179,32 @@ def _set_prompts(source: SourceTable, options: dict[str, Any], folder: Path) -> 
     source.remark("changed", "sample_prompts", "prompts only; their size, seed and sampler are those of the base model's preset")
 
 
-def _set_datasets(source: SourceTable, converted: Converted, folder: Path, read: Any) -> None:
+def _set_datasets(source: SourceTable, target: RunContent, folder: Path, read: Any) -> None:
     """The dataset config, or the folders of images by repeats and class tokens, `10_sks dog`."""
-    defaults = {key: value for key in (*SHARED, *DATASET_LEFT_OUT) if (value := source.take(key)) is not None}
+    defaults = {key: value for key in (*SHARED, *DATASET_OMISSIONS) if (value := source.take(key)) is not None}
     if "train_batch_size" in source:
         defaults.setdefault("batch_size", source.content["train_batch_size"])
     file = source.take("dataset_config")
     if file:
-        convert_datasets(read(folder / file), converted, defaults)
+        convert_datasets(read(folder / file), target, defaults)
         return
     if "resolution" in source:
-        converted.options["resolution"] = side_of(source, "resolution", source.content["resolution"])
+        target.options["resolution"] = side_of(source, "resolution", source.content["resolution"])
     subsets = []
     for key in SINGLE[:2]:
         path = source.take(key)
-        found = sorted((folder / path).glob("*_*")) if path else []
-        for each in (each for each in found if each.is_dir() and each.name.partition("_")[0].isdigit()):
+        folders = sorted((folder / path).glob("*_*")) if path else []
+        for each in (each for each in folders if each.is_dir() and each.name.partition("_")[0].isdigit()):
             repeats, _, tokens = each.name.partition("_")
             more = {"is_reg": True} if key == "reg_data_dir" else {}
             subsets.append({"image_dir": str(each), "num_repeats": int(repeats), "class_tokens": tokens, **more})
-        if path and not found:
+        if path and not folders:
             source.remark("left_out", key, "no folders such as 10_sks dog in it on this machine; add datasets")
     source.take("dataset_repeats")
     if subsets:
-        convert_datasets({"datasets": [{"subsets": subsets}]}, converted, defaults)
+        convert_datasets({"datasets": [{"subsets": subsets}]}, target, defaults)
     else:
-        SourceTable({}, "", converted).remark("missing", "datasets", "no images; add photos and concept, or [[datasets]] tables")
+        SourceTable({}, "", target).remark("missing", "datasets", "no images; add photos and concept, or [[datasets]] tables")
 
 
 def _pairs(arguments: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from veneer.injection.errors import OptionError
 
-from .source_table import Converted, SourceTable
+from .source_table import RunContent, SourceTable
 
 SUBSET = {
     "num_repeats": "repeats",
@@ -35,7 +35,7 @@ SHARED = (
     "random_crop", "enable_wildcard", "caption_separator", "validation_split",
 )  # fmt: skip
 """Keys that are carried over and may also be in a dataset or in `general`."""
-LEFT_OUT = {
+OMISSIONS = {
     "color_aug": "colors are not augmented",
     "face_crop_aug_range": "crops do not follow faces; crop the photos",
     "token_warmup_min": "the number of tags does not grow during the run",
@@ -53,30 +53,30 @@ LEFT_OUT = {
 }
 
 
-def convert_datasets(content: Mapping[str, Any], converted: Converted, defaults: Mapping[str, Any] | None = None) -> None:
+def convert_datasets(content: Mapping[str, Any], target: RunContent, defaults: Mapping[str, Any] | None = None) -> None:
     """Converts the tables of a dataset config.
 
     Args:
-        content: the file's content. `converted`: receives options, tables and remarks.
+        content: the file's content. `target`: receives options, tables and remarks.
         defaults: options of the command line with the same names, which `general` overrides.
     Raises:
         OptionError: `datasets` or `subsets` is not a list of tables, or a subset has no `image_dir`.
     """
-    general = SourceTable(content.get("general", {}), "general.", converted)
+    general = SourceTable(content.get("general", {}), "general.", target)
     for key in content.keys() - {"general", "datasets"}:
-        SourceTable(content, "", converted).remark("unknown", key, "not a table of a dataset config")
+        SourceTable(content, "", target).remark("unknown", key, "not a table of a dataset config")
     batches: dict[int, None] = {}
     for i, dataset in enumerate(_tables(content.get("datasets", []), "datasets")):
-        outer = SourceTable({k: v for k, v in dataset.items() if k != "subsets"}, f"datasets[{i}].", converted)
+        outer = SourceTable({k: v for k, v in dataset.items() if k != "subsets"}, f"datasets[{i}].", target)
         for j, subset in enumerate(_tables(dataset.get("subsets", []), f"datasets[{i}].subsets")):
-            inner = SourceTable(subset, f"datasets[{i}].subsets[{j}].", converted)
-            merged = {**(defaults or {}), **general.content, **outer.content, **inner.content}
-            converted.datasets.append(_dataset(inner, SourceTable(merged, inner.place, converted)))
-            batches[int(merged.get("batch_size") or 1)] = None
+            inner = SourceTable(subset, f"datasets[{i}].subsets[{j}].", target)
+            inherited = {**(defaults or {}), **general.content, **outer.content, **inner.content}
+            target.datasets.append(_dataset(inner, SourceTable(inherited, inner.place, target)))
+            batches[int(inherited.get("batch_size") or 1)] = None
             _explain(inner)
         _explain(outer)
     _explain(general)
-    _set_run_options(converted, list(batches), {**(defaults or {}), **general.content}, content)
+    _set_run_options(target, list(batches), {**(defaults or {}), **general.content}, content)
 
 
 def _tables(value: Any, where: str) -> list[Mapping[str, Any]]:
@@ -89,37 +89,37 @@ def _tables(value: Any, where: str) -> list[Mapping[str, Any]]:
 def _explain(table: SourceTable) -> None:
     for key in (*SHARED, "image_dir", "class_tokens"):
         table.take(key)
-    table.explain(LEFT_OUT)
+    table.explain(OMISSIONS)
     table.report_unknown()
 
 
-def _dataset(own: SourceTable, merged: SourceTable) -> dict[str, Any]:
+def _dataset(own: SourceTable, inherited: SourceTable) -> dict[str, Any]:
     """The table of one subset.
 
     Args:
-        own: keys of the subset. `merged`: with those of its dataset and of `general`.
+        own: keys of the subset. `inherited`: with those of its dataset and of `general`.
     """
     path = own.take("image_dir")
     if not path:
         message = f"{own.place}image_dir: missing; expected the folder of the images."
         raise OptionError(message, option="file", where=f"{own.place}image_dir", given=path, expected="a folder")
     table: dict[str, Any] = {"path": str(path), **subject_of(own)}
-    merged.carry(SUBSET, table)
-    table["caption_extension"] = str(merged.take("caption_extension", ".caption"))
+    inherited.carry(SUBSET, table)
+    table["caption_extension"] = str(inherited.take("caption_extension", ".caption"))
     if not table["caption_extension"].startswith("."):
         table["caption_extension"] = f".{table['caption_extension']}"
-    if merged.take("flip_aug"):
+    if inherited.take("flip_aug"):
         table["flip"] = 0.5
-    if merged.take("random_crop"):
+    if inherited.take("random_crop"):
         table["crop"] = "random"
-    if merged.take("caption_separator", ",") != ",":
+    if inherited.take("caption_separator", ",") != ",":
         own.remark("left_out", "caption_separator", "tags are separated by commas")
-    table["buckets"] = bool(merged.take("enable_bucket", False))
+    table["buckets"] = bool(inherited.take("enable_bucket", False))
     if table["buckets"]:
-        merged.carry(BUCKETS, table)
-        table["upscale"] = not merged.take("bucket_no_upscale", False)
-    if (resolution := merged.take("resolution")) is not None:
-        table["resolution"] = [side_of(merged, "resolution", resolution)]
+        inherited.carry(BUCKETS, table)
+        table["upscale"] = not inherited.take("bucket_no_upscale", False)
+    if (resolution := inherited.take("resolution")) is not None:
+        table["resolution"] = [side_of(inherited, "resolution", resolution)]
     return {key: value for key, value in table.items() if value not in (None, "")}
 
 
@@ -150,23 +150,23 @@ def side_of(table: SourceTable, key: str, value: Any) -> int:
 
 
 def _set_run_options(
-    converted: Converted, batches: list[int], general: Mapping[str, Any], content: Mapping[str, Any]
+    target: RunContent, batches: list[int], general: Mapping[str, Any], content: Mapping[str, Any]
 ) -> None:  # fmt: skip
     """Options of the whole run: batch size and validation share."""
     shares = [float(each.get("validation_split") or general.get("validation_split") or 0) for each in content.get("datasets", [])]
     differing = {"batch_size": batches, "validation_split": list(dict.fromkeys(shares))}
-    source = SourceTable(differing, "datasets.", converted)
+    source = SourceTable(differing, "datasets.", target)
     if batches:
-        converted.options["batch"] = max(batches)
+        target.options["batch"] = max(batches)
     if len(batches) > 1:
         source.remark("changed", "batch_size", "a run has one batch size, the largest")
     if any(shares):
-        converted.options["validation_share"] = max(shares)
+        target.options["validation_share"] = max(shares)
     if len(set(shares)) > 1:
         source.remark("changed", "validation_split", "a run has one share for all datasets, the largest")
-    if any(table.get("concept") for table in converted.datasets):
-        for table in converted.datasets:
+    if any(table.get("concept") for table in target.datasets):
+        for table in target.datasets:
             table.setdefault("concept", "")  # not that of another dataset
     else:
         reason = "no class_tokens; set concept to the trigger token in the captions, at the top of the file"
-        SourceTable({}, "", converted).remark("missing", "concept", reason)
+        SourceTable({}, "", target).remark("missing", "concept", reason)

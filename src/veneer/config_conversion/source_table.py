@@ -33,7 +33,7 @@ class Remark:
 
 
 @dataclass
-class Converted:
+class RunContent:
     """The options of a run as they are converted.
 
     Args:
@@ -56,11 +56,11 @@ class SourceTable:
     """A table of the other config. A key that is neither taken nor explained is reported as unknown.
 
     Args:
-        content: keys and values. `place`: prefix of its keys in remarks. `converted`: receives the remarks.
+        content: keys and values. `place`: prefix of its keys in remarks. `target`: receives the remarks.
     """
 
-    def __init__(self, content: Mapping[str, Any], place: str, converted: Converted) -> None:
-        self.content, self.place, self.converted = dict(content), place, converted
+    def __init__(self, content: Mapping[str, Any], place: str, target: RunContent) -> None:
+        self.content, self.place, self.target = dict(content), place, target
         self._read: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
@@ -75,7 +75,7 @@ class SourceTable:
     def remark(self, kind: Literal["left_out", "changed", "unknown", "missing"], key: str, reason: str) -> None:
         """Adds a remark on a key."""
         self._read.add(key)
-        self.converted.remarks.append(Remark(kind, f"{self.place}{key}", self.content.get(key), reason))
+        self.target.remarks.append(Remark(kind, f"{self.place}{key}", self.content.get(key), reason))
 
     def explain(self, reasons: Mapping[str, str]) -> None:
         """Reports keys that are not carried over; those with which a feature is disabled need no remark.
@@ -90,16 +90,18 @@ class SourceTable:
                 else:
                     self.remark("left_out", key, reason)
 
-    def carry(self, names: Mapping[str, str], target: dict[str, Any], change: Callable[[Any], Any] = lambda value: value) -> None:
+    def carry(
+        self, names: Mapping[str, str], options: dict[str, Any], change: Callable[[Any], Any] = lambda value: value
+    ) -> None:
         """Copies keys into the options of a run.
 
         Args:
-            names: key to the name of the option. `target`: the options. `change`: converts the values.
+            names: key to the name of the option. `options`: receives them. `change`: converts the values.
         """
         for key, name in names.items():
             value = self.take(key)
             if value is not None:
-                target[name] = change(value)
+                options[name] = change(value)
 
     def unread(self) -> Iterator[str]:
         """Keys that were neither taken nor explained."""

@@ -15,7 +15,7 @@ from veneer.base_models.devices import Dtype
 from veneer.injection.errors import OptionError
 
 from .attach_methods import check_options, trains_token_embeddings
-from .concepts.concept import concepts_of, default_subject, new_tokens, renamed
+from .concepts.concept import concepts_of, default_subject, new_tokens, rename_fields
 from .data.buckets import Crop
 from .data.dataset_fields import DatasetFields
 from .loop.config import TrainConfig, check_dtypes, check_sharding
@@ -230,7 +230,7 @@ class PersonalizeConfig(DatasetFields):
         chosen = any("tokens" in self.options.get(n, {}) for n in names)
         if chosen or not any(trains_token_embeddings(methods.get(n)) for n in names):
             return self
-        return dataclasses.replace(self, **renamed(self, new_tokens(concepts_of(self), tokenizers)))
+        return dataclasses.replace(self, **rename_fields(self, new_tokens(concepts_of(self), tokenizers)))
 
     def rates(self) -> dict[str, float]:
         """Learning rate of each method: the configured one, else that of the preset, else that of the method."""

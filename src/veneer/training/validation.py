@@ -12,7 +12,7 @@ from torch import Tensor
 from .data.run_photos import RunPhotos
 from .loop.disk_space import optional
 from .loss_plot import LOSS_PLOT, write_loss_plot
-from .objective.validation_loss import ValidationLoss, ValidationScore, measured_loss, read_scores, write_score
+from .objective.validation_loss import ValidationLoss, ValidationScore, loss_with_measurements, read_scores, write_score
 from .report.progress import Progress, read_progress
 from .report.tracking import record_scores
 
@@ -27,7 +27,7 @@ class Validation:
     `loss.png`.
 
     Args:
-        measured: the validation loss. `loss`: the loss of the run.
+        validation_loss: the loss on held-out photos. `loss`: the loss of the run.
         config: of the run. `out`: its folder.
         accelerator: processes of the run; all of them measure, and the main one records.
         sharded: whether the base model is sharded, so that all processes have to run its passes together.
@@ -35,17 +35,23 @@ class Validation:
 
     def __init__(
         self,
-        measured: ValidationLoss,
+        validation_loss: ValidationLoss,
         loss: DenoisingLoss,
         config: PersonalizeConfig,
         out: Path,
         accelerator: Accelerator,
         sharded: bool,
     ) -> None:
-        self.measured, self.config, self.out, self.accelerator, self.sharded = measured, config, out, accelerator, sharded
+        self.validation_loss, self.config, self.out, self.accelerator, self.sharded = (
+            validation_loss,
+            config,
+            out,
+            accelerator,
+            sharded,
+        )
         self.steps = config.loop().steps
         self.every = config.validation_every or max(1, self.steps // 10)
-        self._loss = measured_loss(loss, self.every, self.record)
+        self._loss = loss_with_measurements(loss, self.every, self.record)
 
     @classmethod
     def of_run(
@@ -76,7 +82,7 @@ class Validation:
 
     def record(self, step: int) -> ValidationScore:
         """Measures and records the validation loss after some steps."""
-        score = self.measured.measure(step)
+        score = self.validation_loss.measure(step)
         if self.accelerator.is_main_process:
             write_score(self.out / "progress.jsonl", score, step, self.steps)
             concepts = {f"validation_loss/{concept}": loss for concept, loss in score.by_concept.items()}

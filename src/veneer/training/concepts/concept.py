@@ -80,7 +80,7 @@ def new_tokens(concepts: Sequence[Concept], tokenizers: Sequence[Any]) -> dict[s
     return names
 
 
-def renamed(config: Any, names: Mapping[str, str]) -> dict[str, Any]:
+def rename_fields(config: Any, names: Mapping[str, str]) -> dict[str, Any]:
     """The fields of a config in which concepts have other tokens.
 
     Args:

@@ -1,6 +1,6 @@
 """Metrics of each concept of a run, and how far its images resemble the photos of the other concepts.
 
-For an image of one concept, with the photos P of its own concept and Q of another one:
+For an image of one concept, with P the photos of its concept and Q those of another one:
 
 - **similarity to Q**   mean over q in Q of ⟨f(g), f(q)⟩, of the adapted and of the base pipeline
 - **margin**            similarity to P minus similarity to Q, of the adapted pipeline, with a 95 % interval over images: below 0,

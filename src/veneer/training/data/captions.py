@@ -111,7 +111,7 @@ class Captions:
         return " ".join(filter(None, (self.prefix, written, self.suffix))).replace("{concept}", self.concept)
 
     def longest(self, written: str | None, is_prior: bool = False) -> list[str]:
-        """The longest texts that `sample` returns for a photo: one per template, or that of its own caption."""
+        """The longest texts that `sample` returns for a photo: one per template, or one for its caption."""
         texts = [written] if written is not None else [self.prior] if is_prior else [*self.templates]
         return [self._separated(WILDCARD.sub(_longest_option, self.complete(text))) for text in texts]
 

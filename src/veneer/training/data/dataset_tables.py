@@ -122,11 +122,11 @@ def dataset_tables(config: RunOptions) -> tuple[DatasetTable, ...]:
         message = f"datasets: photos is {config.photos} as well; expected one of the two. Add a dataset with that path."
         raise OptionError(message, option="datasets", where="photos", given=str(config.photos), expected=None)
     tables = [parse_table(content, f"datasets[{i}]") for i, content in enumerate(config.datasets)]
-    trained = [table for table in tables if table.is_trained]
-    if not trained:
+    subjects = [table for table in tables if table.is_trained]
+    if not subjects:
         message = "datasets: all of them are class images or held out; expected one with photos of the subject."
         raise OptionError(message, option="datasets", where="datasets", given=len(tables), expected="a subject")
-    default = config.concept or next((table.concept for table in trained if table.concept), "")
+    default = config.concept or next((table.concept for table in subjects if table.concept), "")
     tables = [dataclasses.replace(t, concept=default if t.concept is None else t.concept) for t in (*tables, *held_out)]
     _check_concepts(tables, config)
     words = _class_words(tables, config)
@@ -156,20 +156,20 @@ def parse_table(content: Mapping[str, Any], where: str) -> DatasetTable:
         OptionError: an unknown option, a value of another type, no path, or a value out of range.
     """
     table = {str(key).replace("-", "_"): value for key, value in content.items()}
-    parsed = DatasetTable(**values(DatasetTable, entries_of(table, DatasetTable, place=f"{where}.")))
+    result = DatasetTable(**values(DatasetTable, entries_of(table, DatasetTable, place=f"{where}.")))
     if "path" not in table:
         message = f"{where}: no path; expected the folder of its photos."
         raise OptionError(message, option="datasets", where=f"{where}.path", given=None, expected="a path")
-    if parsed.regularization and parsed.validation:
+    if result.regularization and result.validation:
         message = f"{where}: regularization and validation; expected one of the two."
         raise OptionError(message, option="datasets", where=f"{where}.validation", given=True, expected=False)
     for name, low, high in (("repeats", 1, None), ("flip", 0, 1), ("caption_dropout", 0, 1), ("tag_dropout", 0, 1)):
-        given = getattr(parsed, name)
+        given = getattr(result, name)
         if given is not None and not (given >= low and (high is None or given <= high)):
             expected = f"at least {low}" if high is None else f"{low} to {high}"
             message = f"{where}: {name} is {given}; expected {expected}."
             raise OptionError(message, option="datasets", where=f"{where}.{name}", given=given, expected=expected)
-    return parsed
+    return result
 
 
 def _class_words(tables: Sequence[DatasetTable], config: RunOptions) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..loop.seeds import mix
 from .captions import mentions
@@ -12,6 +13,7 @@ from .dataset_tables import DatasetTable, RunOptions, dataset_tables
 from .image_io import DataError
 from .photo_folder import Photo, find_photos
 from .photo_source import PhotoSource
+from .tar_shards import extract_shards, shards_of
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,12 @@ class RunPhotos:
         return RunPhotos(tuple(map(changed, self.parts)), tuple(map(changed, self.held_out)))
 
 
-def read_photos(config: RunOptions, share: float = 0.0, seed: int = 0) -> RunPhotos:
+def read_photos(config: RunOptions, share: float = 0.0, seed: int = 0, shards: Path | None = None) -> RunPhotos:
     """Reads the photos of all datasets of a run.
 
     Args:
         share: share of the photos of each dataset that is held out, by `seed`.
+        shards: folder into which photos of tar files are written; without it, tar files are not read.
     Raises:
         DataError: a dataset without photos or with unreadable ones, or a share that leaves none to train on.
         OptionError: see `dataset_tables`.
@@ -120,20 +123,22 @@ def read_photos(config: RunOptions, share: float = 0.0, seed: int = 0) -> RunPho
     several = bool(config.datasets)
     parts = []
     for index, table in enumerate(dataset_tables(config)):
-        found = find_photos(
-            table.path,
+        archives = shards_of(table.path) if shards else []
+        photos = find_photos(
+            extract_shards(archives, shards / f"{index:02d}") if archives and shards else table.path,
             is_prior=table.regularization,
             concept=None if several or not table.is_trained else table.concept,
             recursive=table.recursive,
-            caption_extension=table.caption_extension,
+            caption_extension=".txt" if archives else table.caption_extension,
         )
         if several and not table.regularization:
-            found = [dataclasses.replace(photo, concept=table.concept or "") for photo in found]
-        parts.append(TablePhotos(index, table, tuple(found)))
+            photos = [dataclasses.replace(photo, concept=table.concept or "") for photo in photos]
+        parts.append(TablePhotos(index, table, tuple(photos)))
     held_out = {photo.digest for part in parts if part.table.is_trained for photo in _held_out(part, share, seed)}
-    trained = [_without(part, held_out) for part in parts if not part.table.validation]
-    chosen = [_only(part, held_out) for part in parts if part.table.is_trained]
-    return RunPhotos(tuple(trained), tuple(part for part in (*chosen, *(p for p in parts if p.table.validation)) if part.photos))
+    rest = [_without(part, held_out) for part in parts if not part.table.validation]
+    validation = [_only(part, held_out) for part in parts if part.table.is_trained]
+    validation += [part for part in parts if part.table.validation]
+    return RunPhotos(tuple(rest), tuple(part for part in validation if part.photos))
 
 
 def _held_out(part: TablePhotos, share: float, seed: int) -> list[Photo]:
@@ -153,11 +158,11 @@ def _held_out(part: TablePhotos, share: float, seed: int) -> list[Photo]:
 
 def _without(part: TablePhotos, digests: set[str]) -> TablePhotos:
     """The part without held-out photos, which another dataset may have too."""
-    kept = tuple(photo for photo in part.photos if photo.digest not in digests)
-    if not kept:
+    rest = tuple(photo for photo in part.photos if photo.digest not in digests)
+    if not rest:
         message = f"{part.table.path}: all photos are held out by validation_share; expected photos that other datasets lack."
         raise DataError(message, file=part.table.path, where="validation_share", given=len(part.photos), expected=1)
-    return dataclasses.replace(part, photos=kept)
+    return dataclasses.replace(part, photos=rest)
 
 
 def _only(part: TablePhotos, digests: set[str]) -> TablePhotos:

@@ -79,15 +79,15 @@ class ValidationLoss:
         Args:
             step: finished steps.
         """
-        found: dict[str, list[float]] = {}
+        losses_of: dict[str, list[float]] = {}
         autocast = torch.autocast(self.family.device.type, self.dtype, enabled=self.dtype is not None)
         with evaluation_mode(self.family.pipe), torch.no_grad(), autocast:
             for concept, example in self._examples:
                 timesteps = fixed_timesteps(self.loss.objective)
                 losses = [self.loss.losses(level, [example], t.reshape(1)) for level, t in enumerate(timesteps)]
-                found.setdefault(concept, []).append(float(torch.cat(losses).mean()))
-        everything = [value for values in found.values() for value in values]
-        means = {concept: sum(values) / len(values) for concept, values in found.items()}
+                losses_of.setdefault(concept, []).append(float(torch.cat(losses).mean()))
+        everything = [value for values in losses_of.values() for value in values]
+        means = {concept: sum(values) / len(values) for concept, values in losses_of.items()}
         return ValidationScore(step, sum(everything) / len(everything), means)
 
 
@@ -97,7 +97,7 @@ def fixed_timesteps(objective: Objective, levels: int = LEVELS) -> Tensor:
     return middles.float() if isinstance(objective, Flow) else (middles * objective.steps).long()
 
 
-def measured_loss(
+def loss_with_measurements(
     loss: Callable[[int, Sequence[int]], Tensor], every: int, measure: Callable[[int], object]
 ) -> Callable[[int, list[int]], Tensor]:
     """The loss of a run that calls `measure` before the first loss of every `every`-th step, on each process.

@@ -170,7 +170,8 @@ class MemoryPredictor:
 
 
 def _variant(config: PersonalizeConfig) -> dict[str, Any]:
-    return {"batch": (config.batch or 1) * (2 if config.class_images else 1), "checkpointing": config.gradient_checkpointing}
+    has_class_images = config.class_images or any(table.regularization for table in dataset_tables(config))
+    return {"batch": (config.batch or 1) * (2 if has_class_images else 1), "checkpointing": config.gradient_checkpointing}
 
 
 def _quantized(config: PersonalizeConfig, components: list[str]) -> dict[str, str]:

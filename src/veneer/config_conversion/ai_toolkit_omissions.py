@@ -1,6 +1,6 @@
 """Keys of ai-toolkit's job configs that are not carried over, with the reason."""
 
-TAKEN = (
+IMPLIED = (
     "is_flux", "is_v3", "is_xl", "is_v2", "is_pixart", "arch", "cache_latents", "cache_latents_to_disk", "cache_text_embeddings",
     "noise_scheduler", "sampler",
 )  # fmt: skip
@@ -9,7 +9,7 @@ _PRESET = "images are generated with the sampling settings of the base model's p
 _UPLOAD = "nothing is uploaded"
 _MEMORY = "memory is managed with quantize, gradient_checkpointing and offload_encoders"
 
-LEFT_OUT = {
+OMISSIONS = {
     "device": "the GPU is chosen by CUDA_VISIBLE_DEVICES",
     "performance_log_every": "the log has the time left",
     "meta": "files have their own metadata",

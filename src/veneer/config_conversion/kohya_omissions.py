@@ -1,6 +1,6 @@
 """Training arguments of sd-scripts that are not carried over, with the reason."""
 
-TAKEN = ("v2", "sdpa", "cache_text_encoder_outputs", "network_train_unet_only", "masked_loss", "no_metadata")
+IMPLIED = ("v2", "sdpa", "cache_text_encoder_outputs", "network_train_unet_only", "masked_loss", "no_metadata")
 """Arguments that describe what veneer does by default, or finds out from the base model."""
 _KERNELS = "PyTorch chooses the attention kernels"
 _LOADER = "there is no data loader with workers"
@@ -12,7 +12,7 @@ _MEMORY = "memory is managed with dtype, quantize, gradient_checkpointing and of
 _METADATA = "the file has its own metadata"
 _PREDICTION = "the shift comes from the scheduler of the base model"
 
-LEFT_OUT = {
+OMISSIONS = {
     "config_file": "the file itself",
     "network_weights": "the run starts from a new adapter",
     "dim_from_weights": "the rank is an option of the method",
