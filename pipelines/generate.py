@@ -127,17 +127,17 @@ def is_diffusion_adapter(path: Path) -> bool:
     return "" not in _header(path).get("base", {})
 
 
-def concept_of(path: Path) -> str | None:
-    """The trigger token or word in the metadata of a native file, or None."""
-    found = _header(path).get("provenance", {}).get("concept")
-    return found if isinstance(found, str) and found else None
+def concepts_of(path: Path) -> dict[str, str]:
+    """Every trigger token or word in the metadata of a native file, with its class word or ""."""
+    provenance = _header(path).get("provenance", {})
+    one = {provenance["concept"]: provenance.get("class_word")} if isinstance(provenance.get("concept"), str) else {}
+    several = provenance.get("concepts") if isinstance(provenance.get("concepts"), dict) else {}
+    return {token: word if isinstance(word, str) else "" for token, word in {**one, **several}.items() if token}
 
 
 def words_for_base(path: Path) -> dict[str, str]:
-    """Replacement of a native file's trained token in prompts for the base model, such as `{"<toy>": "toy"}`."""
-    provenance = _header(path).get("provenance", {})
-    concept, word = provenance.get("concept"), provenance.get("class_word")
-    return {concept: word} if isinstance(concept, str) and concept and isinstance(word, str) and word else {}
+    """Replacements of a native file's trained tokens in prompts for the base model, such as `{"<toy>": "toy"}`."""
+    return {token: word for token, word in concepts_of(path).items() if word}
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from veneer import base_models
 from veneer.config_file import CONFIG, ConfigWriter
-from veneer.injection import Attachment, OptionError
+from veneer.injection import Attachment
 from veneer.training import attach_methods, param_groups, prepare_base
 from veneer.training.adapter_trainer import adapter_trainer
 from veneer.training.base_sharding import is_sharding, load_base, shard_base, sharding_note
-from veneer.training.data.captions import Captions, rename_concept
-from veneer.training.data.class_images import base_digest, generate_class_images
+from veneer.training.concepts.concept import concepts_of, rename_concepts, token_options
+from veneer.training.data.class_images import base_digest
 from veneer.training.data.dataset import PhotoDataset
-from veneer.training.data.latent_cache import Cache
-from veneer.training.data.photo_folder import Photo, find_photos
+from veneer.training.data.photo_folder import Photo
+from veneer.training.data.run_photos import RunPhotos, check_mentions, read_photos
 from veneer.training.encoder_offload import offload_encoders
 from veneer.training.families import Family, family
 from veneer.training.loop.distributed import on_main
 from veneer.training.loop.trainer import Trainer, TrainResult
-from veneer.training.objective.denoising_loss import DenoisingLoss, LossOptions
+from veneer.training.objective.denoising_loss import DenoisingLoss
 from veneer.training.personalization_config import PersonalizeConfig
+from veneer.training.personalization_data import PersonalizationData
 from veneer.training.preflight.memory_check import check_memory
 from veneer.training.preflight.preflight import preflight
 from veneer.training.report.artifacts import (
@@ -40,10 +40,12 @@ from veneer.training.report.artifacts import (
 )
 from veneer.training.report.phases import PhaseReport
 from veneer.training.report.progress import ProgressLine
-from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
+from veneer.training.report.run_folder import SHARDS, discard_unused, run_folder, stopped_message
 from veneer.training.save_dtype import rounded_to
+from veneer.training.validation import Validation
 
 if TYPE_CHECKING:
+    from veneer.training.loop.optimizers import ParameterGroup
     from veneer.training.loop.sharded_base import ShardedBase
 
 __all__ = ["PersonalizeConfig", "personalize"]
@@ -79,95 +81,112 @@ def _check(config: PersonalizeConfig) -> Path:
 
 def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     out = run_folder(config.out, config.resume, config.photos)
-    photos = find_photos(config.photos or "", concept=config.concept)
+    on_step = ConfigWriter(out / CONFIG, "personalize", config, ProgressLine())
+    data = _load(config, out, accelerator)
+    attached, generated, base = _attach_and_shard(data)
+    config, loop = data.config, data.config.loop()
+    loss = data.loss(generated)
+    few = accelerator.num_processes == 1 or base is not None
+    if config.offload_encoders and accelerator.device.type != "cpu" and few and loss.caches_all:
+        _cache_and_offload(config, data.model, loss, loop.steps, data.report)
+    groups = param_groups.parameter_groups(attached, config.rates(), config.text_rate(), loop.learning_rate)
+    photos, pipe = data.photos.photos, data.model.pipe
+    run = PersonalizationRun(config, pipe, attached, photos, out, data.report, base=base, subjects=data.subjects)
+    _preflight(data, run, groups, loss.dataset)
+    if config.dry_run:
+        shutil.rmtree(out / SHARDS, ignore_errors=True)
+        with contextlib.suppress(OSError):  # removes only an empty folder
+            out.rmdir()
+        return out
+
+    validation = Validation.of_run(data.photos, data.source, loss, config, out, accelerator, sharded=base is not None)
+    trainer = adapter_trainer(
+        attached,
+        validation.loss_step if validation else loss,
+        loop,
+        groups,
+        out,
+        identity={**config.identity(), "base": data.digest, "photos": [p.digest for p in (*photos, *loss.dataset.prior_photos)]},
+        accelerator=accelerator,
+        base=base,
+        on_step=validation.after(on_step) if validation else on_step,
+        on_preview=lambda step: write_preview(run, step),
+    )
+    result = trainer.fit(config.resume)
+    on_main(accelerator, lambda: _finish(run, trainer, result, validation), base)
+    return out
+
+
+def _load(config: PersonalizeConfig, out: Path, accelerator: Accelerator) -> PersonalizationData:
+    """Reads the photos and loads the base model."""
+    photos = read_photos(config, config.validation_share, config.seed, out / SHARDS)
     main = accelerator.is_main_process
     report = PhaseReport(None if config.dry_run else out / "progress.jsonl", sys.stderr) if main else PhaseReport()
-    on_step = ConfigWriter(out / CONFIG, "personalize", config, ProgressLine())
     report("loading")
     pipe = load_base(config, accelerator)
     prepare_base.freeze(pipe)
     model = family(pipe, truncate=config.truncate)
     config, photos = _named(config.with_captions(labels=not model.text_towers), model, photos, accelerator)
-    digest = base_digest(model)
-    resolution = config.resolution or model.resolution
-    sharding = is_sharding(config, accelerator)
-    prior = [] if sharding else _prior(config, model, out, accelerator, report, digest)
+    if config.datasets:
+        check_mentions(photos)
+    return PersonalizationData(config, model, photos, out, report, accelerator, base_digest(model))
 
+
+def _attach_and_shard(data: PersonalizationData) -> tuple[list[Attachment], list[Photo], ShardedBase | None]:
+    """Attaches the methods, shards the base model, and generates the class images without adapters. Returns the attachments, the
+    generated class images, and the sharded base model."""
+    config, pipe = data.config, data.model.pipe
+    sharding = is_sharding(config, data.accelerator)
+    generated = [] if sharding else data.class_images()
     attached = _attach(config, pipe)
     if config.gradient_checkpointing:
         prepare_base.checkpoint_towers(pipe, attached)
-    base = shard_base(config, model, accelerator)
-    if (note := sharding_note(config, base)) and main:
+    base = shard_base(config, data.model, data.accelerator)
+    if (note := sharding_note(config, base)) and data.accelerator.is_main_process:
         print(note, flush=True)
     if sharding:
         with contextlib.ExitStack() as disabled:
             for attachment in attached:
                 disabled.enter_context(attachment.enabled(False))
-            prior = _prior(config, model, out, accelerator, report, digest, base)
-    report.close()
-    captions = _captions(config)
-    dataset = _dataset(config, model, photos, prior, captions, resolution)
-    loop = config.loop()
-    loss = DenoisingLoss(
-        model,
-        dataset,
-        config.seed,
-        loop.samples,
-        config.objective(),
-        config.noise(),
-        LossOptions(kind=config.loss, prior_weight=config.prior_loss_weight),
-        Cache(config.cache_folder) if config.cache else None,
-    )
-    few = accelerator.num_processes == 1 or sharding
-    if config.offload_encoders and accelerator.device.type != "cpu" and few and loss.caches_all:
-        _cache_and_offload(config, model, loss, loop.steps, report)
-    groups = param_groups.parameter_groups(attached, config.rates(), config.text_rate(), loop.learning_rate)
-    run = PersonalizationRun(config, pipe, attached, photos, out, report, base=base)
-    texts = [template.replace("{concept}", config.concept) for template in captions.templates]
+            generated = data.class_images(base)
+    data.report.close()
+    return attached, generated, base
+
+
+def _preflight(data: PersonalizationData, run: PersonalizationRun, groups: list[ParameterGroup], dataset: PhotoDataset) -> None:
+    """Prints the checks of a run and its estimated cost.
+
+    Raises:
+        PreflightError: the run cannot work.
+    """
+    config, loop = data.config, data.config.loop()
+    texts = [text for source in dataset.sources for text in source.texts()]
     checks = preflight(
-        attached,
+        run.attached,
         loop,
-        [*photos, *prior],
-        model,
+        [*dataset.photos, *dataset.prior_photos],
+        data.model,
         config.concept,
-        resolution=resolution,
+        resolution=data.largest_resolution,
         prompts=[*texts, *run.prompts, *(config.drift_prompts or ())],
         groups=groups,
         default_rates=config.default_rates(),
-        processes=accelerator.num_processes,
-        folder=out,
-        images=count_evaluation_images(config),
+        processes=data.accelerator.num_processes,
+        folder=data.out,
+        images=count_evaluation_images(config, len(run.concepts)),
         previews=run.previews(loop.steps),
         sampling=run.settings(1),
-        loading=report.elapsed,
+        loading=data.report.elapsed,
     )
-    if main:
+    if data.accelerator.is_main_process:
         print(checks.text(), flush=True)
     checks.check()
-    if config.dry_run:
-        with contextlib.suppress(OSError):  # removes only an empty folder
-            out.rmdir()
-        return out
-
-    trainer = adapter_trainer(
-        attached,
-        loss,
-        loop,
-        groups,
-        out,
-        identity={**config.identity(), "base": digest, "photos": [p.digest for p in [*photos, *prior]]},
-        accelerator=accelerator,
-        base=base,
-        on_step=on_step,
-        on_preview=lambda step: write_preview(run, step),
-    )
-    result = trainer.fit(config.resume)
-    on_main(accelerator, lambda: _finish(run, trainer, result), base)
-    return out
 
 
-def _finish(run: PersonalizationRun, trainer: Trainer, result: TrainResult) -> None:
+def _finish(run: PersonalizationRun, trainer: Trainer, result: TrainResult, validation: Validation | None) -> None:
     """Writes the results of a finished run, or the weights so far of a stopped one."""
+    if validation and not result.stopped:
+        run.extra["validation"] = validation.finish(result.steps, run.notes)
     with trainer.averaged(), rounded_to(run.attached, run.config.save_dtype):
         if result.stopped:
             write_files(run)
@@ -177,44 +196,16 @@ def _finish(run: PersonalizationRun, trainer: Trainer, result: TrainResult) -> N
 
 
 def _named(
-    config: PersonalizeConfig, model: Family, photos: list[Photo], accelerator: Accelerator
-) -> tuple[PersonalizeConfig, list[Photo]]:
-    """The config and photos with a placeholder token as the concept, if the concept itself cannot be a new token."""
-    named = config.with_token([tokenizer for tokenizer, _ in model.limits()] if model.text_towers else [])
-    if named.concept == config.concept:
-        return config, photos
-    if accelerator.is_main_process:
-        print(
-            f"concept: {config.concept!r} is not a new token for the base model; the trained token is {named.concept}", flush=True
-        )
-        print(f"         use {named.concept} in prompts", flush=True)
-    return named, [
-        dataclasses.replace(p, caption=p.caption and rename_concept(p.caption, config.concept, named.concept)) for p in photos
-    ]
-
-
-def _prior(
-    config: PersonalizeConfig, model: Family, out: Path, accelerator: Accelerator, report: PhaseReport, digest: str,
-    base: ShardedBase | None = None,
-) -> list[Photo]:  # fmt: skip
-    """Class images, generated by the base model in the main process."""
-    if not config.class_images:
-        return []
-    if not config.class_word:
-        message = "--class-images needs --class-word: the class of the subject, such as 'toy'."
-        raise OptionError(message, option="class_word", given="")
-    preset = base_models.preset(config.base)
-    prompt = config.prior_prompt()
-
-    def make() -> list[Path]:
-        count = report("class_images", config.class_images)
-        return generate_class_images(
-            model, out / "prior", prompt, config.class_images, config.seed, base=digest, progress=count.reach,
-            num_inference_steps=preset.steps, guidance_scale=preset.guidance_scale,
-        )  # fmt: skip
-
-    paths = on_main(accelerator, make, base)
-    return [find_photos(path, is_prior=True)[0] for path in paths]
+    config: PersonalizeConfig, model: Family, photos: RunPhotos, accelerator: Accelerator
+) -> tuple[PersonalizeConfig, RunPhotos]:
+    """The config and photos with a placeholder token for each concept that cannot be a new token itself."""
+    with_tokens = config.with_token([tokenizer for tokenizer, _ in model.limits()] if model.text_towers else [])
+    names = {old.token: new.token for old, new in zip(concepts_of(config), concepts_of(with_tokens), strict=True)}
+    for name, token in names.items() if accelerator.is_main_process else ():
+        if name != token:
+            print(f"concept: {name!r} is not a new token for the base model; the trained token is {token}", flush=True)
+            print(f"         use {token} in prompts", flush=True)
+    return with_tokens, photos.with_texts(with_tokens, lambda text: rename_concepts(text, names))
 
 
 def _cache_and_offload(config: PersonalizeConfig, model: Family, loss: DenoisingLoss, steps: int, report: PhaseReport) -> None:
@@ -228,38 +219,9 @@ def _cache_and_offload(config: PersonalizeConfig, model: Family, loss: Denoising
 
 
 def _attach(config: PersonalizeConfig, pipe: Any) -> list[Attachment]:
-    configs = attach_methods.build_methods(config.method, config.options, config.concept, config.class_word)
+    configs = attach_methods.build_methods(config.method, config.options, *token_options(concepts_of(config)))
     where = {m.name: config.where for m in configs if config.where and not attach_methods.trains_token_embeddings(m)}
     return attach_methods.attach_all(pipe, configs, where, config.text_encoder, config.seed)
-
-
-def _dataset(
-    config: PersonalizeConfig, model: Family, photos: list[Photo], prior: list[Photo], captions: Captions, resolution: int
-) -> PhotoDataset:
-    return PhotoDataset(
-        photos,
-        resolution,
-        model.multiple,
-        config.seed,
-        captions=captions,
-        flip=config.flip,
-        crop=config.crop,
-        buckets=config.buckets and not model.square,
-        masks=config.masks,
-        prior_photos=prior,
-    )
-
-
-def _captions(config: PersonalizeConfig) -> Captions:
-    return Captions(
-        concept=config.concept,
-        prior=config.prior_prompt(),
-        templates=config.template or ("{concept}",),
-        dropout=config.caption_dropout,
-        tag_dropout=config.tag_dropout,
-        shuffle=config.shuffle_tags,
-        keep_tokens=config.keep_tokens,
-    )
 
 
 if __name__ == "__main__":

@@ -40,15 +40,19 @@ ALLOWED = {
     "method_catalog": {"flags", "full_size_models", "injection"},
     "method_search": {"method_catalog"},
     "listing": {"discovery", "static_source", "testing", "veneer"},
-    "training": {"atomic_files", "base_models", "extras", "formats", "injection", "methods"},
+    "training": {"atomic_files", "base_models", "config_file", "extras", "flags", "formats", "injection", "methods"},
     "classification": JOBS,
     "control": JOBS,
+    "config_conversion": {"config_file", "injection", "training"},
     "benchmarks": {*JOBS, "testing"},
     "commands": {
         *JOBS, "classification", "command_line", "config_file", "discovery", "flags", "listing", "methods", "static_source",
     },
     "cli": {"allocator", "command_line", "commands", "extras", "version"},
-    "pipelines": {*JOBS, "adapter_merging", "benchmarks", "classification", "cli", "config_file", "control", "flags", "methods"},
+    "pipelines": {
+        *JOBS, "adapter_merging", "benchmarks", "classification", "cli", "config_conversion", "config_file", "control", "flags",
+        "methods",
+    },
     "apps": {
         *JOBS, "adapter_merging", "allocator", "classification", "cli", "control", "flags", "full_size_models", "method_catalog",
         "method_search", "methods", "pipelines", "veneer",

@@ -229,6 +229,10 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
         "convert an adapter file to another format",
         _config_command("convert", "convert", "ConvertConfig", ("file",), True),
     ),
+    "convert-config": (
+        "convert a config of kohya's sd-scripts or ai-toolkit to one of personalize",
+        _config_command("convert_config", "convert_config", "ConvertConfigConfig", ("file",), True),
+    ),
     "merge": ("merge several adapter files into one LoRA", _config_command("merge", "merge", "MergeConfig", ("files",), True)),
     "extract": (
         "extract a LoRA from a fine-tuned model",

@@ -55,7 +55,7 @@ def read_config(arguments: Sequence[str]) -> Table:
         names = []
     if len(names) > 1:
         _fail(f"--config: {len(names)} files; expected one.", "config", given=tuple(names), expected=1)
-    return _read(Path(names[0]).expanduser()) if names else {}
+    return read_table(Path(names[0]).expanduser()) if names else {}
 
 
 def method_of(content: Table, default: str) -> str:
@@ -75,7 +75,12 @@ def method_of(content: Table, default: str) -> str:
     return method
 
 
-def _read(file: Path) -> Table:
+def read_table(file: Path) -> Table:
+    """The content of a TOML or YAML file, with `_` in its names.
+
+    Raises:
+        OptionError: no such file, another type of file, invalid syntax, or not a table.
+    """
     parse = {".toml": _parse_toml, ".yaml": _parse_yaml, ".yml": _parse_yaml}.get(file.suffix.lower())
     if parse is None:
         _fail(f"--config {file}: expected a .toml or .yaml file.", file, given=file.suffix, expected=(".toml", ".yaml"))
@@ -116,11 +121,14 @@ def _parse_yaml(text: str) -> Any:
         raise ValueError(error) from error
 
 
-def entries_of(content: Table, config: type, methods: Mapping[str, type] = types.MappingProxyType({})) -> dict[str, Any]:
+def entries_of(
+    content: Table, config: type, methods: Mapping[str, type] = types.MappingProxyType({}), place: str = ""
+) -> dict[str, Any]:
     """The content of a config file as a parsed namespace has it, such as `{"steps": 100, "lora.rank": 16}`.
 
     Args:
         config: config class of the command. `methods`: classes of the methods in use, whose options are tables.
+        place: prefix of the names in errors, for a table inside the file.
     Raises:
         OptionError: an unknown name, or a value of another type.
     """
@@ -141,8 +149,8 @@ def entries_of(content: Table, config: type, methods: Mapping[str, type] = types
                 expected=tuple(methods),
             )
         else:
-            _check_known(key, key, {**hints, **methods})
-            entries[key] = _typed(key, value, hints.get(key, Mapping))
+            _check_known(f"{place}{key}", key, {**hints, **methods})
+            entries[key] = _typed(f"{place}{key}", value, hints.get(key, Mapping))
     return entries
 
 
@@ -245,17 +253,20 @@ class ConfigWriter:
 
 def to_toml(command: str, config: Any) -> str:
     """The options of a config as TOML."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in UNSAVED}
+    options = {name: each for name, each in getattr(config, "options", {}).items() if each}
+    return table_to_toml(command, {**values, **options})
+
+
+def table_to_toml(command: str, content: Table) -> str:
+    """The content of a config file as TOML. Values that are None are left out."""
     import tomlkit
 
     document = tomlkit.document()
     document.add(tomlkit.comment(f"veneer {command} --config FILE"))
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in UNSAVED and value is not None:
-            document.add(field.name, tomlkit.item(_plain(value)))
-    for name, options in getattr(config, "options", {}).items():
-        if options:
-            document.add(name, tomlkit.item(_plain(options)))
+    for key, value in content.items():
+        if value is not None:
+            document.add(key, tomlkit.item(_plain(value)))
     return tomlkit.dumps(document)
 
 

@@ -32,8 +32,8 @@ def add_flags(
 ) -> set[str]:
     """Adds one flag per field of `config`. The parsed namespace has only the fields that were passed.
 
-    `bool` fields become `--name` and `--no-name`; tuples accept several values; mappings accept `key=value`, and
-    mappings of options `pattern:option=value,option=value`.
+    `bool` fields become `--name` and `--no-name`; tuples accept several values; mappings accept `key=value`, mappings of options
+    `pattern:option=value,option=value`, and tuples of mappings `key=value,key=value`.
 
     Args:
         positional: fields that are positional arguments.
@@ -122,6 +122,8 @@ def _value_settings(hint: Any) -> dict[str, Any]:
         return _value_settings(several[0] if several else options[0])
     if origin is Literal:
         return {"choices": args}
+    if origin is tuple and _is_mapping(args[0]):
+        return {"nargs": "+", "type": _parse_table, "metavar": "KEY=VALUE,…"}
     if origin is tuple:
         return {"nargs": "+" if Ellipsis in args else len(args), **_scalar_settings(args[0])}
     if hint is bool:
@@ -158,6 +160,19 @@ def _parse_options(text: str) -> tuple[str, dict[str, Any]]:
     return pattern, {name: _literal(value) for name, _, value in pairs}
 
 
+def _parse_table(text: str) -> dict[str, Any]:
+    """`path=toys,repeats=2` as `{"path": "toys", "repeats": 2}`. A part without `=` belongs to the value before it."""
+    parts = list[str]()
+    for part in text.split(","):
+        if re.match(r"\s*[\w-]+=", part):
+            parts.append(part.strip())
+        elif parts:
+            parts[-1] += f",{part}"
+        else:
+            raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE[,KEY=VALUE]")
+    return {name.replace("-", "_"): _literal(value) for name, _, value in (part.partition("=") for part in parts)}
+
+
 def _literal(text: str) -> Any:
     try:
         return json.loads(text)
@@ -182,7 +197,7 @@ def _convert(value: Any, hint: Any) -> Any:
     """A list of parsed values as the mapping, tuple or single string of the annotated type."""
     if not isinstance(value, list):
         return value
-    if any(_is_mapping(h) for h in (hint, *typing.get_args(hint))):
+    if typing.get_origin(hint) is not tuple and any(_is_mapping(h) for h in (hint, *typing.get_args(hint))):
         return _merge(value)
     one_or_more = typing.get_origin(hint) in (Union, types.UnionType) and str in typing.get_args(hint)
     return value[0] if len(value) == 1 and one_or_more else tuple(value)

@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 
 from tests.raising import raises, warns
-from veneer.training.data.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES, Captions, longest_prefix, mentions, read_captions
+from veneer.training.data.caption_files import read_captions
+from veneer.training.data.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES, Captions, longest_prefix, mentions
 from veneer.training.data.image_io import DataError, DataWarning
 
 KEYS = ("file_name", "text")

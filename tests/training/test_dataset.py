@@ -201,7 +201,7 @@ def test_selected_rows_equal_those_of_the_whole_batch(photos, prior, with_class_
 def test_only_the_selected_rows_are_loaded(photos, monkeypatch):
     data = dataset(photos, buckets=False)
     loaded = []
-    monkeypatch.setattr(data, "_decode", lambda photo, size, decode=data._decode: loaded.append(photo) or decode(photo, size))
+    monkeypatch.setattr(data, "_decode", lambda photo, *size, decode=data._decode: loaded.append(photo) or decode(photo, *size))
     data.examples(0, 7, [2, 3])
     assert len(loaded) == 2
 

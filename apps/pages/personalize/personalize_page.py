@@ -9,8 +9,8 @@ import gradio as gr
 
 from veneer import base_models, methods
 from veneer.injection import VeneerError
+from veneer.training.concepts.concept import DEMO
 from veneer.training.data.photo_folder import READ
-from veneer.training.personalization_config import DEMO
 
 from ...context import Context, escape_markup, show_errors
 from ...jobs import Job

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from veneer import base_models
-from veneer.training.data.captions import read_captions
+from veneer.training.data.caption_files import read_captions
 from veneer.training.data.image_io import DataWarning
 from veneer.training.data.photo_folder import find_photos
 

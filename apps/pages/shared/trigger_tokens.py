@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer.pipelines.generate import concept_of
+from veneer.pipelines.generate import concepts_of
 
 from veneer.injection import VeneerError
 
@@ -56,16 +56,16 @@ def find_missing(workspace: Workspace, prompt: str, selected: Sequence[str], usa
     if not tokens:
         return MissingTokens()
     files = workspace.all_adapters()
-    concepts = {name: _concept(files[name]) for name in dict.fromkeys([*selected, *usable]) if name in files}
-    selected_concepts = {concepts.get(name) for name in selected}
-    absent = [token for token in tokens if token not in selected_concepts]
-    known = {t: next(name for name in usable if concepts.get(name) == t) for t in absent if t in concepts.values()}
-    says_nothing = None in selected_concepts  # a file from another program may provide any token
+    concepts = {name: _concepts(files[name]) for name in dict.fromkeys([*selected, *usable]) if name in files}
+    provided = {token for name in selected for token in concepts.get(name, ())}
+    absent = [token for token in tokens if token not in provided]
+    known = {t: name for t in absent for name in reversed(usable) if t in concepts.get(name, ())}
+    says_nothing = any(not concepts.get(name) for name in selected)  # a file from another program may provide any token
     return MissingTokens(known, () if says_nothing else tuple(t for t in absent if t not in known))
 
 
-def _concept(file: Any) -> str | None:
+def _concepts(file: Any) -> tuple[str, ...]:
     try:
-        return concept_of(file)
+        return tuple(concepts_of(file))
     except (VeneerError, OSError):
-        return None
+        return ()

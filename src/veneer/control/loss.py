@@ -37,12 +37,12 @@ class ControlLoss(DenoisingLoss):
     control: Attachment | None = None
     follow: ConditionInput | None = None
 
-    def losses(self, step: int, examples: Sequence[Example]) -> Tensor:
+    def losses(self, step: int, examples: Sequence[Example], timesteps: Tensor | None = None) -> Tensor:
         """Loss of each example, (batch,)."""
         assert self.control is not None
         assert self.follow is not None
         with self.control.condition(**self.follow(step, examples), pipeline=self.family.tower):
-            return super().losses(step, examples)
+            return super().losses(step, examples, timesteps)
 
 
 class MapInput:

@@ -38,12 +38,14 @@ def check_options(name: str, options: Mapping[str, Any]) -> Method:
     return methods.get(name).from_config(options)
 
 
-def build_methods(words: str, options: Mapping[str, Mapping[str, Any]], token: str, word: str) -> list[Method]:
+def build_methods(
+    words: str, options: Mapping[str, Mapping[str, Any]], token: str | tuple[str, ...], word: str | tuple[str, ...]
+) -> list[Method]:
     """Configs of the methods named in `words`.
 
     Args:
         options: method name to its options.
-        token, word: trained token and initializer token of methods with token embeddings, unless set in `options`.
+        token, word: trained tokens and initializer words of methods with token embeddings, unless set in `options`.
     Raises:
         VeneerError: options for a method that is not trained.
     """

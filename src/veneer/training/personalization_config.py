@@ -14,9 +14,10 @@ from veneer import base_models, methods
 from veneer.base_models.devices import Dtype, Precision
 from veneer.injection.errors import OptionError
 
-from .attach_methods import check_options, new_token, trains_token_embeddings
+from .attach_methods import check_options, trains_token_embeddings
+from .concepts.concept import concepts_of, default_subject, new_tokens, rename_fields
 from .data.buckets import Crop
-from .data.captions import rename_concept
+from .data.dataset_fields import DatasetFields
 from .loop.config import TrainConfig, check_dtypes, check_sharding
 from .method_names import split_methods
 from .objective.loss_weighting import LossWeighting
@@ -32,17 +33,14 @@ LABELS = ("{concept}",), ("{concept}",), ("207", "360", "387", "974")
 
 WITHOUT_EFFECT = (
     "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "drift_prompts", "eval_seeds",
-    "features", "dry_run", "check", "out", "truncate", "dtype", "save_dtype", "offload_encoders", "shard_base",
+    "features", "dry_run", "check", "out", "truncate", "dtype", "save_dtype", "offload_encoders", "shard_base", "datasets",
+    "validation", "validation_every",
 )  # fmt: skip
 """Options that may change when a run is resumed, or that are compared by content."""
-TEXTS = ("template", "prompts")
-"""Fields that contain the concept."""
-DEMO = {"concept": "<octopus>", "class_word": "fish"}
-"""Default subject: the bundled example photos."""
 
 
 @dataclass(frozen=True)
-class PersonalizeConfig:
+class PersonalizeConfig(DatasetFields):
     """Configuration of `veneer personalize` and its defaults.
 
     Args:
@@ -187,11 +185,7 @@ class PersonalizeConfig:
             ValueError: a method option out of range.
         """
         check_features(self.features)
-        resolved: dict[str, Any] = {}
-        if self.photos is None:
-            resolved = {"photos": base_models.examples(), **{k: getattr(self, k) or v for k, v in DEMO.items()}}
-        elif not self.concept:
-            raise OptionError("no concept: set the trigger token of the subject, such as --concept '<toy>'.", option="concept")
+        resolved = default_subject(self)
         preset = base_models.preset(self.base)
         names = split_methods(self.method)
         known = {name: dict(preset.training.get(name, {})) for name in names}
@@ -210,6 +204,7 @@ class PersonalizeConfig:
         self.loop(), self.objective(), self.noise(), base_models.parse_quantize(self.quantize, self.mixed_precision)
         check_dtypes(self.dtype, self.mixed_precision, self.save_dtype)
         check_sharding(self.shard_base, self.quantize)
+        self.check_validation()
         for name in ("eval_seeds", "class_images"):
             if (given := getattr(self, name)) < 0:
                 raise OptionError(f"{name} is {given}; expected at least 0.", option=name, given=given, expected=0)
@@ -232,15 +227,12 @@ class PersonalizeConfig:
         return dataclasses.replace(self, **texts)
 
     def with_token(self, tokenizers: Sequence[Any]) -> PersonalizeConfig:
-        """The config with the trained token as the concept, also in prompts and templates; see `new_token`."""
+        """The config with the trained tokens as the concepts, also in prompts and templates; see `new_token`."""
         names = split_methods(self.method)
         chosen = any("tokens" in self.options.get(n, {}) for n in names)
         if chosen or not any(trains_token_embeddings(methods.get(n)) for n in names):
             return self
-        token = new_token(self.concept, self.class_word, tokenizers)
-        known = {name: texts for name in TEXTS if (texts := getattr(self, name)) is not None}
-        renamed = {n: tuple(rename_concept(text, self.concept, token) for text in texts) or None for n, texts in known.items()}
-        return dataclasses.replace(self, concept=token, **renamed)  # type: ignore[arg-type]
+        return dataclasses.replace(self, **rename_fields(self, new_tokens(concepts_of(self), tokenizers)))
 
     def rates(self) -> dict[str, float]:
         """Learning rate of each method: the configured one, else that of the preset, else that of the method."""
@@ -290,6 +282,7 @@ class PersonalizeConfig:
     def identity(self) -> dict[str, Any]:
         """Settings that must match on resume, besides those of the loop and the digests of the images."""
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in WITHOUT_EFFECT and not hasattr(TrainConfig, k)}
+        fields["datasets"] = [{k: v for k, v in table.items() if k != "path"} for table in self.datasets]
         return json.loads(json.dumps(fields, default=str, sort_keys=True))
 
     def noise(self) -> NoiseOptions:

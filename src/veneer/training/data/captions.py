@@ -1,21 +1,17 @@
-"""Captions from a `.txt` beside an image, from `metadata.jsonl` or from templates, and caption augmentation.
-
-A caption file belongs to the image with the same stem. `metadata.jsonl` has one object a line: `file_name` and `text` (or
-`caption`).
-"""
+"""Captions of samples: templates, wildcards and caption augmentation."""
 
 import bisect
-import json
 import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from ..loop.seeds import generator
-from .image_io import DataError, DataWarning
+from .image_io import DataError
+
+WILDCARD = re.compile(r"\{\{([^{}]*)\}\}|\{([^{}]*\|[^{}]*)\}")
+"""`{a|b}`, or the literal `{{a|b}}`."""
 
 OBJECT_TEMPLATES = (
     "a photo of {concept}",
@@ -58,6 +54,11 @@ class Captions:
         tag_dropout: probability of dropping each comma-separated tag after the first `keep_tokens`.
         shuffle: shuffle the tags after the first `keep_tokens`.
         keep_tokens: number of tags at the front that are never dropped or moved.
+        prefix, suffix: text before and after every caption and template.
+        keep_separator: text such as `|||` around the tags that may be dropped and shuffled, instead of `keep_tokens`: the tags
+            before its first and after its second occurrence are kept. It is removed.
+        secondary_separator: text such as `;;;` between tags that are dropped and shuffled as one; it becomes `, `.
+    One option of `{a|b}` in a caption is chosen by seed, step and index; `{{a|b}}` stands for the text `{a|b}`.
 
     Raises:
         DataError: a probability outside 0 to 1, a negative `keep_tokens`, no template.
@@ -70,6 +71,10 @@ class Captions:
     tag_dropout: float = 0.0
     shuffle: bool = False
     keep_tokens: int = 0
+    prefix: str = ""
+    suffix: str = ""
+    keep_separator: str = ""
+    secondary_separator: str = ""
 
     def __post_init__(self) -> None:
         for name in ("dropout", "tag_dropout"):
@@ -98,15 +103,61 @@ class Captions:
             return ""
         if written is None:
             written = self.prior if is_prior else self.templates[int(which * len(self.templates))]
-        text = written.replace("{concept}", self.concept)
-        return self._retagged(text, draws) if self.shuffle or self.tag_dropout else text
+        text = expand_wildcards(self.complete(written), generator(seed, "wildcard", step, index))
+        return self._retagged(text, draws)
+
+    def complete(self, written: str) -> str:
+        """A caption or template with the prefix, the suffix and the concept."""
+        return " ".join(filter(None, (self.prefix, written, self.suffix))).replace("{concept}", self.concept)
+
+    def longest(self, written: str | None, is_prior: bool = False) -> list[str]:
+        """The longest texts that `sample` returns for a photo: one per template, or one for its caption."""
+        texts = [written] if written is not None else [self.prior] if is_prior else [*self.templates]
+        return [self._separated(WILDCARD.sub(_longest_option, self.complete(text))) for text in texts]
+
+    def varies(self, written: str | None) -> bool:
+        """Whether the texts of a photo differ from step to step, besides the choice of the template."""
+        texts = self.templates if written is None else (written,)
+        return self.shuffle or self.tag_dropout > 0 or any(WILDCARD.search(self.complete(text)) for text in texts)
 
     def _retagged(self, text: str, draws: torch.Generator) -> str:
-        tags = [tag.strip() for tag in text.split(",") if tag.strip()]
-        kept, loose = tags[: self.keep_tokens], tags[self.keep_tokens :]
+        if not (self.shuffle or self.tag_dropout):
+            return self._separated(text)
+        parts = text.split(self.keep_separator, 2) if self.keep_separator else [text]
+        middle = _tags(parts[1] if len(parts) > 1 else parts[0])
+        first, last = (_tags(parts[0]), _tags("".join(parts[2:]))) if len(parts) > 1 else (middle[: self.keep_tokens], [])
+        loose = middle if len(parts) > 1 else middle[self.keep_tokens :]
         stay = (torch.rand(len(loose), generator=draws, dtype=torch.float64) >= self.tag_dropout).tolist()
         order = torch.randperm(len(loose), generator=draws).tolist() if self.shuffle else range(len(loose))
-        return ", ".join(kept + [loose[i] for i in order if stay[i]])
+        return self._separated(", ".join([*first, *(loose[i] for i in order if stay[i]), *last]))
+
+    def _separated(self, text: str) -> str:
+        """The text with commas instead of the separators."""
+        if self.keep_separator and self.keep_separator in text:
+            text = ", ".join(tag for part in text.split(self.keep_separator) for tag in _tags(part))
+        if self.secondary_separator:
+            text = ", ".join(part.strip() for part in text.split(self.secondary_separator))
+        return text
+
+
+def expand_wildcards(text: str, draws: torch.Generator) -> str:
+    """The text with one option of each `{a|b}`, of equal probability."""
+
+    def choose(match: re.Match[str]) -> str:
+        if match[2] is None:
+            return f"{{{match[1]}}}"
+        options = match[2].split("|")
+        return options[int(torch.randint(len(options), (1,), generator=draws))]
+
+    return WILDCARD.sub(choose, text)
+
+
+def _longest_option(match: re.Match[str]) -> str:
+    return f"{{{match[1]}}}" if match[2] is None else max(match[2].split("|"), key=len)
+
+
+def _tags(text: str) -> list[str]:
+    return [tag.strip() for tag in text.split(",") if tag.strip()]
 
 
 def mentions(concept: str, caption: str) -> bool:
@@ -118,81 +169,6 @@ def mentions(concept: str, caption: str) -> bool:
 def rename_concept(text: str, concept: str, token: str) -> str:
     """The text with `token` instead of the concept as whole words (case-insensitive), except inside angle brackets."""
     return re.sub(rf"(?<![\w<]){re.escape(concept)}(?![\w>])", lambda _: token, text, flags=re.IGNORECASE)
-
-
-def read_captions(folder: Path, photos: Sequence[Path]) -> dict[Path, str]:
-    """Captions of the `photos` in `folder`; a `.txt` beside an image overrides `metadata.jsonl`.
-
-    Lines of a `.txt` are joined by spaces.
-
-    Warns:
-        DataWarning: an empty caption (treated as none), or two different captions of one photo.
-
-    Raises:
-        DataError: an invalid line, a caption of a missing file, two lines for one file, or text that is not UTF-8.
-    """
-    table = dict(_metadata(folder))
-    captions = {}
-    for photo in photos:
-        beside = photo.with_suffix(".txt")
-        text = table.get(photo.name)
-        if beside.is_file():
-            own = " ".join(_utf8(beside).split())
-            if text is not None and text != own:
-                message = f"{photo}: captions in {beside.name} and metadata.jsonl differ; {beside.name} is used"
-                warnings.warn(DataWarning(message, file=photo, given=(own, text)), stacklevel=2)
-            text = own
-        if text:
-            captions[photo] = text
-        elif text is not None:
-            message = f"{photo}: its caption is empty; a template is used instead"
-            warnings.warn(DataWarning(message, file=photo, given=""), stacklevel=2)
-    return captions
-
-
-def _metadata(folder: Path) -> Iterator[tuple[str, str]]:
-    path = folder / "metadata.jsonl"
-    seen: dict[str, int] = {}
-    for number, line in enumerate(_utf8(path).split("\n") if path.is_file() else (), start=1):
-        if not line.strip():
-            continue
-        where = f"line {number}"
-        name, text = _entry(line, path, where)
-        if name in seen:
-            message = f"{path}, {where}: {name!r} has a caption on line {seen[name]} already; expected one line per image."
-            raise DataError(message, file=path, where=where, given=(name, f"line {seen[name]}"))
-        target = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or not target.is_file():
-            message = f"{path}, {where}: file_name is {name!r}, which is not in {folder}. Correct it, or remove the line."
-            raise DataError(message, file=path, where=where, given=name)
-        seen[name] = number
-        yield name, text
-
-
-def _entry(line: str, path: Path, where: str) -> tuple[str, str]:
-    example = '{"file_name": "01.jpg", "text": "a photo of <toy>"}'
-    try:
-        entry = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        message = f"{path}, {where}: not JSON ({error}); expected one object a line, such as {example}."
-        raise DataError(message, file=path, where=where, expected="JSON") from error
-    entry = entry if isinstance(entry, dict) else {}
-    name, text = entry.get("file_name"), entry.get("text", entry.get("caption"))
-    if not isinstance(name, str) or not isinstance(text, str) or not name:
-        message = f"{path}, {where}: found {line.strip()[:80]}; expected file_name and text, such as {example}."
-        raise DataError(message, file=path, where=where, given=entry, expected=("file_name", "text"))
-    return name.removeprefix("./"), " ".join(text.split())
-
-
-def _utf8(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        message = f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8."
-        raise DataError(message, file=path, where=f"byte {error.start}", expected="UTF-8") from error
-    except OSError as error:
-        message = f"{path}: cannot be read ({error.strerror}). Check permissions."
-        raise DataError(message, file=path, given="unreadable") from error
 
 
 def longest_prefix(text: str, fits: Callable[[str], bool]) -> str:

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import PIL
 import torch
@@ -18,14 +18,15 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..loop.seeds import generator
-from .buckets import BucketPlan, Crop, Placement, Size, covering_size, place_crop
+from .buckets import Crop, Placement, Size, covering_size, place_crop
 from .buckets import count as count_buckets
 from .captions import Captions
 from .image_io import DataError, PhotoLimits, decode, mask_of, read_bytes
 from .latent_cache import Memory, cache_key
 from .photo_folder import Photo, find_photos
+from .photo_source import PhotoSource
 
-__all__ = ["DataError", "Example", "Photo", "PhotoDataset", "find_photos"]
+__all__ = ["DataError", "Example", "Photo", "PhotoDataset", "PhotoSource", "find_photos"]
 Item = TypeVar("Item")
 
 
@@ -60,8 +61,15 @@ class _Resized(NamedTuple):
     guide: Tensor | None = None
 
 
+class _Entry(NamedTuple):
+    """A photo with the source whose options apply to it."""
+
+    photo: Photo
+    source: PhotoSource
+
+
 class PhotoDataset:
-    """Batches of a folder of photos.
+    """Batches of a folder of photos; `from_sources` mixes several datasets.
 
     Args:
         photos: photos of the subject, from `find_photos`.
@@ -103,20 +111,59 @@ class PhotoDataset:
         limits: PhotoLimits = PhotoLimits(),  # noqa: B008 (frozen)
         memory: int = 2**29,
     ) -> None:
-        _check_options(photos, flip, crop, repeats)
-        _check_captions(captions, [*photos, *prior_photos])
-        self.photos, self.prior_photos, self.captions = tuple(photos), tuple(prior_photos), captions
-        self.seed, self.flip, self.crop, self.masks, self.limits = seed, flip, crop, masks, limits
-        self.guide = guide
-        self.plan = BucketPlan(resolution, multiple, square=not buckets, upscale=upscale)
-        self._decks: dict[Size, list[Photo]] = {}
-        for photo in self.photos:
-            self._decks.setdefault(self.plan.choose(photo.size), []).extend([photo] * repeats)
+        options: dict[str, Any] = {"captions": captions, "flip": flip, "crop": crop, "masks": masks}
+        source = PhotoSource(photos, (resolution,), repeats=repeats, buckets=buckets, upscale=upscale, **options)
+        prior = PhotoSource(prior_photos, (resolution,), **options)
+        self._fill([source], [prior], multiple, seed, guide, limits, memory)
+
+    @classmethod
+    def from_sources(
+        cls,
+        sources: Sequence[PhotoSource],
+        multiple: int,
+        seed: int,
+        *,
+        prior: Sequence[PhotoSource] = (),
+        limits: PhotoLimits = PhotoLimits(),  # noqa: B008 (frozen)
+        memory: int = 2**29,
+    ) -> "PhotoDataset":
+        """Batches of several datasets. A batch has samples of one size, of any of the datasets with photos of that size.
+
+        Args:
+            sources: datasets of the subjects. `prior`: datasets of class images.
+            multiple, seed, limits, memory: see the class.
+        Raises:
+            DataError: no photos, or an invalid resolution.
+        """
+        dataset = cls.__new__(cls)
+        dataset._fill(sources, prior, multiple, seed, None, limits, memory)
+        return dataset
+
+    def _fill(
+        self,
+        sources: Sequence[PhotoSource],
+        prior: Sequence[PhotoSource],
+        multiple: int,
+        seed: int,
+        guide: Callable[[Photo, Size], Image.Image] | None,
+        limits: PhotoLimits,
+        memory: int,
+    ) -> None:
+        self.photos = tuple(photo for source in sources for photo in source.photos)
+        self.prior_photos = tuple(photo for source in prior for photo in source.photos)
+        if not self.photos:
+            raise DataError("dataset: no photos; expected at least one, see find_photos.", where="photos", given=0)
+        self.sources, self.seed, self.guide, self.limits = (*sources, *prior), seed, guide, limits
+        self._decks: dict[Size, list[_Entry]] = {}
+        for source in sources:
+            for bucket, photo in source.placements(multiple):
+                self._decks.setdefault(bucket, []).append(_Entry(photo, source))
+        self._prior = [_Entry(photo, source) for source in prior for photo in source.photos for _ in range(source.repeats)]
         self._turns = [bucket for bucket, deck in self._decks.items() for _ in deck]
         self._memory: Memory[_Resized] = Memory(memory)
 
     def __len__(self) -> int:
-        """Samples in one epoch: photos times repeats, without class images."""
+        """Samples in one epoch: photos times repeats and resolutions, without class images."""
         return len(self._turns)
 
     @property
@@ -127,7 +174,12 @@ class PhotoDataset:
     @property
     def cacheable(self) -> bool:
         """Whether latents are worth caching: True for center crops, False for random crops, which rarely repeat."""
-        return self.crop == "center"
+        return all(source.crop == "center" for source in self.sources)
+
+    @property
+    def varies_captions(self) -> bool:
+        """Whether captions differ from epoch to epoch, so that few of their embeddings repeat."""
+        return any(s.captions.varies(photo.caption) for s in self.sources for photo in s.photos)
 
     def examples(self, step: int, batch: int, rows: Sequence[int] | None = None) -> list[Example]:
         """Rows of the global batch of a step: `batch` photos of one bucket and, if there are class images, `batch` of these.
@@ -149,10 +201,10 @@ class PhotoDataset:
         bucket, before = self._turn(step)
         name = f"{bucket[0]}x{bucket[1]}"
         first = step * (2 * batch if self.prior_photos else batch)
-        photos = [_deal(self._decks[bucket], before * batch + row, self.seed, name) for row in rows]
-        examples = [self._example(photo, bucket, step, first + row) for row, photo in zip(rows, photos, strict=True)]
+        entries = [_deal(self._decks[bucket], before * batch + row, self.seed, name) for row in rows]
+        examples = [self._example(entry, bucket, step, first + row) for row, entry in zip(rows, entries, strict=True)]
         if self.prior_photos:
-            images = [_deal(self.prior_photos, step * batch + row, self.seed, "prior") for row in rows]
+            images = [_deal(self._prior, step * batch + row, self.seed, "prior") for row in rows]
             examples += [self._example(image, bucket, step, first + batch + row) for row, image in zip(rows, images, strict=True)]
         return examples
 
@@ -163,26 +215,32 @@ class PhotoDataset:
         bucket = self._turns[order[position]]
         return bucket, cycle * len(self._decks[bucket]) + sum(self._turns[i] == bucket for i in order[:position])
 
-    def _example(self, photo: Photo, bucket: Size, step: int, index: int) -> Example:
-        window = place_crop(photo.size, bucket, self.crop, self.flip, generator(self.seed, "window", step, index))
-        whole = self._resized(photo, bucket)
-        caption = self.captions.sample(photo.caption, self.seed, step, index, photo.is_prior)
+    def _example(self, entry: _Entry, bucket: Size, step: int, index: int) -> Example:
+        photo, source = entry
+        window = place_crop(photo.size, bucket, source.crop, source.flip, generator(self.seed, "window", step, index))
+        return self.crop_example(
+            photo, source, window, source.captions.sample(photo.caption, self.seed, step, index, photo.is_prior), index
+        )
+
+    def crop_example(self, photo: Photo, source: PhotoSource, window: Placement, caption: str, index: int) -> Example:
+        """The example of a crop of a photo, with a caption."""
+        whole = self._resized(photo, window.bucket, source.masks)
         key = cache_key("picture", photo.digest, PIL.__version__, *self.limits.background, *_flat(window))
         pixels = _crop(whole.pixels, window) / 127.5 - 1
         mask = None if whole.mask is None else _crop(whole.mask, window) / 255
         guide = None if whole.guide is None else _crop(whole.guide, window) / 255
         return Example(pixels, mask, caption, window.micro(photo.size), key, index, photo.is_prior, guide)
 
-    def _resized(self, photo: Photo, bucket: Size) -> _Resized:
+    def _resized(self, photo: Photo, bucket: Size, masks: bool) -> _Resized:
         """The photo resized to cover the bucket, uint8, cached in memory."""
-        name = f"{photo.path}:{bucket}"
+        name = f"{photo.path}:{bucket}:{masks}"
         resized = self._memory.get(name)
         if resized is None:
-            resized = self._decode(photo, covering_size(photo.size, bucket))
+            resized = self._decode(photo, covering_size(photo.size, bucket), masks)
             self._memory.put(name, resized, sum(each.numel() for each in resized if each is not None))
         return resized
 
-    def _decode(self, photo: Photo, size: Size) -> _Resized:
+    def _decode(self, photo: Photo, size: Size, masks: bool) -> _Resized:
         data = read_bytes(photo.path, self.limits)
         if hashlib.blake2b(data, digest_size=20).hexdigest() != photo.digest:
             message = f"{photo.path}: the file has changed since it was first read. Do not modify photos during a run."
@@ -190,7 +248,7 @@ class PhotoDataset:
         image = decode(data, photo.path, self.limits)
         pixels = pil_to_tensor(image.rgb.resize(size[::-1], Image.Resampling.LANCZOS))
         guide = None if self.guide is None else pil_to_tensor(self.guide(photo, size))
-        if not self.masks or photo.mask is None:
+        if not masks or photo.mask is None:
             return _Resized(pixels, None, guide)
         is_alpha = photo.mask == photo.path
         mask = mask_of(image if is_alpha else decode(read_bytes(photo.mask, self.limits), photo.mask, self.limits), photo.mask)
@@ -215,24 +273,3 @@ def _deal(items: Sequence[Item], number: int, seed: int, name: str) -> Item:
 @lru_cache(maxsize=256)
 def _shuffled(length: int, seed: int, word: str, deck: int) -> tuple[int, ...]:
     return tuple(torch.randperm(length, generator=generator(seed, "order", word, deck)).tolist())
-
-
-def _check_options(photos: Sequence[Photo], flip: float, crop: str, repeats: int) -> None:
-    if not photos:
-        raise DataError("dataset: no photos; expected at least one, see find_photos.", where="photos", given=0)
-    if not 0.0 <= flip <= 1.0:
-        raise DataError(f"dataset: flip is {flip}; expected a probability from 0 to 1.", where="flip", given=flip)
-    if crop not in ("center", "random"):
-        raise DataError(f"dataset: crop is {crop!r}; expected 'center' or 'random'.", where="crop", given=crop)
-    if repeats < 1:
-        raise DataError(f"dataset: repeats is {repeats}; expected at least 1.", where="repeats", given=repeats)
-
-
-def _check_captions(captions: Captions, photos: Sequence[Photo]) -> None:
-    missing = [photo for photo in photos if captions.lacks(photo.caption, photo.is_prior)]
-    if missing:
-        names = ", ".join(photo.path.name for photo in missing[:8])
-        remedy = "the class prompt (prior)" if missing[0].is_prior else "a concept"
-        message = f"dataset: no caption for {names}. Set {remedy}, or add caption files beside the images."
-        expected = "prior" if missing[0].is_prior else "concept"
-        raise DataError(message, where="captions", given=tuple(photo.path.name for photo in missing), expected=expected)

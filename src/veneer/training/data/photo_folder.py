@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from .captions import mentions, read_captions
+from .caption_files import read_captions
+from .captions import mentions
 from .image_io import DataError, DataWarning, PhotoError, PhotoLimits, decode, mask_of, read_bytes
 
 READ = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
@@ -28,6 +29,7 @@ class Photo:
         caption: its caption, or None to use a template.
         mask: path of its mask, or None. `mask == path` means the alpha channel of the file.
         is_prior: True for a class image (prior preservation).
+        concept: trigger token of its dataset, if a run has several.
     """
 
     path: Path
@@ -36,6 +38,7 @@ class Photo:
     caption: str | None = None
     mask: Path | None = None
     is_prior: bool = False
+    concept: str = ""
 
 
 def find_photos(
@@ -46,16 +49,20 @@ def find_photos(
     skip_unreadable: bool = False,
     resolution: int | None = None,
     concept: str | None = None,
+    recursive: bool = False,
+    caption_extension: str = ".txt",
 ) -> list[Photo]:
-    """Finds the photos of a folder (without subfolders), or a single photo, sorted by name. Each is decoded once, so that errors
-    appear before training.
+    """Finds the photos of a folder, or a single photo, sorted by name. Each is decoded once, so that errors appear before
+    training.
 
-    Captions come from `NAME.txt` or `metadata.jsonl`, masks from `NAME.mask.png`, `masks/NAME.png` or the alpha channel. Hidden
-    files and other file types are ignored.
+    Captions come from `NAME.txt` or the metadata of the folder (see `caption_files`), masks from `NAME.mask.png`,
+    `masks/NAME.png` or the alpha channel. Hidden files and other file types are ignored.
 
     Args:
         skip_unreadable: skip unreadable files with a warning instead of an error.
         resolution, concept: warn about photos that are smaller, and captions without the concept; see `photo_warnings`.
+        recursive: also read subfolders, except `masks` and hidden ones; otherwise subfolders with images are an error.
+        caption_extension: ending of caption files.
 
     Warns:
         DataWarning: each of `photo_warnings`, and the notes on decoded images.
@@ -64,8 +71,8 @@ def find_photos(
         DataError: no photos, unreadable images (all of them are listed), subfolders with images, or invalid captions.
     """
     source = Path(source)
-    paths = _image_paths(source)
-    captions = read_captions(source if source.is_dir() else source.parent, paths)
+    paths = _image_paths(source, recursive)
+    captions = read_captions(source if source.is_dir() else source.parent, paths, caption_extension)
     photos, problems = [], []
     for path in paths:
         try:
@@ -79,7 +86,9 @@ def find_photos(
     if problems and not (skip_unreadable and photos):
         message = f"{source}: {len(problems)} of {len(paths)} images cannot be used:{listing}"
         raise DataError(message, file=source, given=tuple(problems))
-    for concern in (*_unmatched_masks(source, paths), *photo_warnings(photos, resolution, concept)):
+    folders = dict.fromkeys([source, *(path.parent for path in paths)]) if source.is_dir() else ()
+    unmatched = [each for folder in folders for each in _unmatched_masks(folder, [p for p in paths if p.parent == folder])]
+    for concern in (*unmatched, *photo_warnings(photos, resolution, concept)):
         warnings.warn(concern, stacklevel=2)
     return photos
 
@@ -101,11 +110,12 @@ def photo_warnings(photos: Sequence[Photo], resolution: int | None = None, conce
             sizes = ", ".join(f"{name} ({width} x {height})" for name, (height, width) in small.items())
             message = f"smaller than the training resolution of {resolution}, so they are enlarged and blurred: {sizes}."
             found.append(DataWarning(message, where="size", given=tuple(small), expected=resolution))
-    if concept:
-        silent = [p.path.name for p in photos if p.caption is not None and not p.is_prior and not mentions(concept, p.caption)]
+    for word in dict.fromkeys(photo.concept or concept for photo in photos):
+        own = [p for p in photos if (p.concept or concept) == word and p.caption is not None and not p.is_prior]
+        silent = [p.path.name for p in own if word and not mentions(word, p.caption or "")]
         if silent:
-            message = f"captions without the concept {concept!r}, which is not learned from them: {', '.join(silent)}."
-            found.append(DataWarning(message, where="captions", given=tuple(silent), expected=concept))
+            message = f"captions without the concept {word!r}, which is not learned from them: {', '.join(silent)}."
+            found.append(DataWarning(message, where="captions", given=tuple(silent), expected=word))
     return found
 
 
@@ -141,17 +151,21 @@ def _mask_file(path: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _image_paths(source: Path) -> list[Path]:
+def _image_paths(source: Path, recursive: bool = False) -> list[Path]:
     if not source.exists():
         raise DataError(f"{source}: no such file or folder. Check the name.", file=source, given="missing")
     if not source.is_dir():
         return [source]
-    paths = [path for path in _visible(source) if _is_image(path)]
-    nested = [path for path in _visible(source) if path.is_dir() and path.name != "masks" and any(map(_is_image, _visible(path)))]
+    paths = [path for folder in (_folders(source) if recursive else [source]) for path in _visible(folder) if _is_image(path)]
+    nested = (
+        []
+        if recursive
+        else [path for path in _visible(source) if path.is_dir() and path.name != "masks" and any(map(_is_image, _visible(path)))]
+    )
     if nested:
         names = ", ".join(f"{path.name}/" for path in nested)
         what = f"{len(paths)} images and subfolders with images: {names}" if paths else f"images in subfolders only: {names}"
-        message = f"{source}: {what}; expected the images of one subject in one folder, such as {nested[0]}."
+        message = f"{source}: {what}; expected one folder of images, such as {nested[0]}, or a dataset with recursive."
         raise DataError(message, file=source, where="subfolders", given=tuple(path.name for path in (*paths, *nested)))
     if not paths:
         others = [path.name + "/" * path.is_dir() for path in _visible(source)]
@@ -160,6 +174,14 @@ def _image_paths(source: Path) -> list[Path]:
         message = f"{source}: no images; {content}. Expected files ending in {' '.join(endings)}."
         raise DataError(message, file=source, given=tuple(others), expected=endings)
     return paths
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """The folder and its subfolders, without masks, hidden ones and links to folders."""
+    yield folder
+    for path in _visible(folder):
+        if path.is_dir() and path.name != "masks" and not path.is_symlink():
+            yield from _folders(path)
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -71,9 +71,7 @@ class DenoisingLoss:
     @property
     def caches_all(self) -> bool:
         """True if latents and text embeddings are cached and few, so that the encoders are seldom needed."""
-        captions = self.dataset.captions
-        varied = captions.shuffle or captions.tag_dropout > 0
-        return self.cache is not None and self.dataset.cacheable and not self.text_trains and not varied
+        return self.cache is not None and self.dataset.cacheable and not self.text_trains and not self.dataset.varies_captions
 
     def fill_cache(self, steps: int) -> bool:
         """Encodes the photos, class images and captions of the first two epochs.
@@ -105,15 +103,20 @@ class DenoisingLoss:
         losses = self.losses(step, examples)
         return prior_preservation(losses, torch.tensor([e.is_prior for e in examples]), self.options.prior_weight)
 
-    def losses(self, step: int, examples: Sequence[Example]) -> Tensor:
-        """Loss of each example, (batch,)."""
+    def losses(self, step: int, examples: Sequence[Example], timesteps: Tensor | None = None) -> Tensor:
+        """Loss of each example, (batch,).
+
+        Args:
+            timesteps: (batch,), as `Objective.sample_timesteps` returns them (default: sampled).
+        """
         family, objective = self.family, self.objective
         latents = torch.cat([self._latents(step, e) for e in examples])
         draws = [sample_noise(x, self.noise, self._random(step, e, "noise")) for x, e in zip(latents, examples, strict=True)]
         noise, input_noise = torch.stack([d[0] for d in draws]), torch.stack([d[1] for d in draws])
         height, width = examples[0].pixels.shape[-2:]
         generators = [self._random(step, e, "timestep") for e in examples]
-        t = objective.sample_timesteps(generators, family.tokens(height, width)).to(latents.device)
+        t = objective.sample_timesteps(generators, family.tokens(height, width)) if timesteps is None else timesteps
+        t = t.to(latents.device)
         prediction = family.denoise(
             objective.add_noise(latents, input_noise, t),
             objective.model_input(t),

@@ -19,6 +19,8 @@ from veneer.injection.seams.seam_choice import acts_in_calls
 from veneer.injection.sites import WeightSite
 
 from .. import attach_methods, prepare_base
+from ..concepts.concept import concepts_of, token_options
+from ..data.dataset_tables import dataset_tables
 from ..families import Family
 from ..personalization_config import PersonalizeConfig
 from .estimates import size
@@ -168,7 +170,8 @@ class MemoryPredictor:
 
 
 def _variant(config: PersonalizeConfig) -> dict[str, Any]:
-    return {"batch": (config.batch or 1) * (2 if config.class_images else 1), "checkpointing": config.gradient_checkpointing}
+    has_class_images = config.class_images or any(table.regularization for table in dataset_tables(config))
+    return {"batch": (config.batch or 1) * (2 if has_class_images else 1), "checkpointing": config.gradient_checkpointing}
 
 
 def _quantized(config: PersonalizeConfig, components: list[str]) -> dict[str, str]:
@@ -185,7 +188,8 @@ def _quantized(config: PersonalizeConfig, components: list[str]) -> dict[str, st
 
 def _attach(config: PersonalizeConfig, kind: Family) -> list[Tensor]:
     """Attaches the methods of the run as `personalize` does. Returns the trainable parameters."""
-    methods = attach_methods.build_methods(config.method, config.options, config.concept or "<toy>", config.class_word or "toy")
+    tokens, words = token_options(concepts_of(config))
+    methods = attach_methods.build_methods(config.method, config.options, tokens or "<toy>", words or "toy")
     where = {m.name: config.where for m in methods if config.where and not attach_methods.trains_token_embeddings(m)}
     methods = [_without_tokenizer(method) for method in methods]
     attached = attach_methods.attach_all(kind.pipe, methods, where, config.text_encoder, config.seed)
@@ -218,7 +222,8 @@ def _reject_weight_forms(attached: Attachment) -> None:
 
 
 def _resolution(config: PersonalizeConfig, kind: Family) -> int:
-    resolution = config.resolution or kind.resolution
+    sides = [side for table in dataset_tables(config) for side in table.resolution or (kind.resolution,)]
+    resolution = config.resolution or max(sides)
     if resolution < 1 or resolution % kind.multiple:
         message = f"check: resolution is {resolution}; expected a multiple of {kind.multiple}."
         raise OptionError(message, option="resolution", given=resolution, expected=kind.multiple)

@@ -13,6 +13,7 @@ from torch import nn
 
 from veneer.injection.errors import VeneerError
 
+from ..data.captions import Captions
 from ..data.photo_folder import Photo
 from ..loop.config import TrainConfig
 from ..loop.disk_space import free_bytes
@@ -101,7 +102,8 @@ def preflight(
 
     Args:
         attachments: trainable attachments on the family's pipeline.
-        config: settings of the loop. `photos`: from `find_photos`, with class images. `concept`: trigger token or class label.
+        config: settings of the loop. `photos`: from `find_photos`, with class images. `concept`: trigger token or class
+            label of photos without their own.
         resolution: side of the images in pixels (default: that of the base model).
         prompts: texts besides the captions, such as templates and the prompts of previews.
         groups: parameter groups of the trainer. `default_rates`: method name to its default learning rate on this base model.
@@ -111,14 +113,16 @@ def preflight(
         loading: seconds since the start of the run.
     """
     side = resolution or family.resolution
-    texts = [*_captions(photos, concept), *(prompts or ())]
+    default = "" if any(photo.concept for photo in photos) else concept
+    concepts = list(dict.fromkeys(photo.concept for photo in photos if photo.concept)) or [concept]
+    texts = [*concepts, *_captions(photos, default), *(prompts or ())]
     found = [
         *checks.sites(attachments),
         *checks.learning_rates(attachments, config, groups, default_rates),
         *checks.steps(config, photos),
-        *checks.images(photos, side, concept),
+        *checks.images(photos, side, default),
         *checks.side(side, family),
-        *checks.concept_word(attachments, family, concept, photos),
+        *(each for word in concepts for each in checks.concept_word(attachments, family, word, photos)),
         *checks.prompts(family, texts),
     ]
     cost = None
@@ -145,8 +149,8 @@ def preflight(
 
 
 def _captions(photos: Sequence[Photo], concept: str) -> list[str]:
-    """The concept and the captions of the photos."""
-    return [concept, *(p.caption.replace("{concept}", concept) for p in photos if p.caption)]
+    """The longest captions of the photos."""
+    return [text for p in photos if p.caption for text in Captions(p.concept or concept).longest(p.caption)]
 
 
 def _photo_summary(photos: Sequence[Photo], resolution: int, config: TrainConfig) -> str:

@@ -6,7 +6,7 @@ import functools
 import json
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,20 +22,24 @@ from veneer.formats import embeddings, native
 from veneer.injection.attachment.attachment import Attachment
 
 from .. import attach_methods
+from ..concepts.concept import Concept
+from ..concepts.concept_verdict import concept_verdict, run_verdict
+from ..concepts.evaluation import ConceptScores, measure_concepts
 from ..data.image_io import read_photo
 from ..data.photo_folder import Photo
 from ..loop.disk_space import optional, writing
 from ..loop.distributed import whole_weights
 from ..loop.trainer import TrainResult
+from ..loss_plot import LOSS_PLOT
+from ..objective.validation_loss import validation_lines
 from ..save_dtype import cast_to
 from .feature_models import features
-from .image_grid import GridRow, before_after, make_grid
-from .metrics import Metrics, measure
+from .image_grid import GridRow, before_after, make_grid, subject_rows
 from .personalization_verdict import personal_verdict
 from .phases import PhaseReport
 from .previews import PreviewPair, PreviewSettings, generate_pairs, previews
 from .progress import clock
-from .verdict import read_verdict
+from .verdict import Verdict, read_verdict
 
 if TYPE_CHECKING:
     from ..loop.sharded_base import ShardedBase
@@ -49,7 +53,12 @@ GRID_PROMPTS = 4
 @dataclass(frozen=True)
 class PersonalizationRun:
     """A personalization run: configuration, pipeline, adapters, photos, folder, phase report, warnings, and the base model if it
-    is sharded."""
+    is sharded.
+
+    Args:
+        subjects: photos of each concept, if there are several.
+        extra: further entries of `result.json`.
+    """
 
     config: PersonalizeConfig
     pipe: Any
@@ -59,6 +68,8 @@ class PersonalizationRun:
     report: PhaseReport = field(default_factory=PhaseReport)
     notes: list[str] = field(default_factory=list)
     base: ShardedBase | None = None
+    subjects: Mapping[Concept, Sequence[Photo]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def settings(self, seeds: int) -> PreviewSettings:
         """Sampling settings of the base model's preset."""
@@ -68,23 +79,42 @@ class PersonalizationRun:
     def previews(self, steps: int) -> int:
         """Number of preview images in a run of `steps` steps."""
         every = self.config.preview_every
-        return steps // every * len(self.prompts[:GRID_PROMPTS]) if every else 0
+        return steps // every * len(self.grid_prompts) if every else 0
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        """The trained concepts."""
+        return tuple(self.subjects) or (Concept(self.config.concept, self.config.class_word),)
+
+    def photos_of(self, concept: Concept) -> Sequence[Photo]:
+        """The photos of a concept."""
+        return self.subjects.get(concept, self.photos)
+
+    def prompts_of(self, concept: Concept) -> list[str]:
+        """Evaluation prompts, with the concept inserted."""
+        return [p.replace("{concept}", concept.token) for p in self.config.prompts or ("{concept}",)]
 
     @property
     def prompts(self) -> list[str]:
-        """Evaluation prompts, with the concept inserted."""
-        return [p.replace("{concept}", self.config.concept) for p in self.config.prompts or ("{concept}",)]
+        """Evaluation prompts of all concepts."""
+        return [prompt for concept in self.concepts for prompt in self.prompts_of(concept)]
+
+    @property
+    def grid_prompts(self) -> list[str]:
+        """The prompts on the image grid and on previews: the first ones of each concept."""
+        count = max(1, GRID_PROMPTS // len(self.concepts))
+        return [prompt for concept in self.concepts for prompt in self.prompts_of(concept)[:count]]
 
     @property
     def base_words(self) -> dict[str, str]:
-        """Replacement of the concept in prompts for the base model and text encoders, which do not know it."""
-        return {self.config.concept: self.config.class_word} if self.config.class_word else {}
+        """Replacement of the concepts in prompts for the base model and text encoders, which do not know them."""
+        return {concept.token: concept.class_word for concept in self.concepts if concept.class_word}
 
 
 def write_preview(run: PersonalizationRun, step: int) -> Path:
     """Writes `previews/step-000100.png`: the prompts of the image grid with the current weights."""
     settings = run.settings(1)
-    prompts = run.prompts[:GRID_PROMPTS]
+    prompts = run.grid_prompts
     made = previews(run.pipe, prompts, settings, progress=run.report("previews", len(prompts)))
     rows = [GridRow(f"{p.prompt}, seed {p.seed}", ((p.image,),)) for p in made]
     path = run.out / "previews" / f"step-{step:06d}.png"
@@ -93,10 +123,14 @@ def write_preview(run: PersonalizationRun, step: int) -> Path:
     return path
 
 
-def count_evaluation_images(config: PersonalizeConfig) -> int:
-    """Number of images that a run generates for its metrics and image grid."""
+def count_evaluation_images(config: PersonalizeConfig, concepts: int = 1) -> int:
+    """Number of images that a run generates for its metrics and image grid.
+
+    Args:
+        concepts: number of trained concepts.
+    """
     unrelated = len(config.drift_prompts or ()) if config.eval_seeds else 0
-    return 2 * max(1, config.eval_seeds) * (len(config.prompts or ("",)) + unrelated)
+    return 2 * max(1, config.eval_seeds) * (concepts * len(config.prompts or ("",)) + unrelated)
 
 
 def write_results(run: PersonalizationRun, result: TrainResult) -> dict[str, Any]:
@@ -104,35 +138,54 @@ def write_results(run: PersonalizationRun, result: TrainResult) -> dict[str, Any
     run.report("saving")
     files = write_files(run)
     config = run.config
-    count = run.report("evaluating", count_evaluation_images(config))
-    photos = [read_photo(p.path) for p in run.photos]
+    count = run.report("evaluating", count_evaluation_images(config, len(run.concepts)))
+    photos = {concept: [read_photo(p.path) for p in run.photos_of(concept)] for concept in run.concepts}
     settings = run.settings(max(1, config.eval_seeds))
-    concept = generate_pairs(run.pipe, run.attached, run.prompts, settings, run.base_words, count)
-    metrics = None
+    pairs = {c: generate_pairs(run.pipe, run.attached, run.prompts_of(c), settings, run.base_words, count) for c in run.concepts}
+    scores = list[ConceptScores]()
     if config.eval_seeds:
         unrelated = generate_pairs(run.pipe, run.attached, list(config.drift_prompts or ()), settings, progress=count)
-        side = min(concept[0].adapted.size)
-        metrics = measure(features(config.features), [shrink_to(p, side) for p in photos], concept, unrelated, run.base_words)
+        side = min(next(iter(pairs.values()))[0].adapted.size)
+        small = {concept: [shrink_to(photo, side) for photo in own] for concept, own in photos.items()}
+        scores = measure_concepts(features(config.features), small, pairs, unrelated)
+    text = _scores_text(scores)
     run.report("saving")
-    grid = _image_grid(run, result, photos, concept, metrics)
+    grid = _image_grid(run, result, photos, pairs, text)
     optional(run.out, GRID, lambda: write_image(grid, run.out / GRID), run.notes)
     run.report.close()
-    record = _record(run, result, files, metrics)
-    text = json.dumps(record, indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    record = {**_record(run, result, files), **_evaluation(run, scores), **run.extra}
+    content = json.dumps(record, indent=2, ensure_ascii=False, default=str, allow_nan=False)
     with writing(run.out, "result.json"):
-        write_atomically(run.out / "result.json", (text + "\n").encode())
-    return {**record, "scores": str(metrics) if metrics else ""}
+        write_atomically(run.out / "result.json", (content + "\n").encode())
+    return {**record, "scores": text}
+
+
+def _scores_text(scores: Sequence[ConceptScores]) -> str:
+    return "\n".join(map(str, scores)) if len(scores) > 1 else "\n".join(str(each.metrics) for each in scores)
+
+
+def _evaluation(run: PersonalizationRun, scores: Sequence[ConceptScores]) -> dict[str, Any]:
+    """Metrics and verdict of the run; with several concepts those of each, and no common metrics."""
+    if len(run.concepts) == 1:
+        metrics = scores[0].metrics if scores else None
+        return {"metrics": metrics and metrics.as_dict(), "verdict": personal_verdict(metrics, run.config).as_dict()}
+    verdicts: dict[str, Verdict] = {each.concept.token: concept_verdict(each, run.config) for each in scores}
+    verdict = run_verdict(verdicts) if verdicts else personal_verdict(None, run.config)
+    concepts = [{**each.as_dict(), "verdict": verdicts[each.concept.token].as_dict()} for each in scores]
+    return {"metrics": None, "concepts": concepts or [asdict(c) for c in run.concepts], "verdict": verdict.as_dict()}
 
 
 def final_message(run: PersonalizationRun, record: dict[str, Any]) -> str:
     """Message of a finished run: files, metrics, verdict, and the next command."""
     warnings = [f"warning: {text}" for text in record["training"]["warnings"]]
     prompt = shlex.quote(run.prompts[0])
+    names = [*record["files"], GRID, *([LOSS_PLOT] if record.get("validation") else []), "result.json"]
     return "\n".join(
         [
-            f"finished in {clock(run.report.elapsed)}; in {run.out}: {', '.join([*record['files'], GRID, 'result.json'])}",
+            f"finished in {clock(run.report.elapsed)}; in {run.out}: {', '.join(names)}",
             *warnings,
             *([str(record["scores"])] if record.get("scores") else []),
+            *validation_lines(record.get("validation", [])),
             read_verdict(record).text(),
             f"compare with the base model: veneer generate {prompt} --adapter {shlex.quote(str(run.out))} --side-by-side",
         ]
@@ -146,7 +199,11 @@ def write_files(run: PersonalizationRun) -> list[str]:
 
 
 def _write_files(run: PersonalizationRun) -> list[str]:
-    provenance = {"base": str(run.config.base), "concept": run.config.concept, "class_word": run.config.class_word}
+    provenance: dict[str, Any] = {
+        "base": str(run.config.base), "concept": run.config.concept, "class_word": run.config.class_word,
+    }  # fmt: skip
+    if len(run.concepts) > 1:
+        provenance["concepts"] = {concept.token: concept.class_word for concept in run.concepts}
     with writing(run.out, ADAPTER):
         native.save(run.attached, run.out / ADAPTER, provenance=provenance)
     files = [ADAPTER]
@@ -163,28 +220,31 @@ def _write_files(run: PersonalizationRun) -> list[str]:
 
 
 def _image_grid(
-    run: PersonalizationRun, result: TrainResult, photos: list[Image.Image], concept: list[PreviewPair], metrics: Metrics | None
+    run: PersonalizationRun,
+    result: TrainResult,
+    photos: Mapping[Concept, list[Image.Image]],
+    pairs: Mapping[Concept, list[PreviewPair]],
+    footer: str,
 ) -> Image.Image:
     config = run.config
-    prompts = {*run.prompts[:GRID_PROMPTS]}
+    prompts = {*run.grid_prompts}
     trained = sum(p.numel() for a in run.attached for p in a.parameters())
     note = (
         f"{config.method} on {config.base}: {len(run.photos)} photos, {result.steps} steps, {result.seconds:.0f} s, "
         f"{trained:,} trainable parameters"
     )
+    some = {concept: [pair for pair in own if pair.prompt in prompts] for concept, own in pairs.items()}
     words = run.base_words
-    heads = (f"base ('{next(iter(words.values()))}')" if words else "base", "with the adapter")
-    return before_after(
-        photos,
-        [p for p in concept if p.prompt in prompts],
-        title=f"{config.concept}",
-        note=note,
-        footer=str(metrics) if metrics else "",
-        heads=heads,
-    )
+    if len(some) == 1:
+        concept = next(iter(some))
+        heads = (f"base ('{next(iter(words.values()))}')" if words else "base", "with the adapter")
+        return before_after(photos[concept], some[concept], title=concept.token, note=note, footer=footer, heads=heads)
+    rows = [row for c, own in some.items() for row in subject_rows(photos[c], own, label=f"photos of {c.token}")]
+    title = " and ".join(concept.token for concept in some)
+    return make_grid(rows, title=title, note=note, columns=("base (class words)", "with the adapter"), footer=footer)
 
 
-def _record(run: PersonalizationRun, result: TrainResult, files: list[str], metrics: Metrics | None) -> dict[str, Any]:
+def _record(run: PersonalizationRun, result: TrainResult, files: list[str]) -> dict[str, Any]:
     return {
         "config": asdict(run.config),
         "files": files,
@@ -201,8 +261,6 @@ def _record(run: PersonalizationRun, result: TrainResult, files: list[str], metr
         ],
         "training": {**training_record(result), "warnings": [*result.warnings, *run.notes]},
         "phase_seconds": {**run.report.seconds_in, "training": result.seconds},
-        "metrics": metrics.as_dict() if metrics else None,
-        "verdict": personal_verdict(metrics, run.config).as_dict(),
         "versions": {name: version(name) for name in ("veneer", "torch", "diffusers", "transformers")},
         "machine": {"python": platform.python_version(), "threads": torch.get_num_threads(), "system": platform.system()},
     }

@@ -86,14 +86,26 @@ def before_after(
         shown: maximum number of photos.
         footer: text below, such as `str(metrics)`.
     """
+    rows = subject_rows(photos, pairs, shown=shown)
+    across = 2 if len(pairs) == len({pair.prompt for pair in pairs}) else 1
+    return make_grid(rows, title=title, note=note, columns=heads, footer=footer, cell=cell, across=across)
+
+
+def subject_rows(
+    photos: Sequence[Image.Image], pairs: Sequence[PreviewPair], label: str = "photos", shown: int = 6
+) -> list[GridRow]:
+    """Rows of one subject: its photos, then for each prompt the images of the base and the adapted model, seed by seed.
+
+    Args:
+        label: of the photos. `shown`: maximum number of photos.
+    """
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
     grouped = {prompt: [pair for pair in pairs if pair.prompt == prompt] for prompt in prompts}
     rows = [GridRow(p, (tuple(x.base for x in found), tuple(x.adapted for x in found))) for p, found in grouped.items()]
-    across = 2 if len(pairs) == len(prompts) else 1
     if photos:
         more = f" ({shown} of {len(photos)})" if len(photos) > shown else ""
-        rows.insert(0, GridRow(f"photos{more}", (tuple(photos[:shown]),)))
-    return make_grid(rows, title=title, note=note, columns=heads, footer=footer, cell=cell, across=across)
+        rows.insert(0, GridRow(f"{label}{more}", (tuple(photos[:shown]),)))
+    return rows
 
 
 def fit_in_cell(image: Image.Image, cell: int) -> Image.Image:

@@ -14,7 +14,9 @@ from ..data.image_io import DataError
 from ..loop.trainer import TrainResult
 from .phases import read_phase
 
-DISPOSABLE = frozenset({"logs", "progress.jsonl", "splits.json"})
+SHARDS = "shards"
+"""Folder of photos from tar files."""
+DISPOSABLE = frozenset({"logs", "progress.jsonl", "splits.json", SHARDS})
 """Files that a run writes before training, and that the next start writes again."""
 
 

@@ -18,6 +18,8 @@ _log = logging.getLogger(__name__)
 
 Record = Callable[[Mapping[str, float], int], None]
 
+_open_trackers: list[Record] = []
+
 
 def select_trackers(names: str) -> list[str]:
     """The installed ones of the requested trackers; logs a warning for each missing package.
@@ -59,8 +61,24 @@ def tracking(names: str, folder: Path | None, settings: Mapping[str, Any], step:
     plain = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in settings.items()}
     options = {"tensorboard": {"purge_step": step + 1}} if step else {}
     accelerator.init_trackers("veneer", config=None if step else plain, init_kwargs=options)
+
+    def record(values: Mapping[str, float], step: int) -> None:
+        accelerator.log(dict(values), step=step)
+
+    _open_trackers.append(record)
     try:
-        yield lambda values, step: accelerator.log(dict(values), step=step)
+        yield record
     finally:
+        _open_trackers.remove(record)
         for tracker in accelerator.trackers:
             tracker.finish()
+
+
+def record_scores(values: Mapping[str, float], step: int) -> None:
+    """Records scores besides those of the training loop in the open trackers; without one, it has no effect.
+
+    Args:
+        step: finished steps.
+    """
+    for record in _open_trackers:
+        record(values, step)

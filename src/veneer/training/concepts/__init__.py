@@ -1,0 +1,1 @@
+"""Concepts of a run: trigger tokens, and for each its metrics, verdict and images."""
