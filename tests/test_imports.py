@@ -39,7 +39,7 @@ ALLOWED = {
     "method_catalog": {"flags", "full_size_models", "injection"},
     "method_search": {"method_catalog"},
     "listing": {"discovery", "static_source", "testing", "veneer"},
-    "training": {"atomic_files", "base_models", "extras", "formats", "injection", "methods"},
+    "training": {"adapter_merging", "atomic_files", "base_models", "extras", "formats", "injection", "methods"},
     "classification": JOBS,
     "control": JOBS,
     "benchmarks": {*JOBS, "testing"},
