@@ -17,6 +17,7 @@ from veneer.injection import Attachment, OptionError
 from veneer.training import attach_methods, param_groups, prepare_base
 from veneer.training.adapter_trainer import adapter_trainer
 from veneer.training.base_sharding import is_sharding, load_base, shard_base, sharding_note
+from veneer.training.block_learning_rates import with_block_rates
 from veneer.training.data.captions import Captions, rename_concept
 from veneer.training.data.class_images import base_digest, generate_class_images
 from veneer.training.data.dataset import PhotoDataset
@@ -24,6 +25,8 @@ from veneer.training.data.latent_cache import Cache
 from veneer.training.data.photo_folder import Photo, find_photos
 from veneer.training.encoder_offload import offload_encoders
 from veneer.training.families import Family, family
+from veneer.training.fixed_adapters import attach_fixed, source_identity
+from veneer.training.initial_adapter import read_initial
 from veneer.training.loop.distributed import on_main
 from veneer.training.loop.trainer import Trainer, TrainResult
 from veneer.training.objective.denoising_loss import DenoisingLoss, LossOptions
@@ -39,6 +42,7 @@ from veneer.training.report.artifacts import (
     write_results,
 )
 from veneer.training.report.phases import PhaseReport
+from veneer.training.report.previews import sampling_scheduler
 from veneer.training.report.progress import ProgressLine
 from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
 from veneer.training.save_dtype import rounded_to
@@ -86,6 +90,8 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     report("loading")
     pipe = load_base(config, accelerator)
     prepare_base.freeze(pipe)
+    sampling_scheduler(pipe.scheduler, config.preview_scheduler)
+    attach_fixed(pipe, config.with_)
     model = family(pipe, truncate=config.truncate)
     config, photos = _named(config.with_captions(labels=not model.text_towers), model, photos, accelerator)
     digest = base_digest(model)
@@ -93,7 +99,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     sharding = is_sharding(config, accelerator)
     prior = [] if sharding else _prior(config, model, out, accelerator, report, digest)
 
-    attached = _attach(config, pipe)
+    attached = _attach(config, pipe, main)
     if config.gradient_checkpointing:
         prepare_base.checkpoint_towers(pipe, attached)
     base = shard_base(config, model, accelerator)
@@ -122,6 +128,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     if config.offload_encoders and accelerator.device.type != "cpu" and few and loss.caches_all:
         _cache_and_offload(config, model, loss, loop.steps, report)
     groups = param_groups.parameter_groups(attached, config.rates(), config.text_rate(), loop.learning_rate)
+    groups = with_block_rates(groups, attached, config.block_lr)
     run = PersonalizationRun(config, pipe, attached, photos, out, report, base=base)
     texts = [template.replace("{concept}", config.concept) for template in captions.templates]
     checks = preflight(
@@ -149,13 +156,14 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
             out.rmdir()
         return out
 
+    identity = {**config.identity(), **source_identity(config.init_from, config.with_)}
     trainer = adapter_trainer(
         attached,
         loss,
         loop,
         groups,
         out,
-        identity={**config.identity(), "base": digest, "photos": [p.digest for p in [*photos, *prior]]},
+        identity={**identity, "base": digest, "photos": [p.digest for p in [*photos, *prior]]},
         accelerator=accelerator,
         base=base,
         on_step=on_step,
@@ -227,10 +235,15 @@ def _cache_and_offload(config: PersonalizeConfig, model: Family, loss: Denoising
         offload_encoders([model.pipe.vae, *model.text_towers.values()])
 
 
-def _attach(config: PersonalizeConfig, pipe: Any) -> list[Attachment]:
+def _attach(config: PersonalizeConfig, pipe: Any, main: bool) -> list[Attachment]:
     configs = attach_methods.build_methods(config.method, config.options, config.concept, config.class_word)
     where = {m.name: config.where for m in configs if config.where and not attach_methods.trains_token_embeddings(m)}
-    return attach_methods.attach_all(pipe, configs, where, config.text_encoder, config.seed)
+    initial = None if config.init_from is None else read_initial(pipe, config.init_from, configs)
+    attached = attach_methods.attach_all(pipe, configs, where, config.text_encoder, config.seed)
+    for note in initial.load_into(attached) if initial else ():
+        if main:
+            print(f"init-from: {note}", flush=True)
+    return attached
 
 
 def _dataset(

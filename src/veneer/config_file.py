@@ -126,6 +126,7 @@ def entries_of(content: Table, config: type, methods: Mapping[str, type] = types
     """
     hints, entries = _hints(config), dict[str, Any]()
     for key, value in content.items():
+        key = f"{key}_" if f"{key}_" in hints else key
         if key in methods and isinstance(value, dict):
             options = _hints(methods[key])
             for name, entry in value.items():
@@ -251,8 +252,11 @@ def to_toml(command: str, config: Any) -> str:
     document.add(tomlkit.comment(f"veneer {command} --config FILE"))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in UNSAVED and value is not None:
-            document.add(field.name, tomlkit.item(_plain(value)))
+        if field.name not in UNSAVED and value is not None and not isinstance(value, Mapping):
+            document.add(field.name.rstrip("_"), tomlkit.item(_plain(value)))
+    for name, table in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.name not in UNSAVED):
+        if isinstance(table, Mapping) and table:
+            document.add(name, tomlkit.item(_plain(table)))
     for name, options in getattr(config, "options", {}).items():
         if options:
             document.add(name, tomlkit.item(_plain(options)))

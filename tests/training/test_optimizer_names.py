@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from tests.raising import raises, warns
+from veneer.injection.errors import MissingExtra
 from veneer.training.loop import optimizers
 from veneer.training.loop.config import TrainConfig
 from veneer.training.loop.errors import TrainError
-from veneer.training.loop.optimizers import OptimizerWarning, base_rate, build, names
+from veneer.training.loop.optimizers import OptimizerWarning, base_rate, build, catalog, names
 from veneer.training.loop.optimizers.catalog import BUILT_IN, REJECTED, canonical_name, load_class
 from veneer.training.loop.trainer import Trainer
 
@@ -21,16 +22,17 @@ NEEDS_GPU = tuple(name for name in timm.optim.list_optimizers() if name.startswi
 """timm builds optimizers of bitsandbytes and apex on a GPU only; those of bitsandbytes have names of their own for any device."""
 MISSING = tuple(name for name, entry in BUILT_IN.items() if importlib.util.find_spec(entry.module.partition(".")[0]) is None)
 """Optimizers of packages that are not installed."""
-HERE = [name for name in names() if name not in (*NEEDS_GPU, *MISSING)]
+KRONS = ("kron", "kronc", "kronw")
+"""They need opt_einsum, and are tested with small parameters."""
+HERE = [name for name in names() if name not in (*NEEDS_GPU, *MISSING, *KRONS)]
 PATHS = ["torch.optim.Rprop", "torch.optim.NAdam", "timm.optim.Adafactor", "schedulefree.AdamWScheduleFreePaper"]
-KRON = pytest.mark.filterwarnings("ignore:It is highly recommended to have .opt_einsum.:UserWarning")
 PAGED = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
 
 
-def tensors():
+def tensors(side=96):
     """Parameters of 0 to 4 dimensions; the matrix is large enough for a state of 8 bits."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"matrix": (96, 48), "bias": (96,), "kernel": (4, 3, 3, 3), "sequence": (3, 2, 5), "scale": ()}
+    shapes = {"matrix": (side, side // 2), "bias": (side,), "kernel": (4, 3, 3, 3), "sequence": (3, 2, 5), "scale": ()}
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
 
 
@@ -46,18 +48,17 @@ def trainer_of(parameters, name, folder=None, **options):
     return Trainer(config, groups, loss, parameters, folder, **callbacks)
 
 
-def run_in_parts(name, folder):
+def run_in_parts(name, folder, side=96, **options):
     """The parameters after a stop at step 3, and a resume in a new trainer with new parameters."""
-    first = tensors()
-    stopping = trainer_of(first, name, folder, on_step=lambda event: event.step == 2 and stopping.stop())
+    first = tensors(side)
+    stopping = trainer_of(first, name, folder, on_step=lambda event: event.step == 2 and stopping.stop(), **options)
     assert stopping.fit().stopped
-    second = tensors()
-    assert trainer_of(second, name, folder).fit(resume=True).resumed_from == 3
+    second = tensors(side)
+    assert trainer_of(second, name, folder, **options).fit(resume=True).resumed_from == 3
     return second
 
 
 @pytest.mark.parametrize("name", [*HERE, *PATHS])
-@KRON
 @PAGED
 def test_every_optimizer_resumes_exactly(name, tmp_path):
     whole = tensors()
@@ -67,6 +68,27 @@ def test_every_optimizer_resumes_exactly(name, tmp_path):
         assert not torch.equal(whole[key], start), f"{key} is not trained"
         assert whole[key].isfinite().all()
         assert torch.equal(whole[key], parts[key]), key
+
+
+@pytest.mark.parametrize("name", KRONS)
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have .opt_einsum.:UserWarning")
+def test_kron_resumes_exactly_with_its_random_generator(name, tmp_path, monkeypatch):
+    """Random numbers scale its weight decay."""
+    monkeypatch.setattr(catalog, "LIBRARIES", {})
+    load_class.cache_clear()
+    options = {"optimizer_args": {"stochastic_weight_decay": "true"}, "weight_decay": 0.5}
+    whole = tensors(4)
+    trainer_of(whole, name, **options).fit()
+    parts = run_in_parts(name, tmp_path, 4, **options)
+    load_class.cache_clear()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert not any(torch.equal(whole[key], start) for key, start in tensors(4).items())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("opt_einsum") is not None, reason="opt_einsum is installed")
+def test_kron_names_the_library_that_it_needs():
+    with raises(MissingExtra, where="kron", given="opt_einsum", expected="optimizers"):
+        build("kron", [{"params": [*tensors().values()]}], 1e-3)
 
 
 def test_every_name_of_timm_is_offered_or_rejected():
@@ -165,6 +187,16 @@ class Counting(torch.optim.SGD):
         return super().step(closure)
 
 
+class Noisy(torch.optim.SGD):
+    """An optimizer that adds noise of torch's global generator."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(torch.randn(parameter.shape))
+
+
 class Keeping(torch.optim.SGD):
     """An optimizer with an object in its state."""
 
@@ -172,6 +204,17 @@ class Keeping(torch.optim.SGD):
         for group in self.param_groups:
             group["kept"] = object()
         return super().step(closure)
+
+
+def test_an_optimizer_samples_the_same_whatever_the_micro_batches():
+    """As on several processes, whose last micro-batches differ."""
+    weights = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        parameters = tensors()
+        trainer_of(parameters, f"{__name__}.Noisy", batch=batch, gradient_accumulation_steps=accumulation).fit()
+        weights.append(parameters)
+    for key, parameter in weights[0].items():
+        torch.testing.assert_close(parameter, weights[1][key], rtol=1e-4, atol=1e-4)
 
 
 def test_state_that_cannot_be_saved_is_rejected_before_training():
@@ -182,11 +225,10 @@ def test_state_that_cannot_be_saved_is_rejected_before_training():
         build(f"{__name__}.Keeping", groups, 1e-3)
 
 
-@KRON
 @PAGED
 def test_the_trial_leaves_the_random_generator_and_the_parameters_alone():
     parameters, state = tensors(), torch.get_rng_state()
-    build("kron", [{"params": [*parameters.values()]}], 1e-3)
+    build("adan", [{"params": [*parameters.values()]}], 1e-3)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(parameters[key], start) and parameters[key].grad is None for key, start in tensors().items())
 

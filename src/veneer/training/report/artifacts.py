@@ -24,10 +24,12 @@ from veneer.injection.attachment.attachment import Attachment
 from .. import attach_methods
 from ..data.image_io import read_photo
 from ..data.photo_folder import Photo
+from ..fixed_adapters import provenance_of
 from ..loop.disk_space import optional, writing
 from ..loop.distributed import whole_weights
 from ..loop.trainer import TrainResult
 from ..save_dtype import cast_to
+from ..training_options import sampling_options
 from .feature_models import features
 from .image_grid import GridRow, before_after, make_grid
 from .metrics import Metrics, measure
@@ -61,9 +63,10 @@ class PersonalizationRun:
     base: ShardedBase | None = None
 
     def settings(self, seeds: int) -> PreviewSettings:
-        """Sampling settings of the base model's preset."""
+        """Sampling settings of the run, by default those of the base model's preset."""
         preset = base_models.preset(self.config.base)
-        return PreviewSettings(tuple(range(seeds)), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=4)
+        settings = PreviewSettings(tuple(range(seeds)), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=4)
+        return sampling_options(settings, self.config)
 
     def previews(self, steps: int) -> int:
         """Number of preview images in a run of `steps` steps."""
@@ -128,13 +131,14 @@ def final_message(run: PersonalizationRun, record: dict[str, Any]) -> str:
     """Message of a finished run: files, metrics, verdict, and the next command."""
     warnings = [f"warning: {text}" for text in record["training"]["warnings"]]
     prompt = shlex.quote(run.prompts[0])
+    adapters = " ".join(shlex.quote(text) for text in (*run.config.with_, str(run.out)))
     return "\n".join(
         [
             f"finished in {clock(run.report.elapsed)}; in {run.out}: {', '.join([*record['files'], GRID, 'result.json'])}",
             *warnings,
             *([str(record["scores"])] if record.get("scores") else []),
             read_verdict(record).text(),
-            f"compare with the base model: veneer generate {prompt} --adapter {shlex.quote(str(run.out))} --side-by-side",
+            f"compare with the base model: veneer generate {prompt} --adapter {adapters} --side-by-side",
         ]
     )
 
@@ -146,7 +150,8 @@ def write_files(run: PersonalizationRun) -> list[str]:
 
 
 def _write_files(run: PersonalizationRun) -> list[str]:
-    provenance = {"base": str(run.config.base), "concept": run.config.concept, "class_word": run.config.class_word}
+    words = {"concept": run.config.concept, "class_word": run.config.class_word}
+    provenance = {"base": str(run.config.base), **words, **provenance_of(run.config.with_)}
     with writing(run.out, ADAPTER):
         native.save(run.attached, run.out / ADAPTER, provenance=provenance)
     files = [ADAPTER]

@@ -48,15 +48,13 @@ class Entry:
         try:
             return getattr(importlib.import_module(self.module), self.attribute)
         except ImportError as error:
-            library = self.module.partition(".")[0]
-            raise MissingExtra(
-                f"optimizer {name!r} needs {self.module}, which cannot be imported ({error}): pip install 'veneer[{self.extra}]'",
-                where=name,
-                given=library,
-                expected=self.extra,
-                library=library,
-                extra=self.extra,
-            ) from error
+            raise missing_library(name, self.module.partition(".")[0], self.extra) from error
+
+
+def missing_library(name: str, library: str, extra: str) -> MissingExtra:
+    """The error for an optimizer whose library cannot be imported."""
+    message = f"optimizer {name!r} needs {library}, which cannot be imported: pip install 'veneer[{extra}]'"
+    return MissingExtra(message, where=name, given=library, expected=extra, library=library, extra=extra)
 
 
 MOMENTUM = {"momentum": 0.9}
@@ -110,6 +108,8 @@ REJECTED = {
 """Names of optimizers that cannot train here, with the reason."""
 EAGER = ("Kron",)
 """Classes that compile their step for each shape of a parameter, which takes a minute; they run without compilation."""
+LIBRARIES = {"Kron": "opt_einsum"}
+"""Libraries that a class needs for its products of many matrices, which take minutes and much memory in the default order."""
 
 
 @functools.cache
@@ -194,6 +194,9 @@ def load_class(name: str) -> type[torch.optim.Optimizer]:
             cls = get_optimizer_class(name, bind_defaults=False)  # type: ignore[assignment]
         except Exception as error:  # for its optional packages timm raises ImportError, AssertionError or ValueError
             raise TrainError(f"optimizer {name!r} is not available ({error})", where="optimizer", given=name) from error
+    library = LIBRARIES.get(cls.__name__)
+    if library is not None and importlib.util.find_spec(library) is None:
+        raise missing_library(name, library, "optimizers")
     step = inspect.signature(cls.step).parameters.get("closure")
     _reject(name, REJECTED["lbfgs"] if step is not None and step.default is step.empty else None)
     return cls

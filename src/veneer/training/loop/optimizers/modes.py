@@ -20,6 +20,12 @@ def start_training(optimizer: torch.optim.Optimizer) -> None:
         optimizer.train()  # type: ignore[attr-defined]
 
 
+def end_training(optimizer: torch.optim.Optimizer) -> None:
+    """Sets the evaluation mode at the end of a run; no effect for other optimizers."""
+    if has_modes(optimizer):
+        optimizer.eval()  # type: ignore[attr-defined]
+
+
 @contextmanager
 def evaluation_mode(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Iterator[None]:
     """Context manager: the parameters have the weights for evaluation. On exit they are restored bitwise.
