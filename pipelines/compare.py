@@ -19,13 +19,14 @@ from veneer.classification.models.loading import is_clip_name, open_classifier
 from veneer.classification.report.comparison_table import summarize_runs, table, verdict, write_accuracy_plot
 from veneer.classification.train.comparison import Comparison, MethodRow, parse_rows
 from veneer.injection import OptionError
+from veneer.training.loop.optimizer_options import OptimizerOptions
 from veneer.training.report.run_folder import discard_unused, new_folder
 
 __all__ = ["CompareConfig", "compare"]
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(OptimizerOptions):
     """Configuration of `veneer compare` and its defaults.
 
     Args:
@@ -47,6 +48,7 @@ class CompareConfig:
         batch: images per micro-batch.
         learning_rate: peak learning rate of all rows (default: each method's).
         weight_decay: decoupled weight decay.
+        schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`.
         warmup: share of the steps with linear warmup, 0 to 1.
         label_smoothing: share of the target that is spread over all classes, 0 to 1.
         augment: `none`, `light` (random crop), `flip` (also horizontal flips, if the data allows them) or `strong` (also
@@ -77,6 +79,7 @@ class CompareConfig:
     batch: int = 32
     learning_rate: float | None = None
     weight_decay: float = 1e-4
+    schedule: str = "cosine"
     warmup: float = 0.1
     label_smoothing: float = 0.0
     augment: Augmentation = "flip"
@@ -111,6 +114,7 @@ def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Pa
     rows = parse_rows(_with_baseline(config))
     out = config.out or new_folder(Path("runs"), f"compare-{Path(config.data).name if config.data else 'digits'}")
     base = config.shared()
+    base.check_training_options()
     with discard_unused(out):
         return _run(config, base, rows, out, accelerator)
 

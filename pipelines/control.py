@@ -26,6 +26,7 @@ from veneer.injection import Attachment, attach
 from veneer.training import prepare_base
 from veneer.training.adapter_trainer import adapter_trainer
 from veneer.training.base_sharding import is_sharding, load_base, shard_base, sharding_note
+from veneer.training.block_learning_rates import with_block_rates
 from veneer.training.data.captions import Captions
 from veneer.training.data.class_images import base_digest
 from veneer.training.data.dataset import PhotoDataset
@@ -33,6 +34,8 @@ from veneer.training.data.image_io import read_photo
 from veneer.training.data.latent_cache import Cache
 from veneer.training.data.photo_folder import Photo
 from veneer.training.families import family
+from veneer.training.fixed_adapters import attach_fixed, parse_adapter, source_identity
+from veneer.training.initial_adapter import read_initial
 from veneer.training.loop.distributed import on_main
 from veneer.training.loop.optimizers import ParameterGroup
 from veneer.training.loop.seeds import mix
@@ -40,12 +43,13 @@ from veneer.training.loop.trainer import Trainer, TrainResult
 from veneer.training.preflight.estimates import written_bytes
 from veneer.training.preflight.preflight import require_disk
 from veneer.training.report.phases import PhaseReport
+from veneer.training.report.previews import sampling_scheduler
 from veneer.training.report.progress import ProgressLine
 from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
 from veneer.training.report.verdict import read_verdict
 from veneer.training.save_dtype import rounded_to
 
-from .generate import base_of, parse_adapter
+from .generate import base_of, note_missing_adapters
 
 __all__ = ["ControlConfig", "ControlGenerateConfig", "control", "generate_controlled"]
 
@@ -77,6 +81,8 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     report("loading")
     pipe = load_base(config, accelerator)
     prepare_base.freeze(pipe)
+    sampling_scheduler(pipe.scheduler, config.preview_scheduler)
+    attach_fixed(pipe, config.with_)
     kind = family(pipe)
     digest = base_digest(kind)
 
@@ -118,13 +124,14 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     images = 3 * len(run.subjects) * (config.eval_seeds + loop.steps // max(1, loop.preview_every))
     require_disk(out, written_bytes(values, loop, images, resolution))
     groups = [{**group, "name": f"{attached.name}.{n}"} for n, group in enumerate(attached.groups()) if group["params"]]
+    identity = {**config.identity(), **source_identity(config.init_from, config.with_), "base": digest}
     trainer = adapter_trainer(
         [attached],
         loss,
         loop,
-        cast(list[ParameterGroup], groups),
+        with_block_rates(cast(list[ParameterGroup], groups), [attached], config.block_lr),
         out,
-        identity={**config.identity(), "base": digest, "pictures": [p.digest for p in (*data.train, *data.held)]},
+        identity={**identity, "pictures": [p.digest for p in (*data.train, *data.held)]},
         accelerator=accelerator,
         base=base,
         on_step=ConfigWriter(out / CONFIG, "control train", config, ProgressLine()),
@@ -153,6 +160,7 @@ def generate_controlled(config: ControlGenerateConfig) -> list[Path]:
     """
     adapters = [parse_adapter(text) for text in config.adapter]
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "bundled")
+    note_missing_adapters([path for path, _ in adapters])
     return generate_with_control(config, adapters, base)
 
 
@@ -161,7 +169,11 @@ def _attach(config: ControlConfig, pipe: Any, reads: Embedder | None) -> Attachm
     if reads is not None and "width" not in config.options.get(config.method, {}):
         method = type(method).from_config({**method.config(), "width": reads.width})
     torch.manual_seed(mix(config.seed, "adapters", method.name))
-    return attach(pipe, method, train=config.train or ())
+    initial = None if config.init_from is None else read_initial(pipe, config.init_from, [method])
+    attached = attach(pipe, method, train=config.train or ())
+    if initial is not None:
+        initial.load_into([attached])
+    return attached
 
 
 def _condition_input(config: ControlConfig, reads: Embedder | None) -> MapInput | ImageEmbeddingInput:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from veneer.base_models.offloading import Offload, check_offload, offload_pipeli
 from veneer.base_models.schedulers import Scheduler, use_scheduler
 from veneer.formats import load_all, read
 from veneer.formats.native import KEY
-from veneer.injection import Attachment, OptionError
+from veneer.injection import Attachment
 from veneer.training import prepare_base
 from veneer.training.families import Family, family
+from veneer.training.fixed_adapters import missing_adapters, parse_adapter
 from veneer.training.report.image_grid import GridRow, make_grid
 from veneer.training.report.phases import PhaseReport
 from veneer.training.report.png_metadata import save_png
@@ -79,6 +81,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     """
     adapters, device = [parse_adapter(text) for text in config.adapter], resolve_device(config.device)
     base = config.base or next((found for path, _ in adapters if (found := base_of(path))), "bundled")
+    note_missing_adapters([path for path, _ in adapters])
     check_offload(config.offload, device, quantized=bool(config.quantize))
     report = PhaseReport(None, sys.stderr)
     report("loading")
@@ -99,27 +102,17 @@ def generate(config: GenerateConfig) -> list[Path]:
     return files
 
 
-def parse_adapter(text: str) -> tuple[Path, float]:
-    """Path and strength from `PATH` or `PATH:strength`.
-
-    Raises:
-        VeneerError: the path does not exist.
-    """
-    path, _, number = text.rpartition(":")
-    try:
-        scale, place = (float(number), Path(path)) if path and not Path(text).exists() else (1.0, Path(text))
-    except ValueError:
-        scale, place = 1.0, Path(text)
-    if not place.exists():
-        message = f"adapter {text!r}: no such file or folder. Expected PATH or PATH:strength, such as runs/toy-lora:0.8."
-        raise OptionError(message, option="adapter", given=text, file=place)
-    return place, scale
-
-
 def base_of(path: Path) -> str | None:
     """The base model in the metadata of a native file, or None."""
     found = _header(path).get("provenance", {}).get("base")
     return base_models.current_name(found) if isinstance(found, str) else None
+
+
+def note_missing_adapters(paths: Sequence[Path]) -> None:
+    """Prints which adapters are needed besides these: those that they were trained on top of."""
+    for path in paths:
+        for missing in missing_adapters(_header(path).get("provenance", {}), paths):
+            print(f"note: {path} was trained on top of {missing}; use it as well: --adapter {missing} {path}", flush=True)
 
 
 def is_diffusion_adapter(path: Path) -> bool:

@@ -16,6 +16,7 @@ from veneer.injection import Attachment
 from veneer.training import attach_methods, param_groups, prepare_base
 from veneer.training.adapter_trainer import adapter_trainer
 from veneer.training.base_sharding import is_sharding, load_base, shard_base, sharding_note
+from veneer.training.block_learning_rates import with_block_rates
 from veneer.training.concepts.concept import concepts_of, rename_concepts, token_options
 from veneer.training.data.class_images import base_digest
 from veneer.training.data.dataset import PhotoDataset
@@ -23,6 +24,8 @@ from veneer.training.data.photo_folder import Photo
 from veneer.training.data.run_photos import RunPhotos, check_mentions, read_photos
 from veneer.training.encoder_offload import offload_encoders
 from veneer.training.families import Family, family
+from veneer.training.fixed_adapters import attach_fixed, source_identity
+from veneer.training.initial_adapter import read_initial
 from veneer.training.loop.distributed import on_main
 from veneer.training.loop.trainer import Trainer, TrainResult
 from veneer.training.objective.denoising_loss import DenoisingLoss
@@ -39,6 +42,7 @@ from veneer.training.report.artifacts import (
     write_results,
 )
 from veneer.training.report.phases import PhaseReport
+from veneer.training.report.previews import sampling_scheduler
 from veneer.training.report.progress import ProgressLine
 from veneer.training.report.run_folder import SHARDS, discard_unused, run_folder, stopped_message
 from veneer.training.save_dtype import rounded_to
@@ -90,6 +94,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     if config.offload_encoders and accelerator.device.type != "cpu" and few and loss.caches_all:
         _cache_and_offload(config, data.model, loss, loop.steps, data.report)
     groups = param_groups.parameter_groups(attached, config.rates(), config.text_rate(), loop.learning_rate)
+    groups = with_block_rates(groups, attached, config.block_lr)
     photos, pipe = data.photos.photos, data.model.pipe
     run = PersonalizationRun(config, pipe, attached, photos, out, data.report, base=base, subjects=data.subjects)
     _preflight(data, run, groups, loss.dataset)
@@ -99,6 +104,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
             out.rmdir()
         return out
 
+    identity = {**config.identity(), **source_identity(config.init_from, config.with_)}
     validation = Validation.of_run(data.photos, data.source, loss, config, out, accelerator, sharded=base is not None)
     trainer = adapter_trainer(
         attached,
@@ -106,7 +112,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
         loop,
         groups,
         out,
-        identity={**config.identity(), "base": data.digest, "photos": [p.digest for p in (*photos, *loss.dataset.prior_photos)]},
+        identity={**identity, "base": data.digest, "photos": [p.digest for p in (*photos, *loss.dataset.prior_photos)]},
         accelerator=accelerator,
         base=base,
         on_step=validation.after(on_step) if validation else on_step,
@@ -125,6 +131,8 @@ def _load(config: PersonalizeConfig, out: Path, accelerator: Accelerator) -> Per
     report("loading")
     pipe = load_base(config, accelerator)
     prepare_base.freeze(pipe)
+    sampling_scheduler(pipe.scheduler, config.preview_scheduler)
+    attach_fixed(pipe, config.with_)
     model = family(pipe, truncate=config.truncate)
     config, photos = _named(config.with_captions(labels=not model.text_towers), model, photos, accelerator)
     if config.datasets:
@@ -138,7 +146,7 @@ def _attach_and_shard(data: PersonalizationData) -> tuple[list[Attachment], list
     config, pipe = data.config, data.model.pipe
     sharding = is_sharding(config, data.accelerator)
     generated = [] if sharding else data.class_images()
-    attached = _attach(config, pipe)
+    attached = _attach(config, pipe, data.accelerator.is_main_process)
     if config.gradient_checkpointing:
         prepare_base.checkpoint_towers(pipe, attached)
     base = shard_base(config, data.model, data.accelerator)
@@ -218,10 +226,15 @@ def _cache_and_offload(config: PersonalizeConfig, model: Family, loss: Denoising
         offload_encoders([model.pipe.vae, *model.text_towers.values()])
 
 
-def _attach(config: PersonalizeConfig, pipe: Any) -> list[Attachment]:
+def _attach(config: PersonalizeConfig, pipe: Any, main: bool) -> list[Attachment]:
     configs = attach_methods.build_methods(config.method, config.options, *token_options(concepts_of(config)))
     where = {m.name: config.where for m in configs if config.where and not attach_methods.trains_token_embeddings(m)}
-    return attach_methods.attach_all(pipe, configs, where, config.text_encoder, config.seed)
+    initial = None if config.init_from is None else read_initial(pipe, config.init_from, configs)
+    attached = attach_methods.attach_all(pipe, configs, where, config.text_encoder, config.seed)
+    for note in initial.load_into(attached) if initial else ():
+        if main:
+            print(f"init-from: {note}", flush=True)
+    return attached
 
 
 if __name__ == "__main__":

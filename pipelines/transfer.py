@@ -21,6 +21,7 @@ from veneer.classification.train.hyperparameter_search import search_hyperparame
 from veneer.classification.train.train import ClassifierTrainer, attach_methods
 from veneer.config_file import CONFIG, ConfigWriter
 from veneer.injection import Attachment
+from veneer.training.fixed_adapters import source_identity
 from veneer.training.loop.distributed import on_main
 from veneer.training.loop.optimizer_step import AUTOCAST
 from veneer.training.preflight.estimates import written_bytes
@@ -79,7 +80,8 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
         features = CachedFeatures(classifier, views, config.batch, AUTOCAST[config.mixed_precision])
         config = search_hyperparameters(config, classifier, views, out, accelerator, features)
         attached = attach_methods(classifier, config, data)
-        identity = {**config.identity(), "splits": data.splits.digest, "weights": classifier.weights}
+        sources = source_identity(config.init_from)
+        identity = {**config.identity(), **sources, "splits": data.splits.digest, "weights": classifier.weights}
         trainer = ClassifierTrainer(classifier, attached, views, config, out, accelerator, identity, on_step, features)
         if accelerator.is_main_process:
             print(_plan(config, data, classifier, attached, trainer), flush=True)

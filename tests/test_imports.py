@@ -40,7 +40,9 @@ ALLOWED = {
     "method_catalog": {"flags", "full_size_models", "injection"},
     "method_search": {"method_catalog"},
     "listing": {"discovery", "static_source", "testing", "veneer"},
-    "training": {"atomic_files", "base_models", "config_file", "extras", "flags", "formats", "injection", "methods"},
+    "training": {
+        "adapter_merging", "atomic_files", "base_models", "config_file", "extras", "flags", "formats", "injection", "methods",
+    },
     "classification": JOBS,
     "control": JOBS,
     "config_conversion": {"config_file", "injection", "training"},

@@ -134,6 +134,7 @@ def entries_of(
     """
     hints, entries = _hints(config), dict[str, Any]()
     for key, value in content.items():
+        key = f"{key}_" if f"{key}_" in hints else key
         if key in methods and isinstance(value, dict):
             options = _hints(methods[key])
             for name, entry in value.items():
@@ -253,7 +254,7 @@ class ConfigWriter:
 
 def to_toml(command: str, config: Any) -> str:
     """The options of a config as TOML."""
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in UNSAVED}
+    values = {f.name.rstrip("_"): getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in UNSAVED}
     options = {name: each for name, each in getattr(config, "options", {}).items() if each}
     return table_to_toml(command, {**values, **options})
 
@@ -264,10 +265,14 @@ def table_to_toml(command: str, content: Table) -> str:
 
     document = tomlkit.document()
     document.add(tomlkit.comment(f"veneer {command} --config FILE"))
-    for key, value in content.items():
-        if value is not None:
-            document.add(key, tomlkit.item(_plain(value)))
+    given = {key: value for key, value in content.items() if value is not None and not (isinstance(value, Mapping) and not value)}
+    for key in sorted(given, key=lambda key: _is_table(given[key])):  # stable: tables are last
+        document.add(key, tomlkit.item(_plain(given[key])))
     return tomlkit.dumps(document)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, (tuple, list)) and any(isinstance(each, Mapping) for each in value))
 
 
 def _plain(value: Any) -> Any:

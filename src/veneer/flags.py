@@ -32,6 +32,7 @@ def add_flags(
 ) -> set[str]:
     """Adds one flag per field of `config`. The parsed namespace has only the fields that were passed.
 
+    A `_` at the end of a field, for a name that Python reserves, is left out of the flag.
     `bool` fields become `--name` and `--no-name`; tuples accept several values; mappings accept `key=value`, mappings of options
     `pattern:option=value,option=value`, and tuples of mappings `key=value,key=value`.
 
@@ -60,7 +61,9 @@ def add_flags(
             optional = not required or field.name not in required_fields(config)
             parser.add_argument(field.name, **{**settings, **(_optional_positional(settings) if optional else {})})
             continue
-        flags = [f"--{name.replace('_', '-')}"]
+        flags = [f"--{name.rstrip('_').replace('_', '-')}"]
+        if name.endswith("_") and "metavar" not in settings:
+            settings["metavar"] = name.rstrip("_").upper()
         if prefix and (plain := f"--{field.name.replace('_', '-')}") not in taken:
             flags.append(plain)
         groups.get(group_of(field.name), parser).add_argument(*flags, dest=name, **settings)

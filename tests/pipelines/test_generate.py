@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from veneer.pipelines.generate import GenerateConfig, base_of, generate, parse_adapter
+from veneer.pipelines.generate import GenerateConfig, base_of, generate
 
 import veneer
 from tests.raising import raises
@@ -16,6 +16,7 @@ from veneer.base_models.devices import resolve_dtype
 from veneer.formats import native
 from veneer.injection.errors import OptionError
 from veneer.testing.pipelines import tiny_pipeline
+from veneer.training.fixed_adapters import parse_adapter
 from veneer.training.report.png_metadata import read_settings
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 
 import veneer
@@ -159,3 +160,21 @@ def test_files_without_settings_say_so(tmp_path, content):
 def test_nothing_to_make_is_refused():
     with raises(OptionError, option="seeds", given=0):
         PreviewSettings(seeds=())
+
+
+def test_a_scheduler_by_name_samples_with_the_config_of_the_pipelines():
+    pipe = tiny_pipeline("sd")
+    before = pipe.scheduler
+    plain = previews(pipe, ["a cat"], PreviewSettings(steps=2))[0]
+    other = previews(pipe, ["a cat"], PreviewSettings(steps=2, scheduler="DDPM"))[0]
+    pipe.scheduler = DDPMScheduler.from_config(before.config)
+    same = previews(pipe, ["a cat"], PreviewSettings(steps=2))[0]
+    assert other.image.tobytes() == same.image.tobytes()
+    assert other.image.tobytes() != plain.image.tobytes()
+
+
+def test_the_scheduler_of_the_pipeline_is_restored():
+    pipe = tiny_pipeline("sd")
+    before = pipe.scheduler
+    previews(pipe, ["a cat"], PreviewSettings(steps=1, scheduler="DDPMScheduler"))
+    assert pipe.scheduler is before

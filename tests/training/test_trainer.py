@@ -10,7 +10,6 @@ from tests.raising import raises
 from veneer.training.loop.config import TrainConfig
 from veneer.training.loop.distributed import split_rows
 from veneer.training.loop.errors import TrainError
-from veneer.training.loop.schedule import SCHEDULES
 from veneer.training.loop.seeds import generator
 from veneer.training.loop.trainer import Trainer
 
@@ -87,7 +86,6 @@ def test_shares_of_processes_are_all_rows_once():
 def test_schedule(schedule, expected):
     config = TrainConfig(steps=5, warmup=2, schedule=schedule)
     assert [config.rate(step) for step in range(5)] == pytest.approx(expected)
-    assert set(SCHEDULES) == {"constant", "linear", "cosine"}
 
 
 def test_losses_are_those_of_each_step_and_the_model_learns():

@@ -19,7 +19,7 @@ from veneer.training.loop.config import PRESETS, preset_steps
 from veneer.training.method_names import SHORTHANDS, split_methods
 from veneer.training.personalization_config import PersonalizeConfig
 from veneer.training.preflight.estimates import size
-from veneer.training.preflight.step_cost import STATES
+from veneer.training.preflight.optimizer_state import STATES
 
 from ...jobs import Job
 from ...limits import LIMITS

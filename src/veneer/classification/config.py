@@ -18,15 +18,16 @@ from veneer.training.loop.config import TrainConfig
 from veneer.training.loop.optimizer_step import AUTOCAST
 from veneer.training.method_names import split_methods
 from veneer.training.report.run_folder import new_folder
+from veneer.training.training_options import BY_CONTENT, TrainingOptions
 
 from .data.transforms import Augmentation
 
-WITHOUT_EFFECT = ("data", "model", "weights", "cache", "resume", "dry_run", "out", "workers", "search")
+WITHOUT_EFFECT = (*BY_CONTENT, "data", "model", "weights", "cache", "resume", "dry_run", "out", "workers", "search")
 """Options that a resumed run may change, or that are compared by content."""
 
 
 @dataclass(frozen=True)
-class TransferConfig:
+class TransferConfig(TrainingOptions):
     """Configuration of `veneer transfer` and its defaults.
 
     Args:
@@ -53,11 +54,9 @@ class TransferConfig:
         gradient_accumulation_steps: micro-batches per optimizer step.
         learning_rate: peak learning rate of the first method, and of a new head beside it (default: the method's). Other methods
             keep their ratio to it.
-        schedule: learning-rate schedule, `cosine`, `constant` or `linear`.
+        schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`.
         warmup: share of the steps with linear warmup, 0 to 1.
-        optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
         weight_decay: decoupled weight decay.
-        max_grad_norm: gradient clipping: largest L2 norm of the gradient; 0 disables clipping.
         label_smoothing: share of the target that is spread over all classes, 0 to 1.
         class_weights: weights of the classes in the loss: `none`, or `balanced`, in inverse proportion to their training images.
         mixup: alpha of mixup, typically 0.2; 0 disables it.
@@ -76,7 +75,7 @@ class TransferConfig:
         resume: continue from the newest checkpoint in `out`.
         dry_run: print what would be trained, and stop.
         workers: threads that read images; 0 uses one per core.
-        tracker: tracker names as in accelerate, separated by commas, or `none`.
+        tracker: `tensorboard`, `wandb`, `comet_ml`, `mlflow` or others of accelerate, several with commas, or `none`.
         out: folder for all results (default: a new one under `runs`).
     """
 
@@ -101,9 +100,7 @@ class TransferConfig:
     learning_rate: float | None = None
     schedule: str = "cosine"
     warmup: float = 0.1
-    optimizer: str = "adamw"
     weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"
     mixup: float = 0.0
@@ -158,6 +155,10 @@ class TransferConfig:
 
     def with_defaults(self) -> TransferConfig:
         """The config with a results folder, a new one if none is set."""
+        self.check_training_options()
+        if self.lp_ft and self.init_from is not None:
+            message = "lp_ft and init_from both initialize the head; leave out one of --lp-ft and --init-from."
+            raise OptionError(message, option="init_from", given=str(self.init_from), expected=None)
         dataset = Path(self.data).name if self.data else "digits"
         out = self.out or new_folder(Path("runs"), f"{dataset}-{self.method}", self.resume)
         return dataclasses.replace(self, out=out)

@@ -21,18 +21,19 @@ from veneer.training.objective.objectives import ObjectiveOptions
 from veneer.training.objective.timestep_sampling import Density
 from veneer.training.report.feature_models import check_features
 from veneer.training.report.run_folder import new_folder
+from veneer.training.training_options import NOT_COMPARED, DiffusionTrainingOptions
 
 from .maps import maps
 
 WITHOUT_EFFECT = (
-    "data", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "eval_seeds", "features", "dry_run", "out",
-    "generated_images", "grid_images", "dtype", "save_dtype", "shard_base",
+    *NOT_COMPARED, "data", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "eval_seeds", "features",
+    "dry_run", "out", "generated_images", "grid_images", "dtype", "save_dtype", "shard_base",
 )  # fmt: skip
 """Options that a resumed run may change, or that are compared by content."""
 
 
 @dataclass(frozen=True)
-class ControlConfig:
+class ControlConfig(DiffusionTrainingOptions):
     """Configuration of `veneer control train` and its defaults.
 
     Args:
@@ -58,11 +59,9 @@ class ControlConfig:
         batch: images per micro-batch, over all processes (default: the preset of the base model, else 4).
         gradient_accumulation_steps: micro-batches per optimizer step.
         learning_rate: peak learning rate (default: the preset of the base model, else the method's).
-        schedule: learning-rate schedule, `constant`, `cosine` or `linear` (default: the preset of the base model, else constant).
+        schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex` (default: preset, else constant).
         warmup: optimizer steps of linear warmup.
-        optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
         weight_decay: decoupled weight decay.
-        max_grad_norm: gradient clipping: largest L2 norm of the gradient; 0 disables clipping.
         ema: decay of an exponential moving average of the weights, which is what is saved; 0 disables it.
         timestep_sampling: distribution of the noise level in training: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid` or
             `shift` (default: cubic for t2i_adapter, else uniform). diffusers' scripts count from the noisy end, so that their
@@ -88,7 +87,7 @@ class ControlConfig:
         grid_images: validation images in the image grid.
         features: image model of the metrics for `--condition image`: `bundled`, a folder, or a name such as
             `timm:vit_small_patch16_224.dino`.
-        tracker: tracker names as in accelerate, separated by commas, or `none`.
+        tracker: `tensorboard`, `wandb`, `comet_ml`, `mlflow` or others of accelerate, several with commas, or `none`.
         dry_run: print what would be trained, and stop.
         out: folder for all results (default: a new one under `runs`).
     """
@@ -114,9 +113,7 @@ class ControlConfig:
     learning_rate: float | None = None
     schedule: str | None = None
     warmup: int = 0
-    optimizer: str = "adamw"
     weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
     ema: float = 0.0
     timestep_sampling: Density | None = None
     dtype: Dtype | None = None
@@ -165,6 +162,7 @@ class ControlConfig:
     def with_defaults(self) -> ControlConfig:
         """The config with all defaults resolved: the base model's preset and a new results folder."""
         check_features(self.features)
+        self.check_training_options()
         check_dtypes(self.dtype, self.mixed_precision, self.save_dtype)
         check_sharding(self.shard_base, self.quantize)
         quantized = base_models.parse_quantize(self.quantize, self.mixed_precision)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -115,7 +115,7 @@ def _generate(
 
 
 def _sized(settings: PreviewSettings, size: tuple[int, int]) -> PreviewSettings:
-    return PreviewSettings(settings.seeds, settings.steps, settings.guidance, settings.negative, size, settings.batch)
+    return replace(settings, size=size)
 
 
 def conditions(image: Image.Image, embedder: Embedder | None) -> Mapping[str, Any]:

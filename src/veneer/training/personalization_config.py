@@ -18,6 +18,7 @@ from .attach_methods import check_options, trains_token_embeddings
 from .concepts.concept import concepts_of, default_subject, new_tokens, rename_fields
 from .data.buckets import Crop
 from .data.dataset_fields import DatasetFields
+from .initial_adapter import trigger_words
 from .loop.config import TrainConfig, check_dtypes, check_sharding
 from .method_names import split_methods
 from .objective.loss_weighting import LossWeighting
@@ -27,20 +28,21 @@ from .objective.objectives import ObjectiveOptions
 from .objective.timestep_sampling import Density
 from .report.feature_models import check_features
 from .report.run_folder import new_folder
+from .training_options import NOT_COMPARED, DiffusionTrainingOptions
 
 LABELS = ("{concept}",), ("{concept}",), ("207", "360", "387", "974")
 """Captions, prompts and drift prompts of base models with ImageNet labels: the last are four of DiT's samples."""
 
 WITHOUT_EFFECT = (
-    "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "drift_prompts", "eval_seeds",
-    "features", "dry_run", "check", "out", "truncate", "dtype", "save_dtype", "offload_encoders", "shard_base", "datasets",
-    "validation", "validation_every",
+    *NOT_COMPARED, "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "drift_prompts",
+    "eval_seeds", "features", "dry_run", "check", "out", "truncate", "dtype", "save_dtype", "offload_encoders", "shard_base",
+    "datasets", "validation", "validation_every",
 )  # fmt: skip
 """Options that may change when a run is resumed, or that are compared by content."""
 
 
 @dataclass(frozen=True)
-class PersonalizeConfig(DatasetFields):
+class PersonalizeConfig(DatasetFields, DiffusionTrainingOptions):
     """Configuration of `veneer personalize` and its defaults.
 
     Args:
@@ -71,11 +73,9 @@ class PersonalizeConfig(DatasetFields):
         text_learning_rate: learning rate of weights in text encoders (default: half the learning rate).
         token_learning_rate: learning rate of token embeddings that are trained with adapters on weights (default: preset, else
             method).
-        schedule: learning-rate schedule, `constant`, `cosine` or `linear` (default: the preset of the base model, else constant).
+        schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex` (default: preset, else constant).
         warmup: optimizer steps of linear warmup.
-        optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
         weight_decay: decoupled weight decay.
-        max_grad_norm: gradient clipping: largest L2 norm of the gradient; 0 disables clipping.
         ema: decay of an exponential moving average of the weights, which is what is saved; 0 disables it.
         min_snr_gamma: gamma of min-SNR loss weighting, typically 5; 0 disables it.
         loss_weighting: weight of each timestep's loss: `none`, `min_snr`, `min_snr_plus_one`, `debiased`, `snr_scaled_v`, for
@@ -106,7 +106,7 @@ class PersonalizeConfig(DatasetFields):
         drift_prompts: prompts without the concept, on which drift from the base model is measured (default: the preset's).
         eval_seeds: images per prompt for the metrics; 0 disables them.
         features: image model of the metrics: `bundled`, a folder, or a name such as `timm:vit_small_patch16_224.dino`.
-        tracker: tracker names as in accelerate, separated by commas, or `none`.
+        tracker: `tensorboard`, `wandb`, `comet_ml`, `mlflow` or others of accelerate, several with commas, or `none`.
         truncate: captions longer than the text encoder accepts: `error` rejects them, `warn` truncates them.
         dry_run: print what would be trained, with memory and time, and stop.
         check: print the memory of the run without loading weights, and whether it fits into a size such as `12GB`, or into the
@@ -142,9 +142,7 @@ class PersonalizeConfig(DatasetFields):
     token_learning_rate: float | None = None
     schedule: str | None = None
     warmup: int = 0
-    optimizer: str = "adamw"
     weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
     ema: float = 0.0
     min_snr_gamma: float = 0.0
     loss_weighting: LossWeighting = "none"
@@ -185,7 +183,8 @@ class PersonalizeConfig(DatasetFields):
             ValueError: a method option out of range.
         """
         check_features(self.features)
-        resolved = default_subject(self)
+        named = dataclasses.replace(self, **trigger_words(self.init_from, self.concept, self.class_word))
+        resolved = {"concept": named.concept, "class_word": named.class_word, **default_subject(named)}
         preset = base_models.preset(self.base)
         names = split_methods(self.method)
         known = {name: dict(preset.training.get(name, {})) for name in names}
@@ -195,13 +194,14 @@ class PersonalizeConfig(DatasetFields):
         resolved["batch"] = int(first.get("batch", 1)) if self.batch is None else self.batch
         resolved["schedule"] = str(first.get("schedule", "constant")) if self.schedule is None else self.schedule
         resolved["options"] = {**self.options, **{n: {**known[n].get("options", {}), **self.options.get(n, {})} for n in names}}
-        name = f"{_plain(resolved.get('concept', self.concept))}-{self.method}"
+        name = f"{_plain(resolved['concept'])}-{self.method}"
         resolved["out"] = self.out or new_folder(Path("runs"), name, self.resume)
         return dataclasses.replace(self, **resolved)._checked()
 
     def _checked(self) -> PersonalizeConfig:
         """The config, after checks of its values before a base model is loaded."""
         self.loop(), self.objective(), self.noise(), base_models.parse_quantize(self.quantize, self.mixed_precision)
+        self.check_training_options()
         check_dtypes(self.dtype, self.mixed_precision, self.save_dtype)
         check_sharding(self.shard_base, self.quantize)
         self.check_validation()

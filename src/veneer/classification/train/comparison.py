@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from veneer.formats import native
 from veneer.injection import methods
 from veneer.injection.errors import OptionError
+from veneer.training.loop.config import IF_SET
 from veneer.training.report.memory_profile import peak
 from veneer.training.report.progress import ProgressLine
 
@@ -139,6 +140,10 @@ class RunMetrics:
     seconds: float
 
 
+DEFAULTS: Mapping[str, Any] = {**IF_SET, "block_lr": {}, "init_from": None}
+"""Options that are part of the hash of a run only if they differ from these."""
+
+
 class Comparison:
     """Runs the rows of a comparison, which share one model, one feature cache and one file of results.
 
@@ -171,6 +176,7 @@ class Comparison:
         known = {**config.identity(), **{f.name: getattr(config, f.name) for f in dataclasses.fields(config)}}
         for name in ("data", "weights", "resume", "dry_run", "out", "workers", "tracker", "cache"):
             known.pop(name)
+        known = {name: value for name, value in known.items() if name not in DEFAULTS or value != DEFAULTS[name]}
         known |= {"splits": self.views.data.splits.digest, "base": self.classifier.weights, "scratch": row.scratch}
         return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -20,9 +20,11 @@ from veneer.injection.attachment.model_state import statistics
 from veneer.injection.seams.seam import Seam
 from veneer.training import param_groups
 from veneer.training.adapter_trainer import adapter_trainer
+from veneer.training.block_learning_rates import with_block_rates
+from veneer.training.initial_adapter import read_initial
 from veneer.training.loop.checkpoints import Checkpoints
 from veneer.training.loop.optimizer_step import AUTOCAST
-from veneer.training.loop.optimizers import ParameterGroup
+from veneer.training.loop.optimizers import ParameterGroup, end_training
 from veneer.training.loop.seeds import mix
 from veneer.training.loop.trainer import TrainResult
 from veneer.training.report.progress import Progress, peak_memory
@@ -39,14 +41,18 @@ from .mixing import Mixing
 
 
 def attach_methods(classifier: Classifier, config: TransferConfig, data: Data) -> list[Attachment]:
-    """Attaches the methods, seeded, and a `linear_probe` if no method trains the fresh head."""
+    """Attaches the methods, seeded or from the weights of a file, and a `linear_probe` if no method trains the fresh head."""
     attached: list[Attachment] = []
     labels = Counter(data.source.examples[i].label for i in data.splits.train)
-    for method in config.build_methods(len(data.classes), max(labels.values())):
+    configs = config.build_methods(len(data.classes), max(labels.values()))
+    initial = None if config.init_from is None else read_initial(classifier.model, config.init_from, configs)
+    for method in configs:
         torch.manual_seed(mix(config.seed, "adapters", method.name))
         attached.append(attach(classifier.model, method, where=config.where))
     if classifier.fresh and not any(_trains_head(a) for a in attached):
         attached.append(attach(classifier.model, "linear_probe"))
+    if initial is not None:
+        initial.load_into(attached)
     return attached
 
 
@@ -221,6 +227,7 @@ class ClassifierTrainer:
         if self.config.resume and steps:
             self.selection.resume(steps[-1])
         result = trainer.fit(self.config.resume)
+        end_training(trainer.optimizer)
         if not result.stopped and self.steps % self.per_epoch and self.accelerator.is_main_process:
             with trainer.averaged():
                 self._evaluate(self.steps, trainer.losses[-(self.steps % self.per_epoch) :])
@@ -289,7 +296,7 @@ class ClassifierTrainer:
                 scale = group.get("lr_scale", 1.0) * ratio
                 if group["params"]:
                     groups.append({"params": group["params"], "lr_scale": scale, "name": f"{attachment.name}.{number}"})
-        return groups
+        return with_block_rates(groups, self.attached, self.config.block_lr)
 
     def _evaluate(self, step: int, losses: Sequence[float]) -> None:
         """Evaluates the validation split after an epoch."""

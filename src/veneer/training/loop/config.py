@@ -10,32 +10,36 @@ from typing import Any, get_args
 from veneer.base_models.devices import Dtype
 
 from .errors import TrainError
-from .optimizers import OPTIMIZERS
-from .schedule import SCHEDULES, rate_factor
+from .optimizer_options import OptimizerOptions
+from .optimizers import averages_weights, check_name, parse_arguments
+from .schedule import CONSTANT, SCHEDULES, Schedule
 
 PRECISIONS = ("no", "bf16", "fp16")
 EMA_WARMUPS = ("ramp", "power")
-LEAST = {"steps": 1, "batch": 1, "gradient_accumulation_steps": 1, "log_every": 1} | dict.fromkeys(
-    ("warmup", "max_grad_norm", "weight_decay", "checkpoint_every", "keep_checkpoints", "preview_every"), 0
+LEAST = {"steps": 1, "batch": 1, "gradient_accumulation_steps": 1, "log_every": 1, "cycles": 1} | dict.fromkeys(
+    ("warmup", "max_grad_norm", "weight_decay", "checkpoint_every", "keep_checkpoints", "preview_every", "power"), 0
 )
 PRESETS: Mapping[str, float] = {"quick": 1 / 3, "balanced": 1.0, "thorough": 2.0}
 """Preset to its multiple of the default number of steps."""
 WITHOUT_EFFECT = ("checkpoint_every", "keep_checkpoints", "preview_every", "log_every", "tracker")
 """Fields that do not affect the trained weights; they may change on resume."""
+IF_SET = {"optimizer_args": {}, "cycles": 1, "power": 1.0, "min_lr_ratio": 0.0}
+"""Fields that must match on resume if they differ from these defaults."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(OptimizerOptions):
     """Configuration of `Trainer`. A run is a pure function of it, the loss and the initial weights.
 
     Args:
         steps: optimizer steps of the run.
         batch: micro-batch size over all processes.
         gradient_accumulation_steps: micro-batches per optimizer step, of `batch * gradient_accumulation_steps` samples.
-        learning_rate: peak learning rate, multiplied by a group's `lr_scale` and the schedule. Prodigy uses 1.0 instead.
-        schedule: `constant`, `cosine` or `linear` (both fall to 0 after the last step).
+        learning_rate: peak learning rate, multiplied by a group's `lr_scale` and the schedule. Prodigy and D-Adaptation use 1.0
+            instead.
+        schedule: name in `SCHEDULES`.
         warmup: steps of linear warm-up.
-        optimizer: `adamw`, `adamw8bit`, `prodigy`, `sgd` or `adafactor`.
+        optimizer, optimizer_args, cycles, power, min_lr_ratio: see `OptimizerOptions`.
         weight_decay: decoupled weight decay (for `sgd` the L2 term).
         mixed_precision: `no` (float32), `bf16` or `fp16` autocast. Trainable tensors stay in float32.
         max_grad_norm: largest L2 norm of the whole gradient; 0 for no clipping.
@@ -58,10 +62,8 @@ class TrainConfig:
     learning_rate: float = 1e-4
     schedule: str = "constant"
     warmup: int = 0
-    optimizer: str = "adamw"
     weight_decay: float = 0.01
     mixed_precision: str = "no"
-    max_grad_norm: float = 1.0
     ema: float = 0.0
     ema_warmup: str = "ramp"
     seed: int = 0
@@ -76,13 +78,17 @@ class TrainConfig:
             self._check(name, getattr(self, name) >= least, f"at least {least}")
         self._check("learning_rate", 0 < self.learning_rate < math.inf, "finite and above 0")
         self._check("ema", 0 <= self.ema < 1, "0, or a decay below 1")
+        self._check("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "0 to 1")
         for name, allowed in (
             ("schedule", tuple(SCHEDULES)),
             ("mixed_precision", PRECISIONS),
             ("ema_warmup", EMA_WARMUPS),
-            ("optimizer", tuple(OPTIMIZERS)),
         ):
             self._check(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        check_name(self.optimizer)
+        averages = averages_weights(self.optimizer)
+        self._check("ema", not (self.ema and averages), f"0, because {self.optimizer} averages the weights itself")
+        parse_arguments(self.optimizer, self.optimizer_args)
 
     def _check(self, name: str, fits: bool, expected: str) -> None:
         if not fits:
@@ -96,14 +102,15 @@ class TrainConfig:
 
     def rate(self, step: int) -> float:
         """Learning-rate factor of step `step` (0-based): linear warm-up, then the schedule."""
-        return rate_factor(self.schedule, step, self.warmup, self.steps)
+        schedule = Schedule(self.schedule, self.warmup, self.steps, self.cycles, self.power, self.min_lr_ratio)
+        return schedule.factor(step)
 
     def identity(self) -> dict[str, Any]:
         """The fields that must match on resume. `steps` is one of them only if the schedule depends on it."""
         fields = {name: value for name, value in asdict(self).items() if name not in WITHOUT_EFFECT}
-        if self.schedule == "constant":
+        if self.schedule in CONSTANT:
             del fields["steps"]
-        return fields
+        return {name: value for name, value in fields.items() if name not in IF_SET or value != IF_SET[name]}
 
 
 def check_dtypes(dtype: str | None, mixed_precision: str, save_dtype: str) -> None:

@@ -88,15 +88,19 @@ class Gradients:
         """Whether a gradient norm ends the run. With fp16 an overflow halves the scale, and ends the run at a scale below 1."""
         return not math.isfinite(norm) and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1)
 
-    def apply(self, norm: float, after: Callable[[], None] | None = None) -> None:
+    def apply(self, step: int, norm: float, after: Callable[[], None] | None = None) -> None:
         """Clips the gradient, whose norm is `norm`, and updates the parameters; with an fp16 overflow the update is skipped.
 
+        torch's global generator is seeded with (seed, step) before the update, for optimizers that sample.
+
         Args:
+            step: step of the run, 0-based.
             after: called after the update, before the gradients are cleared; an overflow clears them first.
         """
         if self.config.max_grad_norm and math.isfinite(norm):
             total = torch.tensor(norm, device=self.accelerator.device)
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, total)
+        torch.manual_seed(mix(self.config.seed, step, "optimizer"))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if after is not None:

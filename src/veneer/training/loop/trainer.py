@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -93,15 +93,13 @@ class Trainer:
         self.parameters = [parameter for params in group_parameters for parameter in params]
         self.named = dict(named)
         self.trained = optimizers.names_of(self.parameters, self.named)
-        self.optimizer = optimizers.build(config.optimizer, groups, config.learning_rate, config.weight_decay)
+        rate, decay = config.learning_rate, config.weight_decay
+        self.optimizer = optimizers.build(config.optimizer, groups, rate, decay, config.optimizer_args)
         self.gradients = Gradients(config, self.accelerator, loss_step, self.parameters, self.optimizer, base is not None)
         self.ema = EMA(self.trained, config.ema, config.ema_warmup) if config.ema else None
         self.folder = None if folder is None else Path(folder)
         self._file = None if self.folder is None else ProgressFile(self.folder / "progress.jsonl")
-        sizes = map(len, group_parameters)
-        fields = [(g.get("name"), g.get("lr_scale", 1.0), g.get("weight_decay")) for g in groups]
-        group_settings = [[*values, size] for values, size in zip(fields, sizes, strict=True)]
-        settings = {**config.identity(), "groups": group_settings, **(identity or {})}
+        settings = {**config.identity(), "groups": optimizers.group_settings(groups), **(identity or {})}
         if after_step is not None:
             settings["steps"] = config.steps
         self.checkpoints = None if folder is None else Checkpoints(Path(folder), settings, config.keep_checkpoints)
@@ -109,7 +107,7 @@ class Trainer:
         self._resumed_from, self._last_saved, self._warnings = 0, -1, list[str]()
         self._stop, self._last_good = StopFlag(), LastGood(self._tensors())
         weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.named.values())
-        self._reserve = None if self.folder is None else Reserve(self.folder, LAST_FILES * weight_bytes + 2**21)
+        self._reserve = None if folder is None else Reserve(Path(folder), LAST_FILES * weight_bytes + 2**21)
 
     @property
     def device(self) -> torch.device:
@@ -121,8 +119,8 @@ class Trainer:
         self._stop.requested = True
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Context manager that uses the EMA weights; no effect without EMA."""
-        return self.ema.swapped() if self.ema else nullcontext()
+        """Context manager that uses the EMA weights, or the weights for evaluation of a Schedule-Free optimizer."""
+        return self.ema.swapped() if self.ema else optimizers.evaluation_mode(self.optimizer, self.parameters)
 
     def fit(self, resume: bool = False, accept: Collection[str] = ()) -> TrainResult:
         """Trains to the last step, or until SIGINT, SIGTERM or `stop`, which finish the step and write a checkpoint.
@@ -140,6 +138,7 @@ class Trainer:
             Diverged: a loss or gradient is not finite. The weights of the last finite loss are restored first.
         """
         self._load_checkpoint(resume, accept)
+        optimizers.start_training(self.optimizer)
         try:
             return self._run()
         finally:
@@ -197,7 +196,7 @@ class Trainer:
             raise self._diverged("gradient", norm, rate, step)
         self._last_good.save(step)
         after_step = self.after_step
-        self.gradients.apply(norm, None if after_step is None else lambda: after_step(step + 1, self.config.steps))
+        self.gradients.apply(step, norm, None if after_step is None else lambda: after_step(step + 1, self.config.steps))
         if self.ema:
             self.ema.update(step)
         self.losses.append(loss)

@@ -17,7 +17,8 @@ from ..loop.config import TrainConfig
 from ..loop.optimizer_step import AUTOCAST
 from ..report.progress import clock
 from .memory_parts import count_training_step, phase_peaks, training_bytes, vae_bytes
-from .step_cost import STATES, StepCost, flops_per_second, measure_step_cost, nbytes
+from .optimizer_state import state_bytes
+from .step_cost import StepCost, flops_per_second, measure_step_cost, nbytes
 
 if TYPE_CHECKING:
     from veneer.injection.attachment.attachment import Attachment
@@ -150,7 +151,7 @@ def estimate(
 
 def checkpoint_bytes(values: int, config: TrainConfig) -> int:
     """Bytes of a checkpoint with `values` trainable parameters: weights, EMA weights and optimizer state."""
-    return round(values * (STATES.get(config.optimizer, 8) + 4 * (2 if config.ema else 1)))
+    return round(values * (state_bytes(config.optimizer) + 4 * (2 if config.ema else 1)))
 
 
 def written_bytes(values: int, config: TrainConfig, images: int = 0, resolution: int = 0) -> int:

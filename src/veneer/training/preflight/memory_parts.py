@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..families import Family
 from ..loop.config import TrainConfig
 from ..loop.optimizer_step import AUTOCAST
-from .step_cost import STATES, StepCost, count_forward_bytes, count_step_cost
+from .optimizer_state import state_bytes
+from .step_cost import StepCost, count_forward_bytes, count_step_cost
 
 
 def training_bytes(values: int, config: TrainConfig) -> int:
@@ -25,7 +26,7 @@ def training_bytes(values: int, config: TrainConfig) -> int:
         values: number of trainable parameters.
     """
     copies = 4 * (2 if config.ema else 1)
-    return round(values * (4 + STATES.get(config.optimizer, 8) + copies + (4 if config.ema else 0)))
+    return round(values * (4 + state_bytes(config.optimizer) + copies + (4 if config.ema else 0)))
 
 
 def phase_peaks(

@@ -19,9 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from veneer.injection.sharded_tensor import local_bytes
 
-STATES: dict[str, float] = {"adamw": 8, "adamw8bit": 2, "sgd": 4, "prodigy": 16, "adafactor": 0.5}
-"""Bytes of optimizer state per float32 parameter (Prodigy: two moments, s and initial value; Adafactor: approximate)."""
-
 
 @dataclass(frozen=True)
 class StepCost:

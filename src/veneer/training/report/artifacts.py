@@ -27,12 +27,14 @@ from ..concepts.concept_verdict import concept_verdict, run_verdict
 from ..concepts.evaluation import ConceptScores, measure_concepts
 from ..data.image_io import read_photo
 from ..data.photo_folder import Photo
+from ..fixed_adapters import provenance_of
 from ..loop.disk_space import optional, writing
 from ..loop.distributed import whole_weights
 from ..loop.trainer import TrainResult
 from ..loss_plot import LOSS_PLOT
 from ..objective.validation_loss import validation_lines
 from ..save_dtype import cast_to
+from ..training_options import sampling_options
 from .feature_models import features
 from .image_grid import GridRow, before_after, make_grid, subject_rows
 from .personalization_verdict import personal_verdict
@@ -72,9 +74,10 @@ class PersonalizationRun:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def settings(self, seeds: int) -> PreviewSettings:
-        """Sampling settings of the base model's preset."""
+        """Sampling settings of the run, by default those of the base model's preset."""
         preset = base_models.preset(self.config.base)
-        return PreviewSettings(tuple(range(seeds)), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=4)
+        settings = PreviewSettings(tuple(range(seeds)), preset.steps, preset.guidance_scale, preset.negative_prompt, batch=4)
+        return sampling_options(settings, self.config)
 
     def previews(self, steps: int) -> int:
         """Number of preview images in a run of `steps` steps."""
@@ -180,6 +183,7 @@ def final_message(run: PersonalizationRun, record: dict[str, Any]) -> str:
     warnings = [f"warning: {text}" for text in record["training"]["warnings"]]
     prompt = shlex.quote(run.prompts[0])
     names = [*record["files"], GRID, *([LOSS_PLOT] if record.get("validation") else []), "result.json"]
+    adapters = " ".join(shlex.quote(text) for text in (*run.config.with_, str(run.out)))
     return "\n".join(
         [
             f"finished in {clock(run.report.elapsed)}; in {run.out}: {', '.join(names)}",
@@ -187,7 +191,7 @@ def final_message(run: PersonalizationRun, record: dict[str, Any]) -> str:
             *([str(record["scores"])] if record.get("scores") else []),
             *validation_lines(record.get("validation", [])),
             read_verdict(record).text(),
-            f"compare with the base model: veneer generate {prompt} --adapter {shlex.quote(str(run.out))} --side-by-side",
+            f"compare with the base model: veneer generate {prompt} --adapter {adapters} --side-by-side",
         ]
     )
 
@@ -199,9 +203,8 @@ def write_files(run: PersonalizationRun) -> list[str]:
 
 
 def _write_files(run: PersonalizationRun) -> list[str]:
-    provenance: dict[str, Any] = {
-        "base": str(run.config.base), "concept": run.config.concept, "class_word": run.config.class_word,
-    }  # fmt: skip
+    words = {"concept": run.config.concept, "class_word": run.config.class_word}
+    provenance: dict[str, Any] = {"base": str(run.config.base), **words, **provenance_of(run.config.with_)}
     if len(run.concepts) > 1:
         provenance["concepts"] = {concept.token: concept.class_word for concept in run.concepts}
     with writing(run.out, ADAPTER):

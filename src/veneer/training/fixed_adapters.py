@@ -1,0 +1,104 @@
+"""Adapters of other runs that stay fixed while a new one is trained on top of them (`--with`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.formats import load_all
+from veneer.injection import Attachment
+from veneer.injection.errors import OptionError
+
+from .initial_adapter import file_digest
+
+RECORD = "with"
+"""Key of the metadata of a file that lists the adapters it was trained on top of."""
+
+
+@dataclass(frozen=True)
+class FixedAdapter:
+    """An adapter file and its strength.
+
+    Args:
+        file: path as given. `scale`: strength. `sha256`: digest of the file.
+    """
+
+    file: Path
+    scale: float
+    sha256: str
+
+    def record(self) -> dict[str, Any]:
+        """Entry in the metadata of a file."""
+        return {"file": str(self.file), "scale": self.scale, "sha256": self.sha256}
+
+    def argument(self) -> str:
+        """FILE, or FILE:STRENGTH."""
+        return str(self.file) if self.scale == 1 else f"{self.file}:{self.scale:g}"
+
+
+def parse_adapter(text: str) -> tuple[Path, float]:
+    """Path and strength from `PATH` or `PATH:strength`.
+
+    Raises:
+        OptionError: the path does not exist.
+    """
+    path, _, number = text.rpartition(":")
+    try:
+        scale, place = (float(number), Path(path)) if path and not Path(text).exists() else (1.0, Path(text))
+    except ValueError:
+        scale, place = 1.0, Path(text)
+    if not place.exists():
+        message = f"adapter {text!r}: no such file or folder. Expected PATH or PATH:strength, such as runs/toy-lora:0.8."
+        raise OptionError(message, option="adapter", given=text, file=place)
+    return place, scale
+
+
+def read_fixed(texts: Sequence[str]) -> list[FixedAdapter]:
+    """The files and strengths of FILE or FILE:STRENGTH.
+
+    Raises:
+        OptionError: a path does not exist. LoadError: it is not an adapter file.
+    """
+    return [FixedAdapter(path, scale, file_digest(path)) for path, scale in map(parse_adapter, texts)]
+
+
+def attach_fixed(pipe: Any, texts: Sequence[str]) -> list[Attachment]:
+    """Attaches adapters that do not train.
+
+    Args:
+        texts: FILE or FILE:STRENGTH of each.
+    Raises:
+        LoadError: one does not match the base model.
+    """
+    attached = [a for path, scale in map(parse_adapter, texts) for a in load_all(pipe, path, scale=scale)]
+    for attachment in attached:
+        for parameter in attachment.parameters():
+            parameter.requires_grad_(False)
+        for _, adapter in attachment.parts.values():
+            adapter.eval()
+    return attached
+
+
+def source_identity(init_from: Path | None, texts: Sequence[str] = ()) -> dict[str, Any]:
+    """Content of the files of `init_from` and `with_`, which a resumed run must share; empty without them."""
+    identity: dict[str, Any] = {} if init_from is None else {"init_from": file_digest(init_from)}
+    return {**identity, RECORD: [[each.sha256, each.scale] for each in read_fixed(texts)]} if texts else identity
+
+
+def provenance_of(texts: Sequence[str]) -> dict[str, Any]:
+    """Metadata of a file that was trained on top of fixed adapters; empty without them."""
+    return {RECORD: [each.record() for each in read_fixed(texts)]} if texts else {}
+
+
+def missing_adapters(provenance: Mapping[str, Any], paths: Sequence[Path]) -> list[str]:
+    """The fixed adapters that a file needs and that are not among others, as FILE or FILE:STRENGTH.
+
+    Args:
+        provenance: of the file. `paths`: adapters in use, compared by content.
+    """
+    records = [each for each in provenance.get(RECORD, ()) if isinstance(each, dict)]
+    adapters = [FixedAdapter(Path(str(r.get("file"))), float(r.get("scale", 1.0)), str(r.get("sha256"))) for r in records]
+    digests = {file_digest(path) for path in paths} if adapters else set()
+    return [each.argument() for each in adapters if each.sha256 not in digests]

@@ -1,0 +1,72 @@
+"""Options that the training commands share: the optimizer, learning rates by block, and adapters to continue from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from veneer.injection.errors import OptionError
+
+from .loop.optimizer_options import OptimizerOptions
+from .loop.optimizers import warn_ignored_rates
+from .report.previews import PreviewSettings
+
+BY_CONTENT = ("optimizer_args", "block_lr", "init_from", "with_")
+"""Options that a resumed run compares by content: parameter groups, and digests of files."""
+NOT_COMPARED = (*BY_CONTENT, "preview_steps", "preview_scheduler")
+"""Options that may change when a run on a diffusion pipeline is resumed, or that are compared by content."""
+RATES = ("learning_rate", "text_learning_rate", "token_learning_rate", "block_lr")
+"""Options of learning rates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(OptimizerOptions):
+    """Options of the optimizer and of the initial weights.
+
+    Args:
+        block_lr: factors of the learning rate by block: a tower, a stage of it or a selection as in `where`, such as
+            `unet.down=0.5` or `attn@0:6=0.1`; of several that match a site, the last applies.
+        init_from: adapter file of any format, with the methods and sites of the run, from whose weights training starts; a LoRA
+            of another rank is resized.
+    """
+
+    block_lr: Mapping[str, float] = field(default_factory=dict)
+    init_from: Path | None = None
+
+    def check_training_options(self) -> None:
+        """Warns about learning rates that the optimizer ignores."""
+        warn_ignored_rates(self.optimizer, {name: getattr(self, name, None) for name in RATES})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionTrainingOptions(TrainingOptions):
+    """Options of training on a diffusion pipeline: further adapters, and sampling of preview images.
+
+    Args:
+        with_: adapter files, FILE or FILE:STRENGTH, on top of which the run trains: they are attached first, stay fixed, and are
+            needed again to generate.
+        preview_steps: denoising steps of previews, metrics and the image grid (default: the preset of the base model).
+        preview_scheduler: scheduler of these images, a class of diffusers such as `DPMSolverMultistep` or `EulerDiscrete`
+            (default: that of the base model).
+    """
+
+    with_: tuple[str, ...] = ()
+    preview_steps: int | None = None
+    preview_scheduler: str = ""
+
+    def check_training_options(self) -> None:
+        """Also checks the options of preview images that need no base model.
+
+        Raises:
+            OptionError: `preview_steps` is below 1.
+        """
+        super().check_training_options()
+        if self.preview_steps is not None and self.preview_steps < 1:
+            message = f"preview_steps is {self.preview_steps}; expected at least 1."
+            raise OptionError(message, option="preview_steps", given=self.preview_steps, expected=1)
+
+
+def sampling_options(settings: PreviewSettings, options: DiffusionTrainingOptions) -> PreviewSettings:
+    """Sampling settings with the options of a run."""
+    return replace(settings, steps=options.preview_steps or settings.steps, scheduler=options.preview_scheduler)
