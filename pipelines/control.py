@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from veneer.base_models.schedulers import other_scheduler
 from veneer.config_file import CONFIG, ConfigWriter
 from veneer.control.artifacts import ControlRun, write_files, write_maps, write_preview, write_results
 from veneer.control.config import ControlConfig
@@ -43,7 +44,6 @@ from veneer.training.loop.trainer import Trainer, TrainResult
 from veneer.training.preflight.estimates import written_bytes
 from veneer.training.preflight.preflight import require_disk
 from veneer.training.report.phases import PhaseReport
-from veneer.training.report.previews import sampling_scheduler
 from veneer.training.report.progress import ProgressLine
 from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
 from veneer.training.report.verdict import read_verdict
@@ -81,7 +81,7 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     report("loading")
     pipe = load_base(config, accelerator)
     prepare_base.freeze(pipe)
-    sampling_scheduler(pipe.scheduler, config.preview_scheduler)
+    other_scheduler(pipe.scheduler, config.preview_scheduler)  # rejects one that does not fit
     attach_fixed(pipe, config.with_)
     kind = family(pipe)
     digest = base_digest(kind)

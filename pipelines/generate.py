@@ -12,7 +12,7 @@ from veneer import base_models
 from veneer.base_models.devices import Dtype, resolve_device
 from veneer.base_models.loading import load_on_device
 from veneer.base_models.offloading import Offload, check_offload, offload_pipeline
-from veneer.base_models.schedulers import Scheduler, use_scheduler
+from veneer.base_models.schedulers import Scheduler, other_scheduler
 from veneer.formats import load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment
@@ -86,7 +86,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     report = PhaseReport(None, sys.stderr)
     report("loading")
     pipe = load_on_device(base, device, config.dtype, config.quantize, on_cpu=config.offload != "none")
-    use_scheduler(pipe, config.scheduler)
+    pipe.scheduler = other_scheduler(pipe.scheduler, config.scheduler)
     prepare_base.freeze(pipe)
     attached = [a for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
     offload_pipeline(pipe, config.offload, device)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
+from veneer.base_models.schedulers import other_scheduler
 from veneer.config_file import CONFIG, ConfigWriter
 from veneer.injection import Attachment
 from veneer.training import attach_methods, param_groups, prepare_base
@@ -42,7 +43,6 @@ from veneer.training.report.artifacts import (
     write_results,
 )
 from veneer.training.report.phases import PhaseReport
-from veneer.training.report.previews import sampling_scheduler
 from veneer.training.report.progress import ProgressLine
 from veneer.training.report.run_folder import SHARDS, discard_unused, run_folder, stopped_message
 from veneer.training.save_dtype import rounded_to
@@ -131,7 +131,7 @@ def _load(config: PersonalizeConfig, out: Path, accelerator: Accelerator) -> Per
     report("loading")
     pipe = load_base(config, accelerator)
     prepare_base.freeze(pipe)
-    sampling_scheduler(pipe.scheduler, config.preview_scheduler)
+    other_scheduler(pipe.scheduler, config.preview_scheduler)  # rejects one that does not fit
     attach_fixed(pipe, config.with_)
     model = family(pipe, truncate=config.truncate)
     config, photos = _named(config.with_captions(labels=not model.text_towers), model, photos, accelerator)

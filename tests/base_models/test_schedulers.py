@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from veneer.base_models.schedulers import CLASSES, Scheduler, use_scheduler
+from veneer.base_models.schedulers import CLASSES, Scheduler, other_scheduler
 from veneer.injection.errors import OptionError
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
@@ -26,7 +26,7 @@ def test_every_name_has_a_class_of_diffusers() -> None:
 def test_a_scheduler_denoises_with_the_schedule_of_the_base_model(name: Scheduler) -> None:
     """With the exact v of a known image at every step, the last sample is that image."""
     pipe = SimpleNamespace(scheduler=diffusers.DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=True))
-    use_scheduler(pipe, name)
+    pipe.scheduler = other_scheduler(pipe.scheduler, name)
     kind, settings = CLASSES[name]
     assert type(pipe.scheduler).__name__ == kind
     assert {key: pipe.scheduler.config[key] for key in {**NOISE, **settings}} == {**NOISE, **settings}
@@ -53,7 +53,7 @@ def _interpolated(alphas: torch.Tensor, time: float) -> torch.Tensor:
 @pytest.mark.parametrize("name", FLOW)
 def test_flow_matching_keeps_its_shift(name: Scheduler) -> None:
     pipe = SimpleNamespace(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
-    use_scheduler(pipe, name)
+    pipe.scheduler = other_scheduler(pipe.scheduler, name)
     assert (type(pipe.scheduler).__name__, pipe.scheduler.config.shift) == (CLASSES[name][0], 3.0)
 
 
@@ -64,7 +64,7 @@ def test_flow_matching_keeps_its_shift(name: Scheduler) -> None:
 def test_a_scheduler_of_the_other_kind_is_rejected_with_those_that_fit(scheduler: object, name: Scheduler) -> None:
     pipe = SimpleNamespace(scheduler=scheduler)
     with pytest.raises(OptionError) as error:
-        use_scheduler(pipe, name)
+        pipe.scheduler = other_scheduler(pipe.scheduler, name)
     assert (error.value.option, error.value.given) == ("scheduler", name)
     assert name not in error.value.expected
     assert pipe.scheduler is scheduler
@@ -73,7 +73,6 @@ def test_a_scheduler_of_the_other_kind_is_rejected_with_those_that_fit(scheduler
 def test_no_name_keeps_the_scheduler_and_an_unknown_one_is_rejected() -> None:
     pipe = SimpleNamespace(scheduler=diffusers.DDIMScheduler())
     before = pipe.scheduler
-    use_scheduler(pipe, None)
-    assert pipe.scheduler is before
+    assert other_scheduler(before, None) is before
     with pytest.raises(OptionError):
-        use_scheduler(pipe, "dpm")  # type: ignore[arg-type]
+        other_scheduler(before, "dpm")  # type: ignore[arg-type]

@@ -99,8 +99,9 @@ def test_training_arguments_and_their_dataset_config(root: Path) -> None:
     }.items() <= found.content.items()  # fmt: skip
     assert found.content["lora"] == {"rank": 6, "alpha": 2.0, "by_site": {"conv.*": {"rank": 2, "alpha": 1.0}}}
     assert len(run.datasets) == 3
+    assert run.optimizer_args == {"betas": "0.9,0.99"}
     assert remarks(found, "left_out") == {
-        "network_args.rank_dropout", "optimizer_args.betas", "save_every_n_epochs", "max_train_epochs", "clip_skip",
+        "network_args.rank_dropout", "save_every_n_epochs", "max_train_epochs", "clip_skip",
         "cache_latents_to_disk", "datasets[0].bucket_reso_steps",
     }  # fmt: skip
     assert remarks(found, "unknown") == set()

@@ -181,17 +181,17 @@ def test_stopped_and_resumed_runs_give_the_same_files(base: str, photos: Path, t
 def test_previews_have_the_steps_and_the_scheduler_of_the_options(base: str, photos: Path, tmp_path: Path) -> None:
     """Training is bitwise the same; the images differ, and say how they were sampled."""
     plain = run(base, photos, tmp_path / "plain", preview_every=1)
-    options: dict[str, Any] = {"preview_every": 1, "preview_steps": 2, "preview_scheduler": "DDPM"}
+    options: dict[str, Any] = {"preview_every": 1, "preview_steps": 2, "preview_scheduler": "ddpm"}
     out = run(base, photos, tmp_path / "out", **options)
     assert all(torch.equal(tensor, state_of(out)[key]) for key, tensor in state_of(plain).items())
     images = [next((folder / "previews").iterdir()).read_bytes() for folder in (plain, out)]
     assert images[0] != images[1]
     config = json.loads((out / "result.json").read_text())["config"]
-    assert (config["preview_steps"], config["preview_scheduler"]) == (2, "DDPM")
+    assert (config["preview_steps"], config["preview_scheduler"]) == (2, "ddpm")
     with raises(OptionError, option="preview_steps", given=0):
         run(base, photos, tmp_path / "zero", preview_steps=0)
-    with raises(OptionError, option="preview_scheduler", given="Euler"):
-        run(base, photos, tmp_path / "wrong", preview_scheduler="Euler")
+    with raises(OptionError, option="scheduler", given="flow_euler"):
+        run(base, photos, tmp_path / "wrong", preview_scheduler="flow_euler")
 
 
 def test_control_continues_from_a_file_and_on_top_of_another(base: str, photos: Path, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_control_continues_from_a_file_and_on_top_of_another(base: str, photos: 
     for key, tensor in state_of(first).items():
         torch.testing.assert_close(state_of(second)[key], tensor, rtol=1e-5, atol=1e-6)
     style = run(base, photos, tmp_path / "style", learning_rate=3e-2)
-    options = {**settings, "method": "t2i_adapter", "block_lr": {"unet": 0.5}, "preview_steps": 1, "preview_scheduler": "DDPM"}
+    options = {**settings, "method": "t2i_adapter", "block_lr": {"unet": 0.5}, "preview_steps": 1, "preview_scheduler": "ddpm"}
     out = control(ControlConfig(out=tmp_path / "out", with_=(str(style),), **options))
     assert veneer.load(veneer.base_models.load(base), out).provenance["with"][0]["sha256"] == file_digest(style)
     with raises(LoadError, where="method", given=("controlnext",), expected=("t2i_adapter",)):

@@ -36,27 +36,27 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name to the class of diffusers and its settings; all others are those of the base model's scheduler."""
 
 
-def use_scheduler(pipe: Any, name: Scheduler | None) -> None:
-    """Replaces the scheduler of a pipeline by another one with the same noise schedule and prediction type.
+def other_scheduler(scheduler: Any, name: Scheduler | None) -> Any:
+    """A scheduler of another class with the noise schedule and prediction type of this one.
 
     Args:
-        name: one of `Scheduler`; None keeps the base model's.
+        name: one of `Scheduler`; None returns the scheduler itself.
     Raises:
         OptionError: an unknown name, or a scheduler of the other kind: flow matching or noise prediction.
     """
     if name is None:
-        return
+        return scheduler
     if name not in CLASSES:
         message = f"scheduler is {name!r}; expected one of {', '.join(get_args(Scheduler))}."
         raise OptionError(message, option="scheduler", given=name, expected=get_args(Scheduler))
-    present = type(pipe.scheduler).__name__
+    present = type(scheduler).__name__
     if _is_flow(present) != _is_flow(CLASSES[name][0]):
         fitting = tuple(key for key, (kind, _) in CLASSES.items() if _is_flow(kind) == _is_flow(present))
         message = f"scheduler {name!r} does not fit a base model with {present}; expected one of {', '.join(fitting)}."
         raise OptionError(message, option="scheduler", given=name, expected=fitting)
     kind, settings = CLASSES[name]
     cls = getattr(importlib.import_module("diffusers"), kind)
-    pipe.scheduler = cls.from_config(pipe.scheduler.config, **settings)
+    return cls.from_config(scheduler.config, **settings)
 
 
 def _is_flow(kind: str) -> bool:

@@ -33,9 +33,16 @@ PLAIN = {
     "prior_loss_weight": "prior_loss_weight",
     "sample_every_n_steps": "preview_every",
     "cache_latents": "cache",
+    "lr_scheduler_num_cycles": "cycles",
+    "lr_scheduler_power": "power",
+    "lr_scheduler_min_lr_ratio": "min_lr_ratio",
+    "network_weights": "init_from",
 }
 """Argument to the option of the same meaning and type."""
-FLOATS = ("max_grad_norm", "min_snr_gamma", "noise_offset", "pyramid_noise", "input_perturbation", "prior_loss_weight")
+FLOATS = (
+    "max_grad_norm", "min_snr_gamma", "noise_offset", "pyramid_noise", "input_perturbation", "prior_loss_weight", "power",
+    "min_lr_ratio",
+)  # fmt: skip
 SAVE_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
 NETWORKS = {
     "lora": "lora",

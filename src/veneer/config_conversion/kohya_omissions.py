@@ -14,7 +14,6 @@ _PREDICTION = "the shift comes from the scheduler of the base model"
 
 OMISSIONS = {
     "config_file": "the file itself",
-    "network_weights": "the run starts from a new adapter",
     "dim_from_weights": "the rank is an option of the method",
     "network_train_text_encoder_only": "adapters of the denoiser are always trained; leave out text_encoder to train them only",
     "scale_weight_norms": "norms of weights are not limited",
@@ -44,12 +43,9 @@ OMISSIONS = {
     "resume": "a run is continued with --resume --out",
     "initial_epoch": _EPOCHS,
     "initial_step": "a run is continued with --resume --out",
-    "lr_scheduler_num_cycles": "schedules have one cycle",
-    "lr_scheduler_power": "there is no polynomial schedule",
     "lr_scheduler_args": "schedules have no further arguments",
     "lr_scheduler_type": "custom schedules are not loaded",
     "lr_scheduler_timescale": "schedules have no further arguments",
-    "lr_scheduler_min_lr_ratio": "schedules end at 0",
     "lr_decay_steps": "schedules end with the run",
     "use_8bit_adam": "set optimizer to adamw8bit",
     "use_lion_optimizer": "set optimizer",

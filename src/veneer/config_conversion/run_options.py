@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from veneer.training.loop.optimizers import OPTIMIZERS
+from veneer.injection.errors import MissingExtra
+from veneer.training.loop.errors import TrainError
+from veneer.training.loop.optimizers import canonical_name, parse_arguments
 from veneer.training.loop.schedule import SCHEDULES
 from veneer.training.objective.timestep_sampling import DENSITIES
 
@@ -14,11 +16,9 @@ from .source_table import SourceTable
 SAME_OPTIMIZER = {
     "adam": "adamw",
     "adam8bit": "adamw8bit",
-    "pagedadamw8bit": "adamw8bit",
     "sgdnesterov": "sgd",
     "prodigyopt": "prodigy",
 }
-SAME_SCHEDULE = {"constant_with_warmup": "constant"}
 SAME_DENSITY = {"sigma": "uniform", "linear": "uniform", "weighted": "uniform"}
 
 
@@ -31,31 +31,35 @@ def set_optimizer(source: SourceTable, options: dict[str, Any], key: str, argume
     given = source.take(key)
     if given is not None:
         name = str(given).lower().replace("_", "").replace("-", "")
-        known = name if name in OPTIMIZERS else SAME_OPTIMIZER.get(name)
-        if known in OPTIMIZERS:
-            options["optimizer"] = known
-            if known != name:
-                source.remark("changed", key, f"{known} is used")
+        try:
+            options["optimizer"] = canonical_name(SAME_OPTIMIZER.get(name, str(given)))
+        except TrainError as error:
+            source.remark("left_out", key, f"{error}; adamw is used")
         else:
-            source.remark("left_out", key, f"expected one of {', '.join(OPTIMIZERS)}; adamw is used")
+            if name in SAME_OPTIMIZER:
+                source.remark("changed", key, f"{options['optimizer']} is used")
     extra = source.take(arguments, {})
     texts = extra.split() if isinstance(extra, str) else extra
     pairs = texts if isinstance(texts, Mapping) else dict(str(text).partition("=")[::2] for text in texts)
     for name, value in pairs.items():
         if name == "weight_decay":
             options["weight_decay"] = float(value)
-        else:
+            continue
+        try:
+            parse_arguments(options.get("optimizer", "adamw"), {name: value})
+        except (TrainError, MissingExtra) as error:
             source.content[f"{arguments}.{name}"] = value
-            source.remark("left_out", f"{arguments}.{name}", "optimizers have the defaults of their library")
+            source.remark("left_out", f"{arguments}.{name}", str(error))
+        else:
+            options.setdefault("optimizer_args", {})[name] = value
 
 
 def set_schedule(source: SourceTable, options: dict[str, Any], key: str, warmup: str) -> None:
     """The learning-rate schedule and its warm-up: steps, or a share of the steps below 1."""
     given = source.take(key)
     if given is not None:
-        name = SAME_SCHEDULE.get(given, given) if given not in SCHEDULES else given
-        if name in SCHEDULES:
-            options["schedule"] = name
+        if given in SCHEDULES:
+            options["schedule"] = given
         else:
             source.remark("left_out", key, f"expected one of {', '.join(SCHEDULES)}; constant is used")
             options["schedule"] = "constant"

@@ -14,7 +14,7 @@ from PIL import Image
 from veneer import base_models
 from veneer.base_models.devices import Dtype, resolve_device
 from veneer.base_models.loading import load_on_device
-from veneer.base_models.schedulers import Scheduler, use_scheduler
+from veneer.base_models.schedulers import Scheduler, other_scheduler
 from veneer.formats import format_of, load_all, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, VeneerError, methods
@@ -99,7 +99,7 @@ def generate_with_control(config: ControlGenerateConfig, adapters: list[tuple[Pa
     report = PhaseReport(None, sys.stderr)
     report("loading")
     pipe = load_on_device(base, device, config.dtype, config.quantize)
-    use_scheduler(pipe, config.scheduler)
+    pipe.scheduler = other_scheduler(pipe.scheduler, config.scheduler)
     prepare_base.freeze(pipe)
     kind = family(pipe)
     loaded = [(a, path) for path, scale in adapters for a in load_all(pipe, path, scale=scale)]

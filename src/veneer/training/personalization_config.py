@@ -183,8 +183,8 @@ class PersonalizeConfig(DatasetFields, DiffusionTrainingOptions):
             ValueError: a method option out of range.
         """
         check_features(self.features)
-        named = dataclasses.replace(self, **trigger_words(self.init_from, self.concept, self.class_word))
-        resolved = {"concept": named.concept, "class_word": named.class_word, **default_subject(named)}
+        resolved: dict[str, Any] = {**trigger_words(self.init_from, self.concept, self.class_word)}
+        resolved |= default_subject(dataclasses.replace(self, **resolved))
         preset = base_models.preset(self.base)
         names = split_methods(self.method)
         known = {name: dict(preset.training.get(name, {})) for name in names}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from veneer.base_models.schedulers import Scheduler
 from veneer.injection.errors import OptionError
 
 from .loop.optimizer_options import OptimizerOptions
@@ -47,13 +48,12 @@ class DiffusionTrainingOptions(TrainingOptions):
         with_: adapter files, FILE or FILE:STRENGTH, on top of which the run trains: they are attached first, stay fixed, and are
             needed again to generate.
         preview_steps: denoising steps of previews, metrics and the image grid (default: the preset of the base model).
-        preview_scheduler: scheduler of these images, a class of diffusers such as `DPMSolverMultistep` or `EulerDiscrete`
-            (default: that of the base model).
+        preview_scheduler: scheduler (sampler) of these images (default: that of the base model).
     """
 
     with_: tuple[str, ...] = ()
     preview_steps: int | None = None
-    preview_scheduler: str = ""
+    preview_scheduler: Scheduler | None = None
 
     def check_training_options(self) -> None:
         """Also checks the options of preview images that need no base model.

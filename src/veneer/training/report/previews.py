@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from veneer.base_models.presets import Preset
+from veneer.base_models.schedulers import Scheduler, other_scheduler
 from veneer.injection.attachment.attachment import Attachment
 from veneer.injection.errors import OptionError, VeneerError
 
@@ -45,7 +46,7 @@ class PreviewSettings:
         negative: negative prompt, for pipelines that support it.
         size: (height, width) in pixels (default: that of the pipeline).
         batch: batch size; affects speed and memory, and images only by rounding.
-        scheduler: scheduler class of diffusers, or "" for that of the pipeline.
+        scheduler: scheduler by name, or None for that of the pipeline.
     """
 
     seeds: tuple[int, ...] = (0,)
@@ -54,7 +55,7 @@ class PreviewSettings:
     negative: str = ""
     size: tuple[int, int] | None = None
     batch: int = 1
-    scheduler: str = ""
+    scheduler: Scheduler | None = None
 
     def __post_init__(self) -> None:
         for name, given in (("seeds", len(self.seeds)), ("steps", self.steps), ("batch", self.batch)):
@@ -176,7 +177,7 @@ def _generate(
     accepts = set(inspect.signature(pipe.__call__).parameters)
     found: list[Preview] = []
     with evaluation_mode(pipe), restore_encoders(pipe), torch.no_grad():  # not inference mode, in which optimum-quanto fails
-        scheduler = sampling_scheduler(pipe.scheduler, settings.scheduler)
+        scheduler = other_scheduler(pipe.scheduler, settings.scheduler)
         for start in range(0, len(jobs), settings.batch):
             part = jobs[start : start + settings.batch]
             pipe.scheduler = copy.deepcopy(scheduler)
@@ -185,25 +186,6 @@ def _generate(
             if progress is not None:
                 progress(len(part))
     return found
-
-
-def sampling_scheduler(scheduler: Any, name: str) -> Any:
-    """A scheduler of another class with the config of `scheduler`.
-
-    Args:
-        name: class of diffusers, with or without `Scheduler` at its end, or "" for `scheduler` itself.
-    Raises:
-        OptionError: the class is unknown or not compatible.
-    """
-    if not name:
-        return scheduler
-    classes = {cls.__name__: cls for cls in scheduler.compatibles}
-    cls = classes.get(name) or classes.get(f"{name}Scheduler")
-    if cls is None:
-        message = f"preview_scheduler is {name!r}; expected a class that is compatible with {type(scheduler).__name__}: "
-        expected = tuple(sorted(classes))
-        raise OptionError(f"{message}{', '.join(expected)}.", option="preview_scheduler", given=name, expected=expected)
-    return cls.from_config(scheduler.config)
 
 
 def replace_words(prompt: str, words: Mapping[str, str]) -> str:
