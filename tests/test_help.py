@@ -128,7 +128,7 @@ def test_import_of_veneer_is_lazy_and_complete() -> None:
         ("veneer personalize --method ssf --ssf.", ["--ssf.by-site"]),
         ("veneer control gen", ["generate"]),
         ("veneer merge a b --method dare", ["dare", "dare_ties"]),
-        ("veneer personalize --config none.toml --opti", ["--optimizer"]),
+        ("veneer personalize --config none.toml --opti", ["--optimizer", "--optimizer-args"]),
     ],
 )
 def test_shell_completion_of_commands_flags_and_values(line: str, expected: list[str], tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from veneer.pipelines.quantization_benchmark import FLOAT, KINDS, collect, errors, run_all, table
+from veneer.pipelines.quantization_benchmark import FLOAT, KINDS, collect, run_all, table
 
 from tests.base_models.quantized import kinds, needs
 from veneer import base_models
+from veneer.benchmarks.quantization_error import errors
 
 BOUNDS = {"fp8": (0.02, 0.03), "int8": (0.004, 0.011), "nf4": (0.08, 0.11)}
 

@@ -30,6 +30,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "inspect": ("veneer inspect toy.safetensors",),
     "convert": ("veneer convert runs/toy-lora --to kohya",),
+    "convert-config": ("veneer convert-config dataset.toml --out run.toml",),
     "merge": ("veneer merge toy.safetensors style.safetensors --weights 1 0.5 --method ties",),
     "extract": ("veneer extract tuned/ --base original/ --rank 32",),
     "resize": ("veneer resize toy.safetensors --rank 8",),

@@ -8,6 +8,6 @@ from .state import names_of, pack, unpack
 
 __all__ = [
     "OptimizerWarning", "ParameterGroup", "averages_weights", "base_rate", "build", "canonical_name", "check_name",
-    "end_training", "evaluation_mode", "group_settings", "is_learning_rate_free", "names", "names_of", "pack", "parse_arguments", "set_rates",
-    "start_training", "unpack", "warn_ignored_rates",
+    "end_training", "evaluation_mode", "group_settings", "is_learning_rate_free", "names", "names_of", "pack", "parse_arguments",
+    "set_rates", "start_training", "unpack", "warn_ignored_rates",
 ]  # fmt: skip
