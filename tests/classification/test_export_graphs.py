@@ -21,7 +21,7 @@ from veneer.injection import VeneerError, attachments
 
 METHODS = {"timm_swin": "dora", "timm_convnext": "ssf", "timm_conv": "loha", "clip_classifier": "bitfit"}
 """A mergeable method for each host."""
-UNMERGED = [("vit", "adaptformer"), ("clip", "cocoop"), ("resnet", "tip_adapter")]
+UNMERGED = [("convnext", "adaptformer"), ("clip", "cocoop"), ("resnet", "tip_adapter")]
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 
 

@@ -28,7 +28,7 @@ def channels_product(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Lay
     if layout != "NCHW":
         low = project(x, weight)
         return low if bias is None else low + bias
-    wide = weight.expand(len(x), -1, -1)
+    wide = weight.expand(x.shape[0], -1, -1)  # len(x) would be a constant of an exported graph
     low = torch.bmm(wide, x.flatten(2)) if bias is None else torch.baddbmm(bias[:, None], wide, x.flatten(2))
     return low.unflatten(2, x.shape[2:])
 
