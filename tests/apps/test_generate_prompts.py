@@ -61,6 +61,19 @@ def test_token_without_selected_adapter_is_reported(context: Context) -> None:
     assert find_missing(Workspace(context.root, "eve"), "a <toy>", [], []).known == {}, "another's adapters are not named"
 
 
+def test_an_adapter_with_several_concepts_has_all_their_tokens(context: Context, base: str) -> None:
+    here = context.workspace(None)
+    tokens = {"<cup>": "cup", "<lamp>": ""}
+    provenance = {"concept": "<cup>", "class_word": "cup", "concepts": tokens}
+    file = here.adapters / "two.safetensors"
+    native.save(perturbed(veneer.base_models.load(base), "lora"), file, provenance=provenance)
+    try:
+        assert find_missing(here, "a <cup> under a <lamp>", ["two"], ["two"]).describe() == ""
+        assert find_missing(here, "a <lamp> and a <toy>", ["style"], ["style", "two"]).known == {"<lamp>": "two"}
+    finally:
+        file.unlink()
+
+
 @pytest.mark.parametrize("way", ["with", "both", "sweep"])
 def test_long_prompt_is_truncated_with_a_note(context: Context, base: str, way: str) -> None:
     long = "a red <toy> " + "on grass " * 60 + "beside <water>"
