@@ -10,7 +10,7 @@ from veneer import base_models
 from veneer.base_models.devices import Dtype, resolve_device
 from veneer.base_models.loading import load_on_device
 from veneer.base_models.offloading import Offload, check_offload, offload_pipeline
-from veneer.formats import load_all, read
+from veneer.formats import load_all, local_path, read
 from veneer.formats.native import KEY
 from veneer.injection import Attachment, OptionError
 from veneer.training import prepare_base
@@ -26,7 +26,7 @@ class GenerateConfig:
 
     Args:
         prompt: one or more prompts; for DiT class labels.
-        adapter: files or folders, each with an optional strength: `runs/toy-lora` or `runs/toy-lora:0.8`.
+        adapter: files, folders or hub names, each with an optional strength: `runs/toy-lora` or `user/toy-lora:0.8`.
         base: base model: `bundled`, a folder, a file or a hub name (default: the base model of the first adapter).
         negative_prompt: negative prompt (default: the base model's).
         images_per_prompt: images to generate per prompt; their seeds count up from `seed`.
@@ -83,29 +83,40 @@ def generate(config: GenerateConfig) -> list[Path]:
 
     settings = settings_of(config, base_models.preset(base))
     made = previews(pipe, prompts, settings)
-    used = [{"file": str(path), "scale": scale} for path, scale in adapters]
+    used = [{"file": name, "scale": scale} for name, scale in map(split_strength, config.adapter)]
     config.out.mkdir(parents=True, exist_ok=True)
     files = [save_preview(config.out, preview, {"base": base, "adapters": used}) for preview in made]
     if config.side_by_side:
-        files.append(_write_comparison(replace(config, prompt=tuple(prompts)), pipe, attached, settings))
+        files.append(
+            _write_comparison(replace(config, prompt=tuple(prompts)), pipe, attached, settings, [path for path, _ in adapters])
+        )
     return files
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
-    """Path and strength from `PATH` or `PATH:strength`.
+    """Local path and strength from `PATH` or `PATH:strength`; a path that does not exist may be a hub name.
 
     Raises:
-        VeneerError: the path does not exist.
+        VeneerError: the path does not exist, or the hub has no such adapter.
     """
-    path, _, number = text.rpartition(":")
-    try:
-        scale, place = (float(number), Path(path)) if path and not Path(text).exists() else (1.0, Path(text))
-    except ValueError:
-        scale, place = 1.0, Path(text)
+    name, scale = split_strength(text)
+    place = local_path(name)
     if not place.exists():
-        message = f"adapter {text!r}: no such file or folder. Expected PATH or PATH:strength, such as runs/toy-lora:0.8."
+        message = (
+            f"adapter {text!r}: no such file or folder. Expected PATH or PATH:strength, such as runs/toy-lora:0.8, or a hub name "
+            "such as user/toy-lora."
+        )
         raise OptionError(message, option="adapter", given=text, file=place)
     return place, scale
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """Name and strength of `NAME` or `NAME:strength`; an existing path may contain the colon."""
+    name, _, number = text.rpartition(":")
+    try:
+        return (name, float(number)) if name and not Path(text).exists() else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def base_of(path: Path) -> str | None:
@@ -146,8 +157,10 @@ def _truncated(kind: Family, prompt: str) -> str:
     return short
 
 
-def _write_comparison(config: GenerateConfig, pipe: Any, attached: list[Attachment], settings: PreviewSettings) -> Path:
-    words = {word: usual for text in config.adapter for word, usual in words_for_base(parse_adapter(text)[0]).items()}
+def _write_comparison(
+    config: GenerateConfig, pipe: Any, attached: list[Attachment], settings: PreviewSettings, paths: list[Path]
+) -> Path:
+    words = {word: usual for path in paths for word, usual in words_for_base(path).items()}
     found = generate_pairs(pipe, attached, config.prompt, settings, words)
     rows = [GridRow(f"{pair.prompt}, seed {pair.seed}", ((pair.base,), (pair.adapted,))) for pair in found]
     image = make_grid(rows, columns=("without", "with"))

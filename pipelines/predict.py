@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from veneer.classification.predict import Prediction, find_images, open_predictor
+from veneer.formats import local_path
 from veneer.injection import OptionError, VeneerError
 
 __all__ = ["PredictConfig", "predict"]
@@ -20,7 +21,7 @@ class PredictConfig:
     """Configuration of `veneer predict` and its defaults.
 
     Args:
-        folder: folder that `veneer transfer --out` has written.
+        folder: folder that `veneer transfer --out` has written, or a hub name such as `user/pets`.
         images: images, and folders of images.
         top: classes to list per image.
         format: `text`, `json` (one line per image) or `csv`.
@@ -55,7 +56,9 @@ def predict(config: PredictConfig) -> Iterator[str]:
     if config.format == "csv":
         yield _row(["image", "label", "probability", "problem"])
     read = False
-    for prediction in open_predictor(config.folder).predict(images, config.top, config.batch):
+    folder = local_path(config.folder)
+    folder = folder if folder.is_dir() or folder == config.folder else folder.parent  # of a hub name, the adapter file
+    for prediction in open_predictor(folder).predict(images, config.top, config.batch):
         read = read or not prediction.problem
         yield FORMS[config.format](prediction)
     if not read:

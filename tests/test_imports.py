@@ -16,7 +16,7 @@ import veneer
 
 SOURCE = Path(veneer.__file__).parent
 ROOT = SOURCE.parent.parent
-JOBS = {"atomic_files", "base_models", "extras", "formats", "injection", "models", "training"}
+JOBS = {"atomic_files", "base_models", "extras", "formats", "hub", "injection", "models", "training"}
 ALLOWED = {
     "allocator": set(),
     "atomic_files": set(),
@@ -26,20 +26,21 @@ ALLOWED = {
     "version": set(),
     "functional": set(),
     "static_source": {"discovery"},
+    "hub": {"injection"},
     "injection": {"discovery"},
     "extras": {"injection"},
     "models": {"injection"},
     "hosts": {"injection", "models"},
     "methods": {"functional", "injection"},
-    "formats": {"atomic_files", "functional", "injection", "version"},
+    "formats": {"atomic_files", "functional", "hub", "injection", "version"},
     "adapter_merging": {"formats", "functional", "injection"},
     "testing": {"base_models", "formats", "functional", "injection"},
-    "base_models": {"extras", "injection"},
+    "base_models": {"extras", "hub", "injection"},
     "full_size_models": {"base_models", "injection", "models"},
     "method_catalog": {"flags", "full_size_models", "injection"},
     "method_search": {"method_catalog"},
     "listing": {"discovery", "static_source", "testing", "veneer"},
-    "training": {"atomic_files", "base_models", "extras", "formats", "injection", "methods"},
+    "training": {"atomic_files", "base_models", "extras", "formats", "hub", "injection", "methods"},
     "classification": JOBS,
     "control": JOBS,
     "benchmarks": {*JOBS, "testing"},

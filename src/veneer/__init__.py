@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from veneer.classification.data.transforms import ViewError
     from veneer.classification.models.classifier import ModelError
     from veneer.formats import load, load_all
+    from veneer.hub.errors import HubError
     from veneer.injection import Attachment, activate, attach, attachments, merges, mixed
     from veneer.injection.errors import (
         BaseModelError,
@@ -66,9 +67,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Attachment", "BaseModelError", "BenchError", "BlockedGradient", "CacheWarning", "CheckpointError", "CheckpointWarning",
-    "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite", "DiskFull", "Diverged", "HostChanged", "LoadError",
-    "MissingExtra", "ModelError", "OptionError", "PhotoError", "PreflightError", "PromptError", "PromptWarning", "SaveError",
-    "SelectionError", "StateError", "TextError", "TipAdapterError", "TrainError", "UnknownName", "UnknownOption",
+    "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite", "DiskFull", "Diverged", "HostChanged", "HubError",
+    "LoadError", "MissingExtra", "ModelError", "OptionError", "PhotoError", "PreflightError", "PromptError", "PromptWarning",
+    "SaveError", "SelectionError", "StateError", "TextError", "TipAdapterError", "TrainError", "UnknownName", "UnknownOption",
     "UnsupportedSite", "VeneerError", "VeneerWarning", "ViewError", "activate", "adapter_merging", "attach", "attachments",
     "base_models", "classification", "control", "formats", "functional", "hosts", "injection", "load", "load_all", "merges",
     "methods", "mixed", "models", "sites", "testing", "training",
@@ -80,6 +81,7 @@ _MODULES = {
     "classification.data.transforms": ("ViewError",),
     "classification.models.classifier": ("ModelError",),
     "formats": ("load", "load_all"),
+    "hub.errors": ("HubError",),
     "injection": ("Attachment", "activate", "attach", "attachments", "merges", "mixed"),
     "injection.errors": (
         "BaseModelError", "BlockedGradient", "ConditionError", "DeadSite", "HostChanged", "LoadError", "MissingExtra",
