@@ -19,8 +19,8 @@ class MergeConfig:
 
     Args:
         files: safetensors files of any format, folders or hub names, of adapters of any methods that change weights. Trained
-            token embeddings, such as those of pivotal tuning, are kept: in the same file, or in one file each if the format cannot
-            contain them.
+            token embeddings, such as those of pivotal tuning, are kept: in the same file, or in one file each if the format
+            cannot contain them.
         weights: one weight per file, also negative ones (default: 1). Token embeddings are not scaled. `PATTERN=NUMBER;...` sets
             other weights for parts of the model, in the terms of `veneer sites`, such as "attn=0.5;text/attn=0"; the rest has 1.
         method: `sum` (exact, ranks add up; LoRA only), `svd` (the sum, truncated to a rank), `ties`, `dare` or `dare_ties`.

@@ -42,11 +42,15 @@ ALLOWED = {
     "listing": {"discovery", "static_source", "testing", "veneer"},
     "training": {"atomic_files", "base_models", "extras", "formats", "hub", "injection", "methods"},
     "classification": JOBS,
+    "publishing": {*JOBS, "version"},
     "control": JOBS,
     "benchmarks": {*JOBS, "testing"},
     "commands": {*JOBS, "classification", "config_file", "discovery", "flags", "listing", "methods", "static_source"},
     "cli": {"allocator", "commands", "extras", "version"},
-    "pipelines": {*JOBS, "adapter_merging", "benchmarks", "classification", "cli", "config_file", "control", "flags", "methods"},
+    "pipelines": {
+        *JOBS, "adapter_merging", "benchmarks", "classification", "cli", "config_file", "control", "flags", "methods",
+        "publishing",
+    },
     "apps": {
         *JOBS, "adapter_merging", "allocator", "classification", "cli", "control", "flags", "full_size_models", "method_catalog",
         "method_search", "methods", "pipelines", "veneer",

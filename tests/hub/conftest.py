@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 
 from .server import TOKEN, Hub, serve
 
@@ -18,12 +18,11 @@ SETTINGS = ("HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN")
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A running server; the client of this process uses it, with an empty cache and without a token."""
+    home = tmp_path / "home"
     with serve() as state:
         for name in SETTINGS:
             monkeypatch.delenv(name, raising=False)
-        home = tmp_path / "home"
-        monkeypatch.setattr(constants, "ENDPOINT", state.address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", state.address + "/{repo_id}/resolve/{revision}/{filename}")
+        _point_to(state.address, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(home / "stored_tokens"))
@@ -42,9 +41,14 @@ def disconnect(monkeypatch: pytest.MonkeyPatch) -> str:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    _point_to(address, monkeypatch)
+    return address
+
+
+def _point_to(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    return address
+    monkeypatch.setattr(hf_api.api, "endpoint", address)  # of the client's functions, which diffusers calls
 
 
 def environment(hub: Hub, home: Path, **more: str) -> dict[str, str]:

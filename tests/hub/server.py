@@ -189,7 +189,8 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{request.get('organization') or 'user'}/{request['name']}"
         self._writer(name)
         if name in self.hub.repositories:
-            raise _Refusal(409, text="You already created this model repo")
+            self._json({"error": "You already created this model repo", "url": f"{self.hub.address}/{name}"}, 409)
+            return
         self.hub.add(
             name, {".gitattributes": b""}, private=bool(request.get("private")) or request.get("visibility") == "private"
         )
@@ -228,8 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["X-Linked-Size"] = str(entry["size"])
         self._send(files[file], 200, {**headers, "ETag": f'"{entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]}"'})
 
-    def _json(self, value: Any) -> None:
-        self._send(json.dumps(value).encode(), 200, {"Content-Type": "application/json"})
+    def _json(self, value: Any, status: int = 200) -> None:
+        self._send(json.dumps(value).encode(), status, {"Content-Type": "application/json"})
 
     def _send(self, body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)

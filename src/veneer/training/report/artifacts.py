@@ -24,6 +24,7 @@ from veneer.injection.attachment.attachment import Attachment
 from .. import attach_methods
 from ..data.image_io import read_photo
 from ..data.photo_folder import Photo
+from ..families import family
 from ..loop.disk_space import optional, writing
 from ..loop.distributed import whole_weights
 from ..loop.trainer import TrainResult
@@ -33,6 +34,7 @@ from .image_grid import GridRow, before_after, make_grid
 from .metrics import Metrics, measure
 from .personalization_verdict import personal_verdict
 from .phases import PhaseReport
+from .png_metadata import SAMPLES, save_samples
 from .previews import PreviewPair, PreviewSettings, generate_pairs, previews
 from .progress import clock
 from .verdict import read_verdict
@@ -116,8 +118,9 @@ def write_results(run: PersonalizationRun, result: TrainResult) -> dict[str, Any
     run.report("saving")
     grid = _image_grid(run, result, photos, concept, metrics)
     optional(run.out, GRID, lambda: write_image(grid, run.out / GRID), run.notes)
+    samples = optional(run.out, SAMPLES, lambda: _write_samples(run, concept), run.notes)
     run.report.close()
-    record = _record(run, result, files, metrics)
+    record = {**_record(run, result, files, metrics), "samples": samples or []}
     text = json.dumps(record, indent=2, ensure_ascii=False, default=str, allow_nan=False)
     with writing(run.out, "result.json"):
         write_atomically(run.out / "result.json", (text + "\n").encode())
@@ -135,6 +138,7 @@ def final_message(run: PersonalizationRun, record: dict[str, Any]) -> str:
             *([str(record["scores"])] if record.get("scores") else []),
             read_verdict(record).text(),
             f"compare with the base model: veneer generate {prompt} --adapter {shlex.quote(str(run.out))} --side-by-side",
+            f"upload with a model card: veneer push {shlex.quote(str(run.out))} USER/REPO",
         ]
     )
 
@@ -146,7 +150,8 @@ def write_files(run: PersonalizationRun) -> list[str]:
 
 
 def _write_files(run: PersonalizationRun) -> list[str]:
-    provenance = {"base": str(run.config.base), "concept": run.config.concept, "class_word": run.config.class_word}
+    provenance = _provenance(run)
+    exported = {**provenance, "base": Path(provenance["base"]).name} if Path(provenance["base"]).exists() else provenance
     with writing(run.out, ADAPTER):
         native.save(run.attached, run.out / ADAPTER, provenance=provenance)
     files = [ADAPTER]
@@ -157,9 +162,34 @@ def _write_files(run: PersonalizationRun) -> list[str]:
             name, save = "pytorch_lora_weights.safetensors", diffusers_format.save
         else:
             continue
-        if optional(run.out, name, functools.partial(save, attachment, run.out / name), run.notes) is not None:
+        if optional(run.out, name, functools.partial(save, attachment, run.out / name, exported), run.notes) is not None:
             files.append(name)
     return files
+
+
+def _write_samples(run: PersonalizationRun, concept: Sequence[PreviewPair]) -> list[dict[str, Any]]:
+    """Writes the images of the image grid without the photos: one grid of base and adapted images, and one file per prompt."""
+    prompts = run.prompts[:GRID_PROMPTS]
+    pairs = [pair for pair in concept if pair.prompt in prompts]
+    (run.out / SAMPLES).mkdir(exist_ok=True)
+    heads = "base model", "with the adapter"
+    write_image(before_after([], pairs, heads=heads), run.out / SAMPLES / "grid.png")
+    first = [next(pair for pair in pairs if pair.prompt == prompt) for prompt in dict.fromkeys(prompts)]
+    return save_samples(run.out, [(pair.adapted, {"prompt": pair.prompt, "seed": pair.seed}) for pair in first])
+
+
+def _provenance(run: PersonalizationRun) -> dict[str, Any]:
+    """Origin of the adapters, without a date: equal runs write equal files."""
+    scheduler = getattr(run.pipe, "scheduler", None)
+    facts = {
+        "base": str(run.config.base),
+        "concept": run.config.concept,
+        "class_word": run.config.class_word,
+        "resolution": run.config.resolution or family(run.pipe).resolution,
+        "photos": len(run.photos),
+        "prediction_type": scheduler.config.get("prediction_type") if scheduler is not None else None,
+    }
+    return {name: value for name, value in facts.items() if value is not None or name == "class_word"}
 
 
 def _image_grid(
