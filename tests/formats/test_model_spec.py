@@ -20,7 +20,7 @@ from veneer.testing.pipelines import tiny_pipeline
 SAVE = {"kohya": kohya.save, "comfyui": comfyui.save, "diffusers": diffusers.save, "lycoris": lycoris.save}
 FACTS = {
     "base": "/models/owner/v1", "concept": "<toy>", "class_word": "toy", "resolution": 64, "photos": 5,
-    "prediction_type": "epsilon", "title": "My toy",
+    "prediction_type": "epsilon", "title": "My toy", "trains_token": True,
 }  # fmt: skip
 
 
@@ -100,6 +100,8 @@ def test_conversion_keeps_the_trigger_word_and_merging_names_its_sources(tmp_pat
         assert (found["modelspec.trigger_phrase"], found["modelspec.resolution"]) == ("toy", "64x64")
         assert found["modelspec.title"] == "toy LoRA"
     merged = metadata(saved("kohya", tmp_path, facts={"concept": "toy", "merged": ["a.safetensors", "b.safetensors"]}))
+    plain = metadata(saved("kohya", tmp_path, facts={**FACTS, "trains_token": False}))
+    assert plain["modelspec.trigger_phrase"] == "<toy>", "without an embedding, the prompts of the training have it as text"
     assert merged["modelspec.merged_from"] == "a.safetensors, b.safetensors"
     assert "modelspec.trigger_phrase" not in merged
 

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,9 +30,10 @@ class Repository:
     gated: bool = False
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
 
-    def commit(self, files: Mapping[str, bytes]) -> str:
-        """Adds a commit with these files over the last one's; returns its id."""
+    def commit(self, files: Mapping[str, bytes], deleted: Collection[str] = ()) -> str:
+        """Adds a commit with these files over the last one's, without the deleted ones; returns its id."""
         merged = {**(self.commits[-1][1] if self.commits else {}), **files}
+        merged = {name: data for name, data in merged.items() if name not in deleted}
         text = repr((len(self.commits), sorted((name, hashlib.sha256(data).hexdigest()) for name, data in merged.items())))
         self.commits.append((hashlib.sha1(text.encode()).hexdigest(), merged))
         return self.commits[-1][0]
@@ -206,6 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, name: str, body: bytes) -> None:
         files: dict[str, bytes] = {}
+        deleted: list[str] = []
         for line in body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
@@ -214,8 +216,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
             elif entry["key"] == "deletedFile":
-                self.hub.repositories[name].commits[-1][1].pop(value["path"])
-        commit = self.hub.repositories[name].commit(files)
+                deleted.append(value["path"])
+        commit = self.hub.repositories[name].commit(files, deleted)
         self._json({"success": True, "commitOid": commit, "commitUrl": f"{self.hub.address}/{name}/commit/{commit}"})
 
     def _resolve(self, repository: Repository, revision: str, file: str) -> None:

@@ -31,7 +31,10 @@ from .conftest import disconnect, environment
 from .runs import SECRET, base_files, classification, control_run, personalization
 from .server import READ_TOKEN, Hub
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # of the hub's client with httpx
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning"),  # of the hub's client with httpx
+    pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning"),  # of diffusers
+]
 STEPS = {"num_inference_steps": 2, "output_type": "pt"}
 
 
@@ -210,7 +213,7 @@ def test_second_push_updates_and_removes_old_samples(hub: Hub, token: None, run:
     assert commits[2][1]["adapter.safetensors"] == commits[1][1]["adapter.safetensors"]
     assert b"license: mit" in commits[2][1]["README.md"]
     puts = [request for request in hub.requests if request.startswith("PUT")]
-    assert len(puts) == uploads + 1, "only the file that has the license in its metadata"
+    assert len(puts) == uploads + 2, "only the files for ComfyUI, which have the license in their metadata"
 
 
 def test_control_loads_in_diffusers(hub: Hub, token: None, controlled: Path, tmp_path: Path) -> None:

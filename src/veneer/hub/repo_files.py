@@ -102,8 +102,13 @@ def download_dataset(name: str) -> Path:
 
 def _download(parsed: RepoName, name: str, kind: str, choose: Choose) -> tuple[Path, Sequence[str]]:
     """Folder of a repository in the local cache, and the chosen files in it."""
-    import huggingface_hub
-
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        message = (
+            f"hub: {name!r} needs huggingface_hub, which is not installed. pip install huggingface_hub, or pass a local file."
+        )
+        raise HubError(message, where="library", given=name, expected="huggingface_hub") from error
     where: dict[str, Any] = {"repo_id": parsed.repo, "repo_type": kind, "revision": parsed.revision}
     with hub() as why:
         try:

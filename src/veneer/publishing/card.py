@@ -61,7 +61,7 @@ def _base(facts: CardFacts) -> str:
     if run.hub_base:
         return f"[{run.hub_base}](https://huggingface.co/{run.hub_base})"
     if run.is_bundled:
-        return "veneer's bundled base model (128-pixel images)" if run.base == "bundled" else "veneer's bundled CLIP"
+        return "veneer's bundled base model for 128-pixel images" if run.base == "bundled" else "veneer's bundled CLIP"
     return f"`{run.base_label}`" + ("" if run.kind == "transfer" else ", a base model that is not on the hub")
 
 
@@ -111,7 +111,7 @@ def _limitations(facts: CardFacts) -> Iterator[str]:
         yield "It knows only its classes: an image of something else is assigned to one of them."
         yield "The scores hold for images like those of the test split; measure it on your own."
         return
-    yield f"It fits its base model only ({_base(facts)}), and has that model's biases and limits."
+    yield f"It fits its base model only, {_base(facts)}, and has that model's biases and limits."
     if run.kind == "personalize":
         photos = len(run.record.get("photos", ()))
         yield f"It was trained on {photos} photo{'s' * (photos != 1)}: poses and places that they do not show may be worse."

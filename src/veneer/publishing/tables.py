@@ -51,12 +51,15 @@ def setting_rows(run: RunRecord) -> list[Row]:
     count = run.record.get("parameters") or run.record.get("trainable_parameters")
     rows += [("trainable parameters", f"{count:,}")] if count else []
     rows += [("steps", f"{training['steps']:,}")] if training.get("steps") else []
-    rows += [(name.replace("_", " "), _plain(config[name])) for name, _ in _set_options({k: config.get(k) for k in SETTINGS})]
+    options = {name: config.get(name) or training.get(name) for name in SETTINGS} | {"seed": str(config.get("seed", 0))}
+    if not config.get("class_images"):
+        del options["prior_loss_weight"]
+    rows += [(name.replace("_", " "), _plain(value)) for name, value in _set_options(options)]
     versions = run.record.get("versions", {})
     return [*rows, ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
 
 
-def score_rows(run: RunRecord) -> tuple[list[Row], str]:
+def score_rows(run: RunRecord) -> tuple[Sequence[Row], str]:
     """Scores with their 95 % intervals, and a note on what they are; no rows if the run was not evaluated."""
     if run.kind == "transfer":
         record, validation = run.record, run.record["validation"]
@@ -83,7 +86,7 @@ def score_rows(run: RunRecord) -> tuple[list[Row], str]:
     )
 
 
-def file_rows(files: Mapping[str, int]) -> list[Row]:
+def file_rows(files: Mapping[str, int]) -> Sequence[Row]:
     """Name, size and content of each weights file and config."""
     rows = []
     for name, size in files.items():

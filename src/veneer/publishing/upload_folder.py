@@ -121,4 +121,5 @@ def _model_of(run: RunRecord, file: Path) -> Any:
     architecture = formats.architecture_of(file)
     if architecture is not None:
         return base_models.architecture(architecture)
-    return base_models.load(run.base, **({"local_files_only": True} if run.hub_base else {}))
+    options: dict[str, Any] = {"local_files_only": True} if run.hub_base else {}
+    return base_models.load(run.base, **options)

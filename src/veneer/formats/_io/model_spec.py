@@ -48,8 +48,8 @@ def model_spec(
     Args:
         attachments: what is saved.
         provenance: over that of the attachments; used are `title`, `concept`, `base`, `resolution`, `prediction_type`,
-            `photos` (number of training images), `license`, `date` and `merged`.
-        implementation: whose names the tensors have (default: that which sd-scripts names).
+            `photos` (number of training images), `trains_token` (a token embedding belongs to the adapter), `license`, `date` and `merged`.
+        implementation: whose names the tensors have (default: the one that sd-scripts names).
     Returns:
         The entries; without `modelspec.sai_model_spec` and the entries that it requires if the architecture is unknown.
     """
@@ -60,7 +60,7 @@ def model_spec(
     phrase = (
         "" if facts.get("merged") else str(facts.get("concept") or "").strip()
     )  # of several files, one would be an arbitrary one
-    if implementation != DIFFUSERS:
+    if implementation != DIFFUSERS and facts.get("trains_token"):
         phrase = phrase.strip("<>")  # elsewhere, the trigger of a token embedding is its file name
     title = str(facts.get("title") or f"{phrase.strip('<>')} LoRA".strip())
     entries: dict[str, str] = {}

@@ -187,6 +187,7 @@ def _provenance(run: PersonalizationRun) -> dict[str, Any]:
         "class_word": run.config.class_word,
         "resolution": run.config.resolution or family(run.pipe).resolution,
         "photos": len(run.photos),
+        "trains_token": any(attach_methods.trains_token_embeddings(a.method) for a in run.attached),
         "prediction_type": scheduler.config.get("prediction_type") if scheduler is not None else None,
     }
     return {name: value for name, value in facts.items() if value is not None or name == "class_word"}
@@ -229,7 +230,12 @@ def _record(run: PersonalizationRun, result: TrainResult, files: list[str], metr
             }
             for a in run.attached
         ],
-        "training": {**training_record(result), "warnings": [*result.warnings, *run.notes]},
+        "training": {
+            **training_record(result),
+            "learning_rate": run.config.loop().learning_rate,
+            "resolution": run.config.resolution or family(run.pipe).resolution,
+            "warnings": [*result.warnings, *run.notes],
+        },
         "phase_seconds": {**run.report.seconds_in, "training": result.seconds},
         "metrics": metrics.as_dict() if metrics else None,
         "verdict": personal_verdict(metrics, run.config).as_dict(),
