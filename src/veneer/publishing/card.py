@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from veneer.training.report.png_metadata import SAMPLES
-from veneer.training.report.verdict import read_verdict
+from veneer.training.report.verdict import WORDS, read_verdict
 from veneer.version import __version__
 
 from .card_data import CardFacts, dataset_label, front_matter
@@ -93,7 +93,7 @@ def _scores(facts: CardFacts) -> Iterator[str]:
     lines = [
         table(("score", "value", "95 % interval"), rows),
         note,
-        f"Verdict of the evaluation: {verdict.outcome}. {verdict.summary}",
+        f"Verdict of the evaluation: {WORDS[verdict.outcome]}. {verdict.summary}",
     ]
     yield "## Scores\n\n" + "\n\n".join(lines)
 

@@ -126,5 +126,5 @@ def _set_options(options: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
+        return "; ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else "yes" if value is True else str(value)

@@ -48,7 +48,8 @@ def model_spec(
     Args:
         attachments: what is saved.
         provenance: over that of the attachments; used are `title`, `concept`, `base`, `resolution`, `prediction_type`,
-            `photos` (number of training images), `trains_token` (a token embedding belongs to the adapter), `license`, `date` and `merged`.
+            `photos` (number of training images), `trains_token` (a token embedding belongs to the adapter), `license`, `date`
+            and `merged`.
         implementation: whose names the tensors have (default: the one that sd-scripts names).
     Returns:
         The entries; without `modelspec.sai_model_spec` and the entries that it requires if the architecture is unknown.
