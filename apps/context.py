@@ -41,6 +41,7 @@ class Context:
     @staticmethod
     def create(root: Path, device: str | None = None) -> Context:
         """Creates the root folder, readable by its owner only, and the services over it."""
+        root = root.absolute()  # a relative path of a missing file would have the form of a hub name
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         return Context(root, JobQueue(root), Generator(device))
 

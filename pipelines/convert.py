@@ -23,11 +23,12 @@ class ConvertConfig:
     """Configuration of `veneer convert` and its defaults.
 
     Args:
-        file: a safetensors file of any format, or a folder with one.
+        file: a safetensors file of any format, a folder with one, or a hub name such as `user/repo`.
         to: format to write; required.
         base: base model: `bundled`, a folder, a file, a hub name, or an architecture without weights such as `sdxl` or
             `flux` (default: the base model that a native file was trained on, else the architecture that fits the file).
-        out: the new file, for peft_folder a folder (default: beside the old file, with the format in its name).
+        out: the new file, for peft_folder a folder (default: beside the old file, of a hub name in the working directory; with
+            the format in its name).
     """
 
     file: Path
@@ -47,9 +48,11 @@ def convert(config: ConvertConfig) -> list[str]:
     if config.to is None:
         message = f"convert: --to is missing; expected one of {', '.join(get_args(To))}."
         raise OptionError(message, option="to", method="convert", expected=get_args(To))
-    path = formats.read(config.file).path
+    source = formats.local_path(config.file)
+    path = formats.read(source).path
     model, provenance = open_base(config.base, [path], "convert")
-    out = config.out or path.with_name(f"{path.stem}-{config.to}.safetensors")
+    folder = path.parent if source == config.file else Path()
+    out = config.out or folder / f"{path.stem}-{config.to}.safetensors"
     return str(formats.convert(model, path, config.to, out, provenance)).splitlines()
 
 

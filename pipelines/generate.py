@@ -18,7 +18,7 @@ from veneer.formats.native import KEY
 from veneer.injection import Attachment
 from veneer.training import prepare_base
 from veneer.training.families import Family, family
-from veneer.training.fixed_adapters import missing_adapters, parse_adapter
+from veneer.training.fixed_adapters import missing_adapters, parse_adapter, split_strength
 from veneer.training.report.image_grid import GridRow, make_grid
 from veneer.training.report.phases import PhaseReport
 from veneer.training.report.png_metadata import save_png
@@ -31,7 +31,7 @@ class GenerateConfig:
 
     Args:
         prompt: one or more prompts; for DiT class labels.
-        adapter: files or folders, each with an optional strength: `runs/toy-lora` or `runs/toy-lora:0.8`.
+        adapter: files, folders or hub names, each with an optional strength: `runs/toy-lora` or `user/toy-lora:0.8`.
         base: base model: `bundled`, a folder, a file or a hub name (default: the base model of the first adapter).
         negative_prompt: negative prompt (default: the base model's).
         images_per_prompt: images to generate per prompt; their seeds count up from `seed`.
@@ -94,11 +94,12 @@ def generate(config: GenerateConfig) -> list[Path]:
 
     settings = settings_of(config, base_models.preset(base))
     made = previews(pipe, prompts, settings, progress=report("generating", len(prompts) * len(settings.seeds)))
-    used = [{"file": str(path), "scale": scale} for path, scale in adapters]
+    used = [{"file": name, "scale": scale} for name, scale in map(split_strength, config.adapter)]
     config.out.mkdir(parents=True, exist_ok=True)
     files = [save_preview(config.out, preview, {"base": base, "adapters": used}) for preview in made]
     if config.side_by_side:
-        files.append(_write_comparison(replace(config, prompt=tuple(prompts)), pipe, attached, settings, report))
+        paths = [path for path, _ in adapters]
+        files.append(_write_comparison(replace(config, prompt=tuple(prompts)), pipe, attached, settings, paths, report))
     return files
 
 
@@ -148,9 +149,14 @@ def _truncated(kind: Family, prompt: str) -> str:
 
 
 def _write_comparison(
-    config: GenerateConfig, pipe: Any, attached: list[Attachment], settings: PreviewSettings, report: PhaseReport
+    config: GenerateConfig,
+    pipe: Any,
+    attached: list[Attachment],
+    settings: PreviewSettings,
+    paths: list[Path],
+    report: PhaseReport,
 ) -> Path:
-    words = {word: usual for text in config.adapter for word, usual in words_for_base(parse_adapter(text)[0]).items()}
+    words = {word: usual for path in paths for word, usual in words_for_base(path).items()}
     count = report("comparing", 2 * len(config.prompt) * len(settings.seeds))
     found = generate_pairs(pipe, attached, config.prompt, settings, words, count)
     rows = [GridRow(f"{pair.prompt}, seed {pair.seed}", ((pair.base,), (pair.adapted,))) for pair in found]

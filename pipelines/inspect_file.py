@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer.formats import inspect
+from veneer.formats import inspect, local_path
 
 from .convert import open_base
 
@@ -15,7 +15,7 @@ class InspectConfig:
     """Configuration of `veneer inspect` and its defaults.
 
     Args:
-        file: a safetensors file of any format, or a folder with one.
+        file: a safetensors file of any format, a folder with one, or a hub name such as `user/repo`.
         base: base model to compare the file with: `bundled`, a folder, a file, a hub name, or an architecture without
             weights such as `sdxl` (default: none).
         json: print one JSON object instead of a table.
@@ -33,5 +33,6 @@ def inspect_file(config: InspectConfig) -> list[str]:
     Raises:
         VeneerError: an incomplete safetensors file, or a base model that does not exist.
     """
-    found = inspect(config.file, open_base(config.base, [config.file], "inspect")[0] if config.base else None)
+    file = local_path(config.file)
+    found = inspect(file, open_base(config.base, [file], "inspect")[0] if config.base else None)
     return [found.to_json()] if config.json else str(found).splitlines()

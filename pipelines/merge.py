@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from veneer import adapter_merging
+from veneer import adapter_merging, formats
 from veneer.injection import OptionError
 
 from .convert import To, open_base
@@ -18,8 +18,9 @@ class MergeConfig:
     """Configuration of `veneer merge` and its defaults.
 
     Args:
-        files: safetensors files of any format, of adapters of any methods that change weights. Trained token embeddings, such as
-            those of pivotal tuning, are kept: in the same file, or in one file each if the format cannot contain them.
+        files: safetensors files of any format, folders or hub names, of adapters of any methods that change weights. Trained
+            token embeddings, such as those of pivotal tuning, are kept: in the same file, or in one file each if the format
+            cannot contain them.
         weights: one weight per file, also negative ones (default: 1). Token embeddings are not scaled. `PATTERN=NUMBER;...` sets
             other weights for parts of the model, in the terms of `veneer sites`, such as "attn=0.5;text/attn=0"; the rest has 1.
         method: `sum` (exact, ranks add up; LoRA only), `svd` (the sum, truncated to a rank), `ties`, `dare` or `dare_ties`.
@@ -68,12 +69,13 @@ def merge(config: MergeConfig) -> list[str]:
         missing = "files" if not config.files else "out"
         message = f"merge: {missing} is missing; expected the files to merge, and --out for the new file."
         raise OptionError(message, option=missing, method="merge")
-    form = config.to or adapter_merging.common_format(config.files)
+    files = [formats.local_path(file) for file in config.files]
+    form = config.to or adapter_merging.common_format(files)
     adapter_merging.new_file(config.out, form)
     weights = [_weight(text) for text in config.weights] or None
     keep = adapter_merging.rank_selection_of(config.rank, config.energy, config.error, config.cumulative, config.ratio)
-    (model, provenance), dtype = open_base(config.base, config.files, "merge"), adapter_merging.DTYPES[config.dtype]
-    contents = [(file, adapter_merging.read_content(model, file)) for file in config.files]
+    (model, provenance), dtype = open_base(config.base, files, "merge"), adapter_merging.DTYPES[config.dtype]
+    contents = [(file, adapter_merging.read_content(model, file)) for file in files]
     tokens = adapter_merging.unite_tokens(contents)
     sources = [content.adapter for _, content in contents if content.adapter is not None]
     if weights is not None and len(weights) == len(contents):

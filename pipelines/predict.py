@@ -13,6 +13,7 @@ from typing import Literal
 from veneer.base_models.devices import resolve_device
 from veneer.classification.image_paths import find_images
 from veneer.classification.predict import Prediction, open_predictor
+from veneer.formats import local_path
 from veneer.injection import OptionError, VeneerError
 
 __all__ = ["PredictConfig", "predict"]
@@ -23,7 +24,7 @@ class PredictConfig:
     """Configuration of `veneer predict` and its defaults.
 
     Args:
-        folder: folder that `veneer transfer --out` has written.
+        folder: folder that `veneer transfer --out` has written, or a hub name such as `user/pets`.
         images: images, folders of images, `.txt` files with one path per line, or `-` for such a list from stdin.
         top: classes to list per image.
         format: `text`, `json` (one line per image) or `csv` (one row per image, with a header).
@@ -57,7 +58,9 @@ def predict(config: PredictConfig) -> Iterator[str]:
     if not images:
         message = "no images; pass image files or a folder of images after the run folder."
         raise OptionError(message, option="images", given=())
-    predictor = open_predictor(config.folder, resolve_device(config.device))
+    folder = local_path(config.folder)
+    folder = folder if folder.is_dir() or folder == config.folder else folder.parent  # of a hub name, the adapter file
+    predictor = open_predictor(folder, resolve_device(config.device))
     top = min(config.top, len(predictor.classifier.classes))
     if config.format == "csv":
         yield _row(_columns(top))

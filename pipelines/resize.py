@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from veneer import adapter_merging
+from veneer import adapter_merging, formats
 from veneer.injection import OptionError, VeneerError
 
 from .convert import To, open_base
@@ -17,8 +17,8 @@ class ResizeConfig:
     """Configuration of `veneer resize` and its defaults.
 
     Args:
-        file: a safetensors file of any format, of an adapter of any method that changes weights. Trained token embeddings in it
-            are kept.
+        file: a safetensors file of any format, a folder or a hub name, of an adapter of any method that changes weights. Trained
+            token embeddings in it are kept.
         rank: the largest rank; weights of a lower rank keep theirs.
         energy: smallest rank that keeps this share of the squared singular values, up to 1. `rank` is then the upper limit, as
             with the next three.
@@ -57,10 +57,11 @@ def resize(config: ResizeConfig) -> list[str]:
         missing = "out" if config.out is None else "rank"
         message = f"resize: --{missing} is missing; expected --out, and one of --rank, --energy, --error, --cumulative, --ratio."
         raise OptionError(message, option=missing, method="resize")
-    form = config.to or adapter_merging.common_format([config.file])
+    file = formats.local_path(config.file)
+    form = config.to or adapter_merging.common_format([file])
     adapter_merging.new_file(config.out, form)
-    (model, provenance), dtype = open_base(config.base, [config.file], "resize"), adapter_merging.DTYPES[config.dtype]
-    content = adapter_merging.read_content(model, config.file)
+    (model, provenance), dtype = open_base(config.base, [file], "resize"), adapter_merging.DTYPES[config.dtype]
+    content = adapter_merging.read_content(model, file)
     if content.adapter is None:
         message = f"{config.file}: contains only token embeddings, which have no rank; expected a LoRA."
         raise VeneerError(message, file=config.file, where="rank", given="embeddings", expected="lora")

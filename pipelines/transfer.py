@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from veneer.classification.config import TransferConfig
 from veneer.classification.data.run_data import Data, Views, open_data
+from veneer.classification.data.sources import local_data
 from veneer.classification.models.cached_features import CachedFeatures
 from veneer.classification.models.classifier import Classifier
 from veneer.classification.models.loading import open_classifier
@@ -57,7 +58,7 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
 
 def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
     config.build_methods()
-    out = run_folder(config.out, config.resume, None if config.data == "digits" else config.data)
+    out = run_folder(config.out, config.resume, None if config.data in (None, "digits") else local_data(config.data))
     if (out / "result.json").exists():
         print(f"{out}: this run is already finished.")
         return out

@@ -16,7 +16,7 @@ import veneer
 
 SOURCE = Path(veneer.__file__).parent
 ROOT = SOURCE.parent.parent
-JOBS = {"atomic_files", "base_models", "extras", "formats", "injection", "models", "training"}
+JOBS = {"atomic_files", "base_models", "extras", "formats", "hub", "injection", "models", "training"}
 ALLOWED = {
     "allocator": set(),
     "atomic_files": set(),
@@ -27,23 +27,25 @@ ALLOWED = {
     "version": set(),
     "functional": set(),
     "static_source": {"discovery"},
+    "hub": {"injection"},
     "injection": {"discovery"},
     "extras": {"injection"},
     "models": {"injection"},
     "hosts": {"injection", "models"},
     "methods": {"functional", "injection"},
-    "formats": {"atomic_files", "functional", "injection", "version"},
+    "formats": {"atomic_files", "functional", "hub", "injection", "version"},
     "adapter_merging": {"formats", "functional", "injection"},
     "testing": {"base_models", "formats", "functional", "injection"},
-    "base_models": {"extras", "injection"},
+    "base_models": {"extras", "hub", "injection"},
     "full_size_models": {"base_models", "injection", "models"},
     "method_catalog": {"flags", "full_size_models", "injection"},
     "method_search": {"method_catalog"},
     "listing": {"discovery", "static_source", "testing", "veneer"},
     "training": {
-        "adapter_merging", "atomic_files", "base_models", "config_file", "extras", "flags", "formats", "injection", "methods",
+        "adapter_merging", "atomic_files", "base_models", "config_file", "extras", "flags", "formats", "hub", "injection", "methods",
     },
     "classification": JOBS,
+    "publishing": {*JOBS, "version"},
     "control": JOBS,
     "config_conversion": {"config_file", "injection", "training"},
     "benchmarks": {*JOBS, "testing"},
@@ -53,7 +55,7 @@ ALLOWED = {
     "cli": {"allocator", "command_line", "commands", "extras", "version"},
     "pipelines": {
         *JOBS, "adapter_merging", "benchmarks", "classification", "cli", "config_conversion", "config_file", "control", "flags",
-        "methods",
+        "methods", "publishing",
     },
     "apps": {
         *JOBS, "adapter_merging", "allocator", "classification", "cli", "control", "flags", "full_size_models", "method_catalog",

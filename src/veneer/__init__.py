@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from veneer.classification.export.export_format import ExportError
     from veneer.classification.models.classifier import ModelError
     from veneer.formats import load, load_all
+    from veneer.hub.errors import HubError
     from veneer.injection import Attachment, activate, attach, attachments, merges, mixed
     from veneer.injection.errors import (
         BaseModelError,
@@ -68,11 +69,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Attachment", "BaseModelError", "BenchError", "BlockedGradient", "CacheWarning", "CheckpointError", "CheckpointWarning",
     "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite", "DiskFull", "Diverged", "ExportError",
-    "HostChanged", "LoadError", "MissingExtra", "ModelError", "OptionError", "PhotoError", "PreflightError", "PromptError",
-    "PromptWarning", "SaveError", "SelectionError", "StateError", "TextError", "TipAdapterError", "TrainError", "UnknownName",
-    "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning", "ViewError", "activate", "adapter_merging", "attach",
-    "attachments", "base_models", "classification", "control", "formats", "functional", "hosts", "injection", "load",
-    "load_all", "merges", "methods", "mixed", "models", "sites", "testing", "training",
+    "HostChanged", "HubError", "LoadError", "MissingExtra", "ModelError", "OptionError", "PhotoError", "PreflightError",
+    "PromptError", "PromptWarning", "SaveError", "SelectionError", "StateError", "TextError", "TipAdapterError", "TrainError",
+    "UnknownName", "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning", "ViewError", "activate",
+    "adapter_merging", "attach", "attachments", "base_models", "classification", "control", "formats", "functional", "hosts",
+    "injection", "load", "load_all", "merges", "methods", "mixed", "models", "sites", "testing", "training",
 ]  # fmt: skip
 
 _MODULES = {
@@ -82,6 +83,7 @@ _MODULES = {
     "classification.export.export_format": ("ExportError",),
     "classification.models.classifier": ("ModelError",),
     "formats": ("load", "load_all"),
+    "hub.errors": ("HubError",),
     "injection": ("Attachment", "activate", "attach", "attachments", "merges", "mixed"),
     "injection.errors": (
         "BaseModelError", "BlockedGradient", "ConditionError", "DeadSite", "HostChanged", "LoadError", "MissingExtra",

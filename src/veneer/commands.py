@@ -239,6 +239,10 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
         _config_command("extract", "extract", "ExtractConfig", ("tuned",), True),
     ),
     "resize": ("change the rank of an adapter file", _config_command("resize", "resize", "ResizeConfig", ("file",), True)),
+    "push": (
+        "upload a finished run to the model hub with a model card",
+        _config_command("push", "push", "PushConfig", ("folder", "repo"), True),
+    ),
     "sites": ("list the sites of a model that methods can adapt", _sites),
     "methods": ("list the methods and the hosts that they support", _registry_command("methods")),
     "hosts": ("list the hosts: the supported model families", _registry_command("hosts")),

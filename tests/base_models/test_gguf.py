@@ -13,7 +13,7 @@ import veneer
 from tests.base_models.quantized import dequantized
 from tests.raising import raises
 from veneer import base_models
-from veneer.base_models import hub
+from veneer.hub import connection as hub
 from veneer.injection.errors import BaseModelError, OptionError, UnsupportedSite
 from veneer.injection.quantized_weight import float_weight, is_quantized, quantization_of
 from veneer.testing.pipelines import tiny_pipeline

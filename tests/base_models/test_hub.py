@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 from tests.raising import raises
 from veneer import base_models
-from veneer.base_models.hub import hub, unreachable
+from veneer.hub.connection import hub, unreachable
 from veneer.testing.pipelines import tiny_pipeline
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from veneer.extras import require
+from veneer.hub.connection import download
 from veneer.injection.errors import BaseModelError
 
 from .architectures import ARCHITECTURES
 from .devices import Dtype, resolve_dtype
 from .folders import BUNDLED, PICKLES, check_pipeline_folder, check_unquantized, path
 from .gguf_file import load_gguf
-from .hub import download
 from .quantization import DENOISERS, Quantize, parse_quantize, quantize_components, resolve_components
 from .single_file import check_suffix, load_single_file
 

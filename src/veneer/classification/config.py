@@ -32,7 +32,7 @@ class TransferConfig(TrainingOptions):
 
     Args:
         data: an image folder (`CLASS/images`, also below `train`, `validation`, `test`), a CSV of path and label, a Hugging Face
-            dataset folder, or `digits` of scikit-learn (default: digits).
+            dataset folder or the hub name of a dataset with such files, or `digits` of scikit-learn (default: digits).
         model: `bundled` (the image encoder of the bundled CLIP), a timm name, or `bundled_clip` or `open_clip:NAME/TAG` for
             methods that use texts.
         weights: a safetensors file for the model, or `none` for random weights (default: the published weights).

@@ -22,6 +22,7 @@ from veneer.training.loop.trainer import TrainResult
 from veneer.training.report.artifacts import training_record, write_image
 from veneer.training.report.image_grid import GridRow, make_grid
 from veneer.training.report.phases import PhaseReport
+from veneer.training.report.png_metadata import SAMPLES, save_samples
 from veneer.training.report.previews import PreviewSettings
 from veneer.training.save_dtype import cast_to
 from veneer.training.training_options import sampling_options
@@ -120,17 +121,29 @@ def write_results(run: ControlRun, result: TrainResult) -> dict[str, Any]:
     run.report("saving")
     write_files(run)
     run.report.close()
-    config, metrics = run.config, None
+    config, metrics, records = run.config, None, []
     if run.subjects and config.eval_seeds:
         samples = run.samples(run.subjects, config.eval_seeds, "evaluating")
         metrics = run.measure(samples)
         shown = [sample for sample in samples if sample.seed < 2][: 2 * config.grid_images]
+        first = [sample for sample in samples if sample.seed == 0][: config.grid_images]
+        records = optional(run.out, SAMPLES, lambda: save_samples(run.out, _settings(run, first)), run.notes) or []
         grid = _image_grid(run, shown, str(metrics))
         optional(run.out, "sheet.png", lambda: write_image(grid, run.out / "sheet.png"), run.notes)
-    record = _record(run, result, metrics)
+    record = {**_record(run, result, metrics), "samples": records}
     with writing(run.out, "result.json"):
         write_json(run.out / "result.json", record)
     return record
+
+
+def _settings(run: ControlRun, samples: Sequence[ControlSamples]) -> list[tuple[Image.Image, dict[str, Any]]]:
+    """Images with the condition, and their settings; before each its map, if the training images were generated."""
+    images: list[tuple[Image.Image, dict[str, Any]]] = []
+    for sample in samples:
+        if run.config.data is None:
+            images.append((sample.subject.map, {"map": str(run.config.condition)}))
+        images.append((sample.followed, {"prompt": sample.subject.caption or "", "seed": sample.seed}))
+    return images
 
 
 def _image_grid(run: ControlRun, samples: Sequence[ControlSamples], note: str) -> Image.Image:

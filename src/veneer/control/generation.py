@@ -37,8 +37,8 @@ class ControlGenerateConfig:
 
     Args:
         prompt: one or more prompts.
-        adapter: files or folders, each with an optional strength, such as `runs/canny-controlnet:0.8`. Adapters without a
-            condition (LoRA, token embeddings) are applied as well.
+        adapter: files, folders or hub names, each with an optional strength, such as `runs/canny-controlnet:0.8`. Adapters
+            without a condition (LoRA, token embeddings) are applied as well.
         image: a photo per adapter with a condition, in order; its map is computed as in training.
         map: the maps themselves, instead of photos.
         condition: how maps are computed (default: as recorded in the file).

@@ -16,6 +16,7 @@ from ._core.conversion import ConversionResult, convert
 from ._core.format import Format, LayerInfo, Options, format_of, formats, known_format
 from ._core.inspection import FileSummary, inspect
 from ._core.swap import swap_file
+from ._io.locations import local_path
 from ._io.reader import File, read
 from .native import save
 
@@ -37,6 +38,7 @@ __all__ = [
     "inspect",
     "load",
     "load_all",
+    "local_path",
     "read",
 ]
 
@@ -67,7 +69,8 @@ def load(
     Args:
         model: a module or a pipeline, as for `attach`: the base model that the adapter was trained on.
         path: a safetensors file of any supported format, with or without its suffix; a folder with `adapter.safetensors` or as
-            peft or diffusers writes it; or an image that contains a token embedding.
+            peft or diffusers writes it; an image that contains a token embedding; or, if there is no such path, a name on the
+            hub: `user/repo`, `user/repo/file.safetensors`, each also with `@revision`.
         name: name of the attachment (default: the saved name).
         scale: strength; 1 is the strength of training.
         strict: False loads the matching tensors of a file with missing, unused or misshapen tensors. `Attachment.loaded` lists
@@ -78,6 +81,7 @@ def load(
         The attachment. Use `load_all` for a file with several, such as a LoRA and a token embedding.
     Raises:
         LoadError: the file does not match the model or has several attachments; nothing is attached then.
+        HubError: a name on the hub without such a file, or an unreachable hub.
     """
     loaded = load_all(model, path, name=name, scale=scale, strict=strict, base=base, token=token)
     if len(loaded) == 1:

@@ -10,6 +10,7 @@ from veneer.injection.towers import Tower
 from ._core.layer_keys import LayerTableFormat
 from ._core.lora_config import ENCODERS
 from ._core.lora_reader import DOWN, KOHYA, UP
+from ._io.model_spec import COMFYUI
 from ._io.reader import File
 from ._names.kohya import NamedLayer
 from ._names.modules import T5, original_modules
@@ -30,6 +31,7 @@ class ComfyUI(LayerTableFormat):
     name: ClassVar[str] = "comfyui"
     file: ClassVar[str] = "lora.safetensors"
     files: ClassVar[str] = "ComfyUI's LoRA files"
+    implementation: ClassVar[str | None] = COMFYUI
     suffixes = {
         **KOHYA, "lora_A.weight": DOWN, "lora_B.weight": UP, "lora_A.default.weight": DOWN, "lora_B.default.weight": UP,
         "lora.down.weight": DOWN, "lora.up.weight": UP,

@@ -16,6 +16,7 @@ from veneer.injection.sites import WeightSite
 from ._core.attach import attach_all
 from ._core.format import Format, LayerInfo, Options, pt_metadata
 from ._core.lora_config import ENCODERS, component_of, reject_other_methods, reject_trained_base
+from ._io.model_spec import DIFFUSERS, HASHES, model_spec
 from ._io.reader import File
 from ._io.writer import write
 from ._peft.codec import PeftAdapter
@@ -80,7 +81,8 @@ class Diffusers(Format):
             raise SaveError(f"{target}: no attachment to save.", file=target, given=0, expected=1)
         _check_recognizable(modules, target)
         config = {f"{c}.{k}": value for c, found in modules.items() for k, value in _config(c, found, kinds[c]).items()}
-        return write(target, tensors, pt_metadata(provenance, {METADATA: json.dumps(config)}))
+        metadata = {METADATA: json.dumps(config), **model_spec(attachments, provenance, DIFFUSERS)}
+        return write(target, tensors, pt_metadata(provenance, metadata), HASHES)
 
 
 def _parts(attachment: Attachment, target: Path) -> Iterator[tuple[str, str, Any, Any]]:

@@ -18,6 +18,7 @@ from ._core.attach import attach_all
 from ._core.format import Format, LayerInfo, Options, pt_metadata
 from ._core.lora_reader import PARTS, layers_of, lora_spec
 from ._core.lora_writer import layer_factors
+from ._io.model_spec import HASHES, model_spec
 from ._io.reader import File
 from ._io.writer import write
 from ._names.kohya import base_model_version, named_layers
@@ -66,7 +67,8 @@ class Kohya(Format):
         for name, (down, up, scaling) in layer_factors(attachments, target, names, "kohya's LoRA files"):
             tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down, up
             tensors[f"{name}.alpha"] = torch.tensor(scaling * down.shape[0])
-        return write(target, tensors, pt_metadata(provenance, _metadata(tensors, versions)))
+        metadata = {**_metadata(tensors, versions), **model_spec(attachments, provenance)}
+        return write(target, tensors, pt_metadata(provenance, metadata), HASHES)
 
 
 def is_numbered(attachments: Sequence[Attachment], versions: Set[str]) -> bool:
@@ -76,18 +78,13 @@ def is_numbered(attachments: Sequence[Attachment], versions: Set[str]) -> bool:
 
 
 def _metadata(tensors: Mapping[str, Tensor], versions: Set[str]) -> dict[str, str]:
-    """Metadata that sd-scripts write and other tools read: base model version, rank and alpha."""
+    """Metadata that sd-scripts write and other tools read: network module, rank and alpha."""
     ranks = [t.shape[0] for key, t in tensors.items() if key.endswith(PARTS[0])]
     alphas = [float(t) for key, t in tensors.items() if key.endswith(".alpha")]
     common = [Counter(values).most_common(1)[0][0] for values in (ranks, alphas)]
     found = {"ss_network_module": "networks.lora", "ss_network_dim": str(common[0]), "ss_network_alpha": str(common[1])}
     found["ss_network_module"] += "_flux" if versions == {"flux1"} else ""
-    return found | base_metadata(versions)
-
-
-def base_metadata(versions: Set[str]) -> dict[str, str]:
-    """The base model version, if it is unique."""
-    return {"ss_base_model_version": v, "ss_v2": str(v == "sd_v2")} if len(versions) == 1 and (v := next(iter(versions))) else {}
+    return found
 
 
 save = Kohya().save

@@ -19,6 +19,7 @@ from ._core.format import Format, LayerInfo, Options, count_parameters, pt_metad
 from ._core.lora_config import reject_trained_base
 from ._core.lora_reader import DOWN, UP
 from ._core.lora_writer import LayerNames, adapters_by_layer
+from ._io.model_spec import HASHES, model_spec
 from ._io.reader import File
 from ._io.writer import write
 from ._lycoris.codec import AdapterGroup, Codec, LycorisModule, SiteTensors
@@ -31,7 +32,7 @@ from ._lycoris.names import PREFIXES, dotted_layers, readable_layers, written_la
 from ._lycoris.oft import BOFTCodec, OFTCodec
 from ._lycoris.onetrainer_oft import InputOFTCodec
 from ._names.kohya import NamedLayer, base_model_version
-from .kohya import base_metadata, is_numbered
+from .kohya import is_numbered
 
 # In order of precedence: DoRA before LoRA, because it has LoRA's tensors too. The last codec of a method writes its files.
 CODECS: tuple[Codec, ...] = (
@@ -115,7 +116,7 @@ class Lycoris(Format):
                 modules.append((codec, group, by_suffix))
         if not tensors:
             raise SaveError(f"{target}: no attachment to save.", file=target, given=0, expected=1)
-        return write(target, tensors, pt_metadata(provenance, {**_metadata(modules), **base_metadata(versions)}))
+        return write(target, tensors, pt_metadata(provenance, _metadata(modules) | model_spec(attachments, provenance)), HASHES)
 
 
 # reading

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.formats import load_all
+from veneer.formats import load_all, local_path
 from veneer.injection import Attachment
 from veneer.injection.errors import OptionError
 
@@ -39,20 +39,29 @@ class FixedAdapter:
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
-    """Path and strength from `PATH` or `PATH:strength`.
+    """Local path and strength from `PATH` or `PATH:strength`; a path that does not exist may be a hub name.
 
     Raises:
-        OptionError: the path does not exist.
+        VeneerError: the path does not exist, or the hub has no such adapter.
     """
-    path, _, number = text.rpartition(":")
-    try:
-        scale, place = (float(number), Path(path)) if path and not Path(text).exists() else (1.0, Path(text))
-    except ValueError:
-        scale, place = 1.0, Path(text)
+    name, scale = split_strength(text)
+    place = local_path(name)
     if not place.exists():
-        message = f"adapter {text!r}: no such file or folder. Expected PATH or PATH:strength, such as runs/toy-lora:0.8."
+        message = (
+            f"adapter {text!r}: no such file or folder. Expected PATH or PATH:strength, such as runs/toy-lora:0.8, or a hub name "
+            "such as user/toy-lora."
+        )
         raise OptionError(message, option="adapter", given=text, file=place)
     return place, scale
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """Name and strength of `NAME` or `NAME:strength`; an existing path may contain the colon."""
+    name, _, number = text.rpartition(":")
+    try:
+        return (name, float(number)) if name and not Path(text).exists() else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def read_fixed(texts: Sequence[str]) -> list[FixedAdapter]:

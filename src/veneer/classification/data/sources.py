@@ -1,7 +1,10 @@
 """Readers of labeled images: a folder, a table, a dataset folder of Hugging Face `datasets`, or scikit-learn's digits."""
 
+import dataclasses
 from pathlib import Path
 
+from veneer.hub.names import is_hub_name
+from veneer.hub.repo_files import download_dataset
 from veneer.training.data.image_io import DataError
 
 from .csv_table import metadata_files, read_csv, read_metadata
@@ -10,8 +13,10 @@ from .hf_dataset import read_rows, row_files
 from .image_folder import read_folder
 from .labeled_images import SPLITS, Example, Source, Split
 
-__all__ = ["SPLITS", "Example", "Source", "Split", "open_source"]
-_EXPECTED = "a folder of CLASS/IMAGE or train/CLASS/IMAGE, a CSV of path,label[,split], or the word digits"
+__all__ = ["SPLITS", "Example", "Source", "Split", "local_data", "open_source"]
+_EXPECTED = (
+    "a folder of CLASS/IMAGE or train/CLASS/IMAGE, a CSV of path,label[,split], a hub name USER/DATASET, or the word digits"
+)
 
 
 def open_source(data: str | Path | None = None) -> Source:
@@ -23,14 +28,32 @@ def open_source(data: str | Path | None = None) -> Source:
             - a CSV, TSV or text table of path, label and optionally split: see `read_csv`;
             - a folder of the `datasets` library: images with `metadata.csv` or `metadata.jsonl` (`read_metadata`), Parquet files
               or `save_to_disk` (`read_rows`; needs pyarrow);
+            - a dataset on the hub, `user/dataset`, that has such files, if there is no such path;
             - `digits`, or None: scikit-learn's 1,797 handwritten digits. A folder or file of that name is `./digits`.
 
     Raises:
         DataError: the path does not exist, is of another kind, or has invalid contents.
+        HubError: the hub has no such dataset, or is unreachable.
     """
     if data is None or str(data) == "digits":
         return digits()
+    path = local_data(data)
+    source = _open_path(path)
+    return source if path == Path(data).expanduser() else dataclasses.replace(source, where=Path(data).as_posix())
+
+
+def local_data(data: str | Path) -> Path:
+    """Local path of labeled images: the path itself, or the downloaded folder of a dataset on the hub.
+
+    Raises:
+        HubError: the hub has no such dataset, or is unreachable.
+    """
     path = Path(data).expanduser()
+    return path if path.exists() or not is_hub_name(data) else download_dataset(Path(data).as_posix())
+
+
+def _open_path(path: Path) -> Source:
+    """Opens a local file or folder; see `open_source`."""
     if path.is_file():
         if path.suffix.lower() not in (".csv", ".tsv", ".txt"):
             message = f"{path}: a file {f'with suffix {path.suffix}' if path.suffix else 'without suffix'}; expected {_EXPECTED}."

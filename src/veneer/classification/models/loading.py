@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from veneer import base_models
-from veneer.base_models.hub import hub
+from veneer.hub.connection import hub
 from veneer.training.loop.seeds import mix
 
 from .classifier import Classifier, ModelError, check_weights, digest_of, download_error

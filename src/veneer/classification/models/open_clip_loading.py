@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from veneer import base_models
-from veneer.base_models.hub import hub
+from veneer.hub.connection import hub
 from veneer.models.clip_classifier import TEMPLATES, CLIPClassifier
 from veneer.models.tokenizer import TextError
 from veneer.training.loop.seeds import mix

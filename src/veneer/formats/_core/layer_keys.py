@@ -13,6 +13,7 @@ from torch import Tensor
 from veneer.injection import Attachment
 from veneer.injection.towers import Tower, towers_of
 
+from .._io.model_spec import HASHES, model_spec
 from .._io.reader import File
 from .._io.writer import write
 from .._names.kohya import NamedLayer
@@ -28,11 +29,13 @@ class LayerTableFormat(Format):
 
     Class attributes:
         suffixes: key suffix -> kind of tensor (`lora_reader.PARTS`). `files`: plural name of its files, for error messages.
+        implementation: whose names the tensors have, for `model_spec`; None for a format whose tools read no such metadata.
     """
 
     order: ClassVar[int] = 0
     suffixes: ClassVar[Mapping[str, str]] = KOHYA
     files: ClassVar[str]
+    implementation: ClassVar[str | None] = None
 
     @abstractmethod
     def places(self, tower: Tower) -> Sequence[NamedLayer]:
@@ -56,7 +59,10 @@ class LayerTableFormat(Format):
         tensors: dict[str, Tensor] = {}
         for name, pair in layer_factors(attachments, target, self.places, self.files):
             tensors |= {f"{name}.{end}": tensor for end, tensor in self.tensors(pair).items()}
-        return write(target, tensors, pt_metadata(provenance))
+        if self.implementation is None:
+            return write(target, tensors, pt_metadata(provenance))
+        metadata = model_spec(attachments, provenance, self.implementation)
+        return write(target, tensors, pt_metadata(provenance, metadata), HASHES)
 
     def tensors(self, pair: LoRAFactors) -> dict[str, Tensor]:
         """The tensors of a layer by key suffix."""

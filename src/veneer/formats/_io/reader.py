@@ -19,15 +19,9 @@ from veneer.injection import LoadError
 
 from .header import parse, unique_keys
 from .image_embeddings import is_image, read_embeddings
+from .locations import SUFFIX as SUFFIX
+from .locations import locate
 
-SUFFIX = ".safetensors"
-# default files of a folder: veneer, peft, a whole diffusers network, and a ControlNeXt (which has base weights beside it)
-DEFAULT_NAMES = (
-    "adapter.safetensors",
-    "adapter_model.safetensors",
-    "diffusion_pytorch_model.safetensors",
-    "controlnet.safetensors",
-)
 MAX_HEADER_BYTES, MAX_JSON = 16_000_000, 4_000_000  # bytes of a header, characters of a JSON value in it
 INTEGER_SUFFIXES = (".alpha", ".on_input", ".scaled_oft")  # suffixes of names whose tensors may have an integer dtype
 _PICKLE = """Pickles can run code when loaded, so veneer rejects them. If you trust the file, convert it once. For a LoRA:
@@ -171,9 +165,10 @@ def read(path: str | PathLike[str]) -> File:
     Args:
         path: a file, with or without `.safetensors`, or a folder with `adapter.safetensors`, peft's
             `adapter_model.safetensors`, diffusers' `diffusion_pytorch_model.safetensors`, a ControlNeXt's
-            `controlnet.safetensors`, or a single safetensors file.
+            `controlnet.safetensors`, or a single safetensors file; or a name on the hub, see `local_path`.
     Raises:
         LoadError: there is no such file, or it is not a complete safetensors file; the message says how to fix it.
+        HubError: a name on the hub that cannot be downloaded.
     """
     found = locate(path)
     try:
@@ -194,44 +189,6 @@ def _from_image(path: Path) -> File:
     """Reads an image with an embedded token."""
     tensors = read_embeddings(path)
     return File(path, {}, {name: tuple(t.shape) for name, t in tensors.items()}, tensors)
-
-
-def locate(path: str | PathLike[str]) -> Path:
-    """The file that a path refers to.
-
-    Raises:
-        LoadError: it does not exist, or a folder holds several and none is called `adapter.safetensors`.
-    """
-    path = Path(path)
-    try:
-        return _locate_in_folder(path) if path.is_dir() else _locate_file(path)
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", error)
-        message = f"{path}: cannot be accessed ({why}). Give the path of a file or a folder."
-        raise LoadError(message, file=path) from error
-
-
-def _locate_in_folder(path: Path) -> Path:
-    inside = sorted(p for p in path.iterdir() if p.suffix == SUFFIX and not p.name.startswith(".") and p.is_file())
-    candidates = next((found for name in DEFAULT_NAMES if (found := [p for p in inside if p.name == name])), inside)
-    if len(candidates) == 1:
-        return candidates[0]
-    has = f"it has {', '.join(p.name for p in inside)}; name one" if inside else "it has no .safetensors file"
-    message = f"{path}: folder without adapter.safetensors; {has}."
-    raise LoadError(message, file=path, given=tuple(p.name for p in inside), expected=1)
-
-
-def _locate_file(path: Path) -> Path:
-    with_suffix = path.with_name(path.name + SUFFIX)
-    if not path.exists() and with_suffix.is_file():
-        return with_suffix
-    if path.exists() and not path.is_file():
-        message = f"{path}: not a regular file, but a pipe or a device. Copy its content into a file."
-        raise LoadError(message, file=path, expected="file")
-    if not path.is_file():
-        message = f"{path}: no such file, and no {with_suffix.name} beside it."
-        raise LoadError(message, file=path, missing=[path.name, with_suffix.name])
-    return path
 
 
 def _read_header_length(path: Path, start: bytes, size: int) -> int:

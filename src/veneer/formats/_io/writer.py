@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -24,14 +25,18 @@ def destination(path: str | PathLike[str], usual: str) -> Path:
     return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+def write(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], hashes: Mapping[str, str] | None = None
+) -> Path:
     """Writes to a temporary file beside `path`, syncs, and renames it.
 
+    Args:
+        hashes: see `serialize`.
     Raises:
         SaveError: a tensor is not finite or on `meta`, or writing fails; an existing file at `path` stays unchanged.
     """
     reject_unusable(path, tensors)
-    return _replace(path, serialize(tensors, metadata))
+    return _replace(path, serialize(tensors, metadata, hashes))
 
 
 def reject_unusable(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -69,15 +74,24 @@ def _replace(path: Path, parts: Sequence[bytes | memoryview]) -> Path:
     return path
 
 
-def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
+def serialize(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], hashes: Mapping[str, str] | None = None
+) -> tuple[bytes, memoryview]:
     """Header and tensors of a safetensors file, with metadata in the given order; the library shuffles it, so its files are not
-    reproducible."""
+    reproducible.
+
+    Args:
+        hashes: metadata entries to add with the SHA-256 of the tensors -> prefix of the digest.
+    """
     data = safetensors.torch.save(_separate(tensors))
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    text = json.dumps({"__metadata__": dict(metadata), **header}, separators=(",", ":"), ensure_ascii=False).encode()
+    content = memoryview(data)[8 + length :]
+    digest = hashlib.sha256(content).hexdigest() if hashes else ""
+    entries = {**metadata, **{key: prefix + digest for key, prefix in (hashes or {}).items()}}
+    text = json.dumps({"__metadata__": entries, **header}, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
-    return len(text).to_bytes(8, "little") + text, memoryview(data)[8 + length :]
+    return len(text).to_bytes(8, "little") + text, content
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

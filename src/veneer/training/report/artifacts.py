@@ -27,6 +27,7 @@ from ..concepts.concept_verdict import concept_verdict, run_verdict
 from ..concepts.evaluation import ConceptScores, measure_concepts
 from ..data.image_io import read_photo
 from ..data.photo_folder import Photo
+from ..families import family
 from ..fixed_adapters import provenance_of
 from ..loop.disk_space import optional, writing
 from ..loop.distributed import whole_weights
@@ -39,6 +40,7 @@ from .feature_models import features
 from .image_grid import GridRow, before_after, make_grid, subject_rows
 from .personalization_verdict import personal_verdict
 from .phases import PhaseReport
+from .png_metadata import SAMPLES, save_samples
 from .previews import PreviewPair, PreviewSettings, generate_pairs, previews
 from .progress import clock
 from .verdict import Verdict, read_verdict
@@ -155,8 +157,9 @@ def write_results(run: PersonalizationRun, result: TrainResult) -> dict[str, Any
     run.report("saving")
     grid = _image_grid(run, result, photos, pairs, text)
     optional(run.out, GRID, lambda: write_image(grid, run.out / GRID), run.notes)
+    samples = optional(run.out, SAMPLES, lambda: _write_samples(run, pairs), run.notes)
     run.report.close()
-    record = {**_record(run, result, files), **_evaluation(run, scores), **run.extra}
+    record = {**_record(run, result, files), **_evaluation(run, scores), "samples": samples or [], **run.extra}
     content = json.dumps(record, indent=2, ensure_ascii=False, default=str, allow_nan=False)
     with writing(run.out, "result.json"):
         write_atomically(run.out / "result.json", (content + "\n").encode())
@@ -192,6 +195,7 @@ def final_message(run: PersonalizationRun, record: dict[str, Any]) -> str:
             *validation_lines(record.get("validation", [])),
             read_verdict(record).text(),
             f"compare with the base model: veneer generate {prompt} --adapter {adapters} --side-by-side",
+            f"upload with a model card: veneer push {shlex.quote(str(run.out))} USER/REPO",
         ]
     )
 
@@ -203,10 +207,8 @@ def write_files(run: PersonalizationRun) -> list[str]:
 
 
 def _write_files(run: PersonalizationRun) -> list[str]:
-    words = {"concept": run.config.concept, "class_word": run.config.class_word}
-    provenance: dict[str, Any] = {"base": str(run.config.base), **words, **provenance_of(run.config.with_)}
-    if len(run.concepts) > 1:
-        provenance["concepts"] = {concept.token: concept.class_word for concept in run.concepts}
+    provenance = _provenance(run)
+    exported = {**provenance, "base": Path(provenance["base"]).name} if Path(provenance["base"]).exists() else provenance
     with writing(run.out, ADAPTER):
         native.save(run.attached, run.out / ADAPTER, provenance=provenance)
     files = [ADAPTER]
@@ -217,9 +219,38 @@ def _write_files(run: PersonalizationRun) -> list[str]:
             name, save = "pytorch_lora_weights.safetensors", diffusers_format.save
         else:
             continue
-        if optional(run.out, name, functools.partial(save, attachment, run.out / name), run.notes) is not None:
+        if optional(run.out, name, functools.partial(save, attachment, run.out / name, exported), run.notes) is not None:
             files.append(name)
     return files
+
+
+def _write_samples(run: PersonalizationRun, made: Mapping[Concept, Sequence[PreviewPair]]) -> list[dict[str, Any]]:
+    """Writes the images of the image grid without the photos: one grid of base and adapted images, and one file per prompt."""
+    prompts = run.grid_prompts
+    pairs = [pair for own in made.values() for pair in own if pair.prompt in prompts]
+    (run.out / SAMPLES).mkdir(exist_ok=True)
+    heads = "base model", "with the adapter"
+    write_image(before_after([], pairs, heads=heads), run.out / SAMPLES / "grid.png")
+    first = [next(pair for pair in pairs if pair.prompt == prompt) for prompt in dict.fromkeys(prompts)]
+    return save_samples(run.out, [(pair.adapted, {"prompt": pair.prompt, "seed": pair.seed}) for pair in first])
+
+
+def _provenance(run: PersonalizationRun) -> dict[str, Any]:
+    """Origin of the adapters, without a date: equal runs write equal files."""
+    scheduler = getattr(run.pipe, "scheduler", None)
+    facts: dict[str, Any] = {
+        "base": str(run.config.base),
+        "concept": run.config.concept,
+        "class_word": run.config.class_word,
+        "resolution": run.config.resolution or family(run.pipe).resolution,
+        "photos": len(run.photos),
+        "trains_token": any(attach_methods.trains_token_embeddings(a.method) for a in run.attached),
+        "prediction_type": scheduler.config.get("prediction_type") if scheduler is not None else None,
+    }
+    if len(run.concepts) > 1:
+        facts["concepts"] = {concept.token: concept.class_word for concept in run.concepts}
+    known = {name: value for name, value in facts.items() if value is not None or name == "class_word"}
+    return {**known, **provenance_of(run.config.with_)}
 
 
 def _image_grid(
@@ -262,7 +293,12 @@ def _record(run: PersonalizationRun, result: TrainResult, files: list[str]) -> d
             }
             for a in run.attached
         ],
-        "training": {**training_record(result), "warnings": [*result.warnings, *run.notes]},
+        "training": {
+            **training_record(result),
+            "learning_rate": run.config.loop().learning_rate,
+            "resolution": run.config.resolution or family(run.pipe).resolution,
+            "warnings": [*result.warnings, *run.notes],
+        },
         "phase_seconds": {**run.report.seconds_in, "training": result.seconds},
         "versions": {name: version(name) for name in ("veneer", "torch", "diffusers", "transformers")},
         "machine": {"python": platform.python_version(), "threads": torch.get_num_threads(), "system": platform.system()},

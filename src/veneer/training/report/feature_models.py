@@ -83,7 +83,7 @@ def features(model: Any = "bundled", device: str | torch.device = "cpu") -> Feat
         clip.model.to(device)
         return from_clip(clip, "bundled CLIP")
     library, name = _library(model)
-    from veneer.base_models.hub import hub
+    from veneer.hub.connection import hub
 
     with hub(not Path(name).is_dir()) as why:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from veneer.injection.errors import VeneerError
 
 KEY = "veneer"
 """Name of the PNG text entry that holds the settings as JSON."""
+SAMPLES = "samples"
+"""Folder of a run's generated images, which `veneer push` uploads."""
 
 
 def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> Path:
@@ -29,6 +31,21 @@ def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) 
     image.save(data, "PNG", pnginfo=text)
     write_atomically(Path(path), data.getvalue())
     return Path(path)
+
+
+def save_samples(out: Path, images: Sequence[tuple[Image.Image, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Writes generated images to `samples/00.png` and so on, and returns their records: `file` and the settings.
+
+    Args:
+        out: folder of the run. `images`: each with its settings, such as `prompt` and `seed`.
+    """
+    records = []
+    for index, (image, settings) in enumerate(images):
+        file = Path(SAMPLES) / f"{index:02d}.png"
+        (out / file).parent.mkdir(exist_ok=True)
+        save_png(image, out / file, settings)
+        records.append({"file": file.as_posix(), **settings})
+    return records
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from veneer.injection.errors import BaseModelError, VeneerError
 
+from .errors import describe
+
 TRIES, TIMEOUT, WAIT = 2, 5.0, 0.5
 """Attempts before the hub counts as unreachable; timeout of each and delay between them, in seconds."""
 
@@ -75,13 +77,8 @@ def download(source: str) -> Iterator[dict[str, Any]]:
         except Exception as error:  # the hub's clients raise a dozen kinds, of several libraries
             raise BaseModelError(
                 f"load: {source!r} is not a local folder, and could not be loaded from the hub "
-                f"({why or f'{type(error).__name__}: {_first_line(error)}'}). "
+                f"({why or describe(error)}). "
                 "Check the name and the connection, or use a diffusers folder or 'bundled'.",
                 where="hub",
                 given=source,
             ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else "no message"

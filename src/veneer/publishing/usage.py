@@ -1,0 +1,106 @@
+"""Usage sections of a model card: veneer, diffusers where its pipelines load the files, and ComfyUI and A1111."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from .card_data import LORA_FILE, TOKEN_FILE, CardFacts
+
+CONTROL_CLASSES = {"controlnet": "ControlNetModel", "t2i_adapter": "T2IAdapter"}
+
+
+def usage_sections(facts: CardFacts) -> Iterator[str]:
+    """Sections with code, most general first."""
+    yield _veneer(facts)
+    if facts.loads_in_diffusers:
+        yield _section("diffusers", "python", "\n".join(_diffusers(facts)))
+    if facts.comfyui_file or (TOKEN_FILE in facts.files and facts.run.kind == "personalize"):
+        yield "\n".join(_comfyui(facts))
+
+
+def _section(title: str, language: str, code: str) -> str:
+    return f"### {title}\n\n```{language}\n{code}\n```"
+
+
+def _veneer(facts: CardFacts) -> str:
+    run, repo = facts.run, facts.repo
+    if run.kind == "transfer":
+        return _section("veneer", "sh", f"veneer predict {repo} IMAGE …")
+    base = "" if run.hub_base or run.is_bundled else " --base BASE"
+    if run.kind == "control":
+        return _section("veneer", "sh", f'veneer control generate "a prompt" --adapter {repo} --image PHOTO{base}')
+    command = f"veneer generate {shlex.quote(_prompt(facts))} --adapter {repo}{base}"
+    load = "load" if len(run.record.get("methods", ())) == 1 else "load_all"
+    code = "\n".join(
+        [
+            f"import veneer\n\npipe = veneer.base_models.load({_base(facts)})",
+            f'veneer.{load}(pipe, "{repo}")',
+            f"image = pipe({_prompt(facts)!r}).images[0]",
+        ]
+    )
+    return _section("veneer", "sh", command) + f"\n\n```python\n{code}\n```"
+
+
+def _diffusers(facts: CardFacts) -> Iterator[str]:
+    run, repo = facts.run, facts.repo
+    base = 'veneer.base_models.path("bundled")' if run.base == "bundled" else _base(facts)
+    first = "import veneer\n" if run.base == "bundled" else ""
+    if run.kind == "control":
+        yield from _diffusers_control(facts, base, first)
+        return
+    yield f"{first}from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({base})"
+    if LORA_FILE in facts.files:
+        yield f'pipe.load_lora_weights("{repo}", weight_name="{LORA_FILE}")'
+    if TOKEN_FILE in facts.files and "text_encoder_2" not in facts.components:
+        yield f'pipe.load_textual_inversion("{repo}", weight_name="{TOKEN_FILE}")'
+    elif TOKEN_FILE in facts.files:
+        yield "# the token has vectors for both text encoders"
+        yield "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n"
+        yield f'vectors = load_file(hf_hub_download("{repo}", "{TOKEN_FILE}"))'
+        for key, end in (("clip_l", ""), ("clip_g", "_2")):
+            yield (
+                f'pipe.load_textual_inversion(vectors["{key}"], token="{run.concept}", text_encoder=pipe.text_encoder{end}, '
+                f"tokenizer=pipe.tokenizer{end})"
+            )
+    yield f"image = pipe({_prompt(facts)!r}).images[0]"
+
+
+def _diffusers_control(facts: CardFacts, base: str, first: str) -> Iterator[str]:
+    run, repo = facts.run, facts.repo
+    if run.method == "ip_adapter":
+        file = next(name for name in facts.files if name.startswith("diffusers/") and name.endswith(".safetensors"))
+        yield f"{first}from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({base})"
+        name = file.rpartition("/")[2]
+        yield f'pipe.load_ip_adapter("{repo}", subfolder="diffusers", weight_name="{name}", image_encoder_folder=None)'
+        yield "# pass the image as ip_adapter_image_embeds, of the image encoder in the settings below"
+        return
+    name = CONTROL_CLASSES[run.method]
+    argument = "controlnet" if run.method == "controlnet" else "adapter"
+    pipeline = f"StableDiffusion{'XL' if 'text_encoder_2' in facts.components or facts.architecture == 'sdxl' else ''}"
+    pipeline += "ControlNetPipeline" if run.method == "controlnet" else "AdapterPipeline"
+    yield f"{first}from diffusers import {name}, {pipeline}\n"
+    yield f'{argument} = {name}.from_pretrained("{repo}", subfolder="diffusers")'
+    yield f"pipe = {pipeline}.from_pretrained({base}, {argument}={argument})"
+    yield 'image = pipe("a prompt", image=map).images[0]  # map: an image of the condition'
+
+
+def _comfyui(facts: CardFacts) -> Iterator[str]:
+    yield "### ComfyUI, A1111 and Forge\n"
+    if facts.comfyui_file:
+        yield f"Copy `{facts.comfyui_file}` to `models/loras` (ComfyUI) or `models/Lora` (A1111, Forge)."
+    others = [name for name in facts.files if name.startswith("comfyui/") and name != facts.comfyui_file]
+    names = others or ([TOKEN_FILE] if TOKEN_FILE in facts.files else [])
+    for name in names:
+        stem = name.rpartition("/")[2].removesuffix(".safetensors")
+        place = "`models/embeddings` (ComfyUI) or `embeddings` (A1111, Forge)"
+        yield f"Copy `{name}` to {place}; its trigger is its file name, `{stem}`."
+
+
+def _prompt(facts: CardFacts) -> str:
+    return facts.image_prompts[0][0] if facts.image_prompts else f"a photo of {facts.run.concept}"
+
+
+def _base(facts: CardFacts) -> str:
+    """The base model as a literal; `BASE` for one that only its author has."""
+    return repr(facts.run.hub_base or (facts.run.base if facts.run.is_bundled else "BASE")).replace("'", '"')

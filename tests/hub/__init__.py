@@ -1,0 +1,1 @@
+"""Tests of the model hub, against a local server with its HTTP API."""
