@@ -42,7 +42,8 @@ ALLOWED = {
     "method_search": {"method_catalog"},
     "listing": {"discovery", "static_source", "testing", "veneer"},
     "training": {
-        "adapter_merging", "atomic_files", "base_models", "config_file", "extras", "flags", "formats", "hub", "injection", "methods",
+        "adapter_merging", "atomic_files", "base_models", "config_file", "extras", "flags", "formats", "hub", "injection",
+        "methods",
     },
     "classification": JOBS,
     "publishing": {*JOBS, "version"},

@@ -11,7 +11,8 @@ SETTINGS = (
     "condition", "method", "where", "text_encoder", "class_images", "prior_loss_weight", "template", "templates", "shots",
     "learning_rate", "text_learning_rate", "token_learning_rate", "batch", "gradient_accumulation_steps", "resolution", "size",
     "optimizer", "weight_decay", "schedule", "warmup", "ema", "min_snr_gamma", "loss", "loss_weighting", "timestep_sampling",
-    "prediction", "noise_offset", "caption_dropout", "flip", "augment", "label_smoothing", "quantize", "mixed_precision",
+    "prediction", "noise_offset", "caption_dropout", "flip", "augment", "label_smoothing", "class_weights",
+    "mixup", "cutmix", "quantize", "mixed_precision",
     "save_dtype", "seed",
 )  # fmt: skip
 """Entries of a config that a card lists: none with a path."""
@@ -51,10 +52,10 @@ def setting_rows(run: RunRecord) -> list[Row]:
     count = run.record.get("parameters") or run.record.get("trainable_parameters")
     rows += [("trainable parameters", f"{count:,}")] if count else []
     rows += [("steps", f"{training['steps']:,}")] if training.get("steps") else []
-    options = {name: config.get(name) or training.get(name) for name in SETTINGS} | {"seed": str(config.get("seed", 0))}
+    settings = {name: config.get(name) or training.get(name) for name in SETTINGS} | {"seed": str(config.get("seed", 0))}
     if not config.get("class_images"):
-        del options["prior_loss_weight"]
-    rows += [(name.replace("_", " "), _plain(value)) for name, value in _set_options(options)]
+        del settings["prior_loss_weight"]
+    rows += [(name.replace("_", " "), _plain(value)) for name, value in _set_options(settings)]
     versions = run.record.get("versions", {})
     return [*rows, ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
 
