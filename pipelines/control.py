@@ -45,7 +45,8 @@ from veneer.training.report.run_folder import discard_unused, run_folder, stoppe
 from veneer.training.report.verdict import read_verdict
 from veneer.training.save_dtype import rounded_to
 
-from .generate import base_of, parse_adapter
+from .convert import base_of
+from .generate import parse_adapter
 
 __all__ = ["ControlConfig", "ControlGenerateConfig", "control", "generate_controlled"]
 

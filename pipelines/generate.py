@@ -10,14 +10,15 @@ from veneer import base_models
 from veneer.base_models.devices import Dtype, resolve_device
 from veneer.base_models.loading import load_on_device
 from veneer.base_models.offloading import Offload, check_offload, offload_pipeline
-from veneer.formats import load_all, read
-from veneer.formats.native import KEY
+from veneer.formats import load_all
 from veneer.injection import Attachment, OptionError
 from veneer.training import prepare_base
 from veneer.training.families import Family, family
 from veneer.training.report.image_grid import GridRow, make_grid
 from veneer.training.report.png_metadata import save_png
 from veneer.training.report.previews import PreviewSettings, check_counts, generate_pairs, previews, save_preview, settings_of
+
+from .convert import base_of, native_header
 
 
 @dataclass(frozen=True)
@@ -108,34 +109,22 @@ def parse_adapter(text: str) -> tuple[Path, float]:
     return place, scale
 
 
-def base_of(path: Path) -> str | None:
-    """The base model in the metadata of a native file, or None."""
-    found = _header(path).get("provenance", {}).get("base")
-    return base_models.current_name(found) if isinstance(found, str) else None
-
-
 def is_diffusion_adapter(path: Path) -> bool:
     """Whether a file is for a diffusion pipeline, judged by its metadata: a classifier's native file names no components."""
-    return "" not in _header(path).get("base", {})
+    return "" not in native_header(path).get("base", {})
 
 
 def concept_of(path: Path) -> str | None:
     """The trigger token or word in the metadata of a native file, or None."""
-    found = _header(path).get("provenance", {}).get("concept")
+    found = native_header(path).get("provenance", {}).get("concept")
     return found if isinstance(found, str) and found else None
 
 
 def words_for_base(path: Path) -> dict[str, str]:
     """Replacement of a native file's trained token in prompts for the base model, such as `{"<toy>": "toy"}`."""
-    provenance = _header(path).get("provenance", {})
+    provenance = native_header(path).get("provenance", {})
     concept, word = provenance.get("concept"), provenance.get("class_word")
     return {concept: word} if isinstance(concept, str) and concept and isinstance(word, str) and word else {}
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """Metadata of a native file; empty for other formats."""
-    file = read(path)
-    return file.json(KEY) if KEY in file.metadata else {}
 
 
 def _truncated(kind: Family, prompt: str) -> str:
