@@ -37,12 +37,14 @@ class ModuleRecord(TypedDict):
     """A module: index of its class, attributes, shapes and dtypes of its tensors, and indices of its children's records.
 
     Attributes with an object of another class have the class as `{"class": index}`. Tensors and children may be None.
+    `unsaved`: buffers that are not in the state dict.
     """
 
     kind: int
     attributes: dict[str, Any]
     parameters: dict[str, tuple[list[int], str] | None]
     buffers: dict[str, tuple[list[int], str] | None]
+    unsaved: list[str]
     children: dict[str, int | None]
 
 
@@ -108,6 +110,7 @@ def _build(library: Library, index: int, classes: Sequence[type]) -> nn.Module:
     module.__dict__.update({name: _attribute(value, classes) for name, value in record["attributes"].items()})
     module._parameters.update({name: entry and nn.Parameter(_empty(*entry)) for name, entry in record["parameters"].items()})
     module._buffers.update({name: entry and _empty(*entry) for name, entry in record["buffers"].items()})
+    module._non_persistent_buffers_set.update(record["unsaved"])
     children = record["children"].items()
     module._modules.update({name: None if i is None else _build(library, i, classes) for name, i in children})
     return module

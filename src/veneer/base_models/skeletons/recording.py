@@ -60,6 +60,7 @@ class Recorder:
             attributes=attributes | objects,
             parameters=_tensors(module._parameters),
             buffers=_tensors(module._buffers),
+            unsaved=sorted(module._non_persistent_buffers_set),
             children={name: None if child is None else self._module(child) for name, child in module._modules.items()},
         )
         return self._index(self.library["modules"], record)
