@@ -16,6 +16,7 @@ from veneer.base_models.architectures import library_architecture
 from veneer.base_models.skeletons import meta_modules
 from veneer.base_models.skeletons.recording import Recorder
 from veneer.injection import UnknownName, VeneerError, attach
+from veneer.injection.attachment.model_state import lookup
 from veneer.injection.sites import Site
 from veneer.injection.towers import towers_of
 
@@ -54,6 +55,8 @@ def test_an_architecture_has_the_modules_and_sites_of_the_libraries(name: str) -
     for tower, other in pairs:
         assert (tower.component, tower.host.name, tower.main) == (other.component, other.host.name, other.main)
         assert [fields(s) for s in tower.sites] == [fields(s) for s in other.sites]
+        guards = {site.guard for site in tower.sites if site.guard}
+        assert [lookup(tower.module, guard) for guard in guards] == [lookup(other.module, guard) for guard in guards]
 
 
 @pytest.mark.parametrize(("part", "kind"), [("unet", nn.Conv2d), ("text_encoder", nn.Embedding)])

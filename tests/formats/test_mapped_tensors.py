@@ -48,7 +48,9 @@ def test_tensors_at_odd_addresses_are_read(tmp_path: Path) -> None:
     assert (8 + len(header)) % 2
     values = torch.tensor([1.5, -2.0])
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + values.numpy().tobytes())
-    assert torch.equal(read(tmp_path / "a.safetensors").tensors()["x"], values)
+    tensor = read(tmp_path / "a.safetensors").tensors()["x"]
+    assert torch.equal(tensor, values)
+    assert tensor.data_ptr() % 4 == 0
 
 
 def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
