@@ -49,7 +49,8 @@ from veneer.training.report.run_folder import discard_unused, run_folder, stoppe
 from veneer.training.report.verdict import read_verdict
 from veneer.training.save_dtype import rounded_to
 
-from .generate import base_of, note_missing_adapters
+from .convert import base_of
+from .generate import note_missing_adapters
 
 __all__ = ["ControlConfig", "ControlGenerateConfig", "control", "generate_controlled"]
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from veneer import base_models, formats
+from veneer.formats.native import KEY
 from veneer.injection import OptionError
-
-from .generate import base_of
 
 _log = logging.getLogger(__name__)
 
@@ -79,3 +78,15 @@ def open_base(base: str | None, files: Sequence[Path], command: str) -> tuple[An
     if base is None:
         _log.info("architecture: %s, by the names and shapes in the file; --base names another one", name)
     return base_models.architecture(name), {}
+
+
+def base_of(path: Path) -> str | None:
+    """The base model in the metadata of a native file, or None."""
+    name = native_header(path).get("provenance", {}).get("base")
+    return base_models.current_name(name) if isinstance(name, str) else None
+
+
+def native_header(path: Path) -> dict[str, Any]:
+    """Metadata of a native file; empty for other formats."""
+    file = formats.read(path)
+    return file.json(KEY) if KEY in file.metadata else {}

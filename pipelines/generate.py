@@ -13,8 +13,7 @@ from veneer.base_models.devices import Dtype, resolve_device
 from veneer.base_models.loading import load_on_device
 from veneer.base_models.offloading import Offload, check_offload, offload_pipeline
 from veneer.base_models.schedulers import Scheduler, other_scheduler
-from veneer.formats import load_all, read
-from veneer.formats.native import KEY
+from veneer.formats import load_all
 from veneer.injection import Attachment
 from veneer.training import prepare_base
 from veneer.training.families import Family, family
@@ -23,6 +22,8 @@ from veneer.training.report.image_grid import GridRow, make_grid
 from veneer.training.report.phases import PhaseReport
 from veneer.training.report.png_metadata import save_png
 from veneer.training.report.previews import PreviewSettings, check_counts, generate_pairs, previews, save_preview, settings_of
+
+from .convert import base_of, native_header
 
 
 @dataclass(frozen=True)
@@ -103,27 +104,21 @@ def generate(config: GenerateConfig) -> list[Path]:
     return files
 
 
-def base_of(path: Path) -> str | None:
-    """The base model in the metadata of a native file, or None."""
-    found = _header(path).get("provenance", {}).get("base")
-    return base_models.current_name(found) if isinstance(found, str) else None
-
-
 def note_missing_adapters(paths: Sequence[Path]) -> None:
     """Prints which adapters are needed besides these: those that they were trained on top of."""
     for path in paths:
-        for missing in missing_adapters(_header(path).get("provenance", {}), paths):
+        for missing in missing_adapters(native_header(path).get("provenance", {}), paths):
             print(f"note: {path} was trained on top of {missing}; use it as well: --adapter {missing} {path}", flush=True)
 
 
 def is_diffusion_adapter(path: Path) -> bool:
     """Whether a file is for a diffusion pipeline, judged by its metadata: a classifier's native file names no components."""
-    return "" not in _header(path).get("base", {})
+    return "" not in native_header(path).get("base", {})
 
 
 def concepts_of(path: Path) -> dict[str, str]:
     """Every trigger token or word in the metadata of a native file, with its class word or ""."""
-    provenance = _header(path).get("provenance", {})
+    provenance = native_header(path).get("provenance", {})
     one = {provenance["concept"]: provenance.get("class_word")} if isinstance(provenance.get("concept"), str) else {}
     several = provenance.get("concepts") if isinstance(provenance.get("concepts"), dict) else {}
     return {token: word if isinstance(word, str) else "" for token, word in {**one, **several}.items() if token}
@@ -132,12 +127,6 @@ def concepts_of(path: Path) -> dict[str, str]:
 def words_for_base(path: Path) -> dict[str, str]:
     """Replacements of a native file's trained tokens in prompts for the base model, such as `{"<toy>": "toy"}`."""
     return {token: word for token, word in concepts_of(path).items() if word}
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """Metadata of a native file; empty for other formats."""
-    file = read(path)
-    return file.json(KEY) if KEY in file.metadata else {}
 
 
 def _truncated(kind: Family, prompt: str) -> str:

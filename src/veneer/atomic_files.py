@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ def write_json(path: Path, record: Any) -> None:
     write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n").encode())
 
 
-def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
-    """Writes the parts to a temporary file beside `path`, syncs it, and renames it into place."""
+def write_atomically(path: Path, data: bytes | memoryview | Iterable[bytes | memoryview]) -> None:
+    """Writes the data, or its parts one by one, to a temporary file beside `path`, syncs it, and renames it into place."""
     temporary = path.with_name(f".saving-{path.name}-{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_synced(temporary, *parts)
+        write_synced(temporary, data)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -27,10 +28,10 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     sync_folder(path.parent)
 
 
-def write_synced(path: Path, *parts: bytes | memoryview) -> None:
+def write_synced(path: Path, data: bytes | memoryview | Iterable[bytes | memoryview]) -> None:
     """Writes a file and syncs it to the disk."""
     with open(path, "wb") as file:
-        for part in parts:
+        for part in [data] if isinstance(data, (bytes, memoryview)) else data:
             file.write(part)
         file.flush()
         os.fsync(file.fileno())

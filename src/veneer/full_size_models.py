@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.base_models.architectures import architecture
+from veneer.base_models.architectures import library_architecture
 from veneer.injection.errors import UnknownName
 
 
@@ -28,7 +28,7 @@ def _bundled() -> Any:
 
 def _stable_diffusion(name: str) -> Callable[[], Any]:
     def build() -> Any:
-        parts = architecture(name).components
+        parts = library_architecture(name).components
         texts = [part for part in parts if part.startswith("text_encoder")]
         return _pipeline(**{part.replace("text_encoder", "tokenizer"): _tokenizer() for part in texts} | parts)
 
@@ -73,8 +73,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "bundled base": _bundled,
     "Stable Diffusion 1.5": _stable_diffusion("sd15"),
     "Stable Diffusion XL": _stable_diffusion("sdxl"),
-    "DiT-XL/2": lambda: architecture("dit").components["transformer"],
-    "FLUX.1 dev": lambda: architecture("flux").components["transformer"],
+    "DiT-XL/2": lambda: library_architecture("dit").components["transformer"],
+    "FLUX.1 dev": lambda: library_architecture("flux").components["transformer"],
     "ViT-B/16": _timm("vit_base_patch16_224"),
     "Swin-B": _timm("swin_base_patch4_window7_224"),
     "ConvNeXt-B": _timm("convnext_base"),

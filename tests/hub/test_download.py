@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from veneer.pipelines.convert import ConvertConfig, convert
-from veneer.pipelines.generate import parse_adapter
+from veneer.training.fixed_adapters import parse_adapter
 from veneer.pipelines.inspect_file import InspectConfig, inspect_file
 from veneer.pipelines.merge import MergeConfig, merge
 from veneer.pipelines.resize import ResizeConfig, resize

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from veneer.pipelines.generate import GenerateConfig, base_of, generate
+from veneer.pipelines.convert import base_of
+from veneer.pipelines.generate import GenerateConfig, generate
 
 import veneer
 from tests.raising import raises

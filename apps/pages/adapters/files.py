@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from veneer.pipelines.convert import ConvertConfig, convert, open_base
-from veneer.pipelines.generate import base_of
+from veneer.pipelines.convert import ConvertConfig, base_of, convert, open_base
 from veneer.pipelines.merge import MergeConfig, merge
 from veneer.pipelines.resize import ResizeConfig, resize
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from veneer.pipelines.convert import ConvertConfig, convert
+
 from veneer.training.report.progress import clock
 
 from ...context import escape_markup
@@ -81,8 +83,6 @@ def export_kohya(workspace: Workspace, name: str) -> list[str]:
     Raises:
         VeneerError: unknown job, no adapter yet, or the format does not support it.
     """
-    from veneer.pipelines.convert import ConvertConfig, convert  # imports diffusers, which is slow
-
     job = workspace.job(name)
     out = Path(tempfile.mkdtemp(prefix="veneer-")) / f"{safe_name(job.title)}-comfyui-a1111.safetensors"
     convert(ConvertConfig(job.run / ADAPTER, "kohya", out=out))

@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from veneer.extras import require
 from veneer.injection.errors import UnknownName
 
-from .clip_vocabulary import clip_tokenizer
+from .clip_vocabulary import DeferredTokenizer, clip_tokenizer, has_vocabulary
+from .skeletons.meta_modules import meta_modules
 
 Config = Mapping[str, Any]
 
@@ -111,25 +114,31 @@ PIPELINES: dict[str, tuple[str, Config]] = {
 def architecture(name: str) -> Any:
     """The denoiser and text encoders of a published model on the meta device, as components of a pipeline.
 
-    Adapter files load on it, with their tensors on the CPU; it cannot generate images.
+    Adapter files load on it, with their tensors on the CPU; it cannot run. Needs neither diffusers nor transformers, except for
+    tokens of textual inversion.
 
     Args:
         name: one of `ARCHITECTURES`: `sd15`, `sd21`, `sdxl`, `sd3`, `sd35` (medium), `sd35-large`, `flux`, `pixart`, `dit`.
     Raises:
+        UnknownName: no such architecture.
+    """
+    _check_name(name)
+    tokenizers = {part: DeferredTokenizer() for part in _tokenizers(name) if has_vocabulary()}
+    return SimpleNamespace(components={**meta_modules(name), **tokenizers})
+
+
+def library_architecture(name: str) -> Any:
+    """The components of `architecture(name)` as diffusers and transformers build them: on the meta device, with a forward pass.
+
+    Raises:
         UnknownName: no such architecture. MissingExtra: diffusers is not installed.
     """
-    if name not in ARCHITECTURES:
-        known = tuple(ARCHITECTURES)
-        message = f"architecture: no {name!r}; expected one of {', '.join(known)}."
-        raise UnknownName(message, name, "architecture", expected=known)
+    _check_name(name)
     require("diffusers", "transformers")
-    import torch
-
     with torch.device("meta"):
         parts = {part: _build(*entry) for part, entry in ARCHITECTURES[name].items()}
-    texts = [part for part, (kind, _) in ARCHITECTURES[name].items() if kind in (CLIP, CLIP_PROJECTED)]
     tokenizer = clip_tokenizer()
-    tokenizers = {part.replace("text_encoder", "tokenizer"): copy.deepcopy(tokenizer) for part in texts if tokenizer is not None}
+    tokenizers = {part: copy.deepcopy(tokenizer) for part in _tokenizers(name) if tokenizer is not None}
     return SimpleNamespace(components={**parts, **tokenizers})
 
 
@@ -139,10 +148,21 @@ def autoencoder(name: str) -> Any:
     Args:
         name: one of `ARCHITECTURES`.
     """
-    import torch
-
     with torch.device("meta"):
         return _build("AutoencoderKL", PIPELINES[name][1])
+
+
+def _tokenizers(name: str) -> list[str]:
+    """Components with a tokenizer of CLIP."""
+    texts = [part for part, (kind, _) in ARCHITECTURES[name].items() if kind in (CLIP, CLIP_PROJECTED)]
+    return [part.replace("text_encoder", "tokenizer") for part in texts]
+
+
+def _check_name(name: str) -> None:
+    if name not in ARCHITECTURES:
+        known = tuple(ARCHITECTURES)
+        message = f"architecture: no {name!r}; expected one of {', '.join(known)}."
+        raise UnknownName(message, name, "architecture", expected=known)
 
 
 def _build(kind: str, config: Config) -> Any:

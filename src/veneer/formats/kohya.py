@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from veneer.injection import Attachment
@@ -16,8 +15,9 @@ from veneer.injection.towers import towers_of
 
 from ._core.attach import attach_all
 from ._core.format import Format, LayerInfo, Options, pt_metadata
+from ._core.layer_keys import kohya_tensors
 from ._core.lora_reader import PARTS, layers_of, lora_spec
-from ._core.lora_writer import layer_factors
+from ._core.lora_writer import LayerTensors, layers_to_write
 from ._io.model_spec import HASHES, model_spec
 from ._io.reader import File
 from ._io.writer import write
@@ -61,12 +61,9 @@ class Kohya(Format):
         return attach_all(model, file, [lora_spec(model, file, options, known)], options)
 
     def write_to(self, attachments: Sequence[Attachment], target: Path, provenance: Mapping[str, Any] | None) -> Path:
-        tensors: dict[str, Tensor] = {}
         versions = {v for a in attachments for m in a.towers.values() if (v := base_model_version(m))}
         names = partial(named_layers, numbered=is_numbered(attachments, versions))
-        for name, (down, up, scaling) in layer_factors(attachments, target, names, "kohya's LoRA files"):
-            tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down, up
-            tensors[f"{name}.alpha"] = torch.tensor(scaling * down.shape[0])
+        tensors = LayerTensors(layers_to_write(attachments, target, names, "kohya's LoRA files"), kohya_tensors)
         metadata = {**_metadata(tensors, versions), **model_spec(attachments, provenance)}
         return write(target, tensors, pt_metadata(provenance, metadata), HASHES)
 

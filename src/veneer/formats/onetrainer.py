@@ -17,7 +17,7 @@ from ._core.format import LayerInfo, Options, pt_metadata
 from ._core.layer_keys import LayerTableFormat
 from ._core.lora_config import ENCODERS, component_of
 from ._core.lora_reader import lora_spec
-from ._core.lora_writer import layer_factors
+from ._core.lora_writer import LayerTensors, layers_to_write
 from ._core.token_embeddings import UNNAMED, check_vectors, encoder_names, rows_by_encoder
 from ._io.reader import File
 from ._io.writer import write
@@ -118,9 +118,8 @@ class OneTrainer(LayerTableFormat):
         learned = [a for a in attachments if a.method.name == "textual_inversion"]
         tensors = {key: rows for attachment in learned for key, rows in _bundle_tensors(attachment, target)}
         rest = [a for a in attachments if a not in learned]
-        for name, pair in layer_factors(rest, target, self.places, self.files) if rest or not learned else ():
-            tensors |= {f"{name}.{end}": tensor for end, tensor in self.tensors(pair).items()}
-        return write(target, tensors, pt_metadata(provenance))
+        layers = layers_to_write(rest, target, self.places, self.files) if rest or not learned else {}
+        return write(target, LayerTensors(layers, self.tensors, tensors), pt_metadata(provenance))
 
 
 def _is_peft_dora(file: File) -> bool:

@@ -18,20 +18,16 @@ CONTROL_OPTIONS = ("conditioning_channels", "conditioning_embedding_out_channels
 
 def residual_site(part: TowerPart, components: Mapping[str, Any] | None) -> ResidualSite:
     """The site of a whole UNet."""
-    from diffusers import ControlNetModel
-
     unet = part.module("")
     widths, strides = skips(unet)
     inner = inner_features(unet)
-    known = set(inspect.signature(ControlNetModel.__init__).parameters) - set(CONTROL_OPTIONS)
-    config = {name: value for name, value in unet.config.items() if name in known}
     names = [n for n in inspect.signature(type(unet).forward).parameters if n != "self"]
     return ResidualSite(
         name="residuals", role="residual", widths=widths, strides=strides,
         inner_widths=tuple(width for width, _ in inner), inner_strides=tuple(stride for _, stride in inner),
         pixels=_pixels((components or {}).get("vae")), arguments=tuple(names), skips="down_block_additional_residuals",
         middle="mid_block_additional_residual", inner="down_intrablock_additional_residuals", first="down_blocks.0",
-        encoder=functools.partial(_encoder, config), **part.labels,
+        encoder=functools.partial(_encoder, dict(unet.config)), **part.labels,
     )  # fmt: skip
 
 
@@ -39,7 +35,9 @@ def _encoder(config: Mapping[str, Any], channels: int, widths: tuple[int, ...]) 
     """A diffusers ControlNet for a UNet with the given config."""
     from diffusers import ControlNetModel
 
-    net: Any = ControlNetModel(**config, conditioning_channels=channels, conditioning_embedding_out_channels=widths)
+    known = set(inspect.signature(ControlNetModel.__init__).parameters) - set(CONTROL_OPTIONS)
+    shared = {name: value for name, value in config.items() if name in known}
+    net: Any = ControlNetModel(**shared, conditioning_channels=channels, conditioning_embedding_out_channels=widths)
     return cast(nn.Module, net)
 
 

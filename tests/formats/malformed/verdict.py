@@ -25,7 +25,7 @@ from tests.formats.malformed.guide_meanings import OPTIONS
 from tests.formats.malformed.meanings import Meaning, told
 from tests.formats.malformed.models import model, small_host, towers
 from veneer.formats import inspect, load_all
-from veneer.formats._core.conversion import _apply, _base_weight, _weight_adapters
+from veneer.formats._core.delta_comparison import _apply, _base_weight, _weight_adapters
 from veneer.injection import Attachment, LoadError, attachments
 from veneer.testing.snapshot import assert_same, snapshot
 

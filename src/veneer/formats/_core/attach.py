@@ -67,7 +67,7 @@ def attach_all(model: Any, file: File, specs: Sequence[AttachmentSpec], options:
                     limit_sizes(_parameters_by_site(each), options.strict),
                 ):
                     made.append(_attach(model, each, _choose_name(model, each.name, options, len(specs) > 1)))
-                report = made[-1].load_state_dict(each.state, options.strict)
+                report = made[-1].load_state_dict(each.state, options.strict, options.assign)
                 unused = (*report.unused, *each.unused)
                 made[-1].loaded = dataclasses.replace(report, unused=unused, notes=tuple(each.notes))
     except BaseException as error:

@@ -28,6 +28,7 @@ class Options:
         same_base: a base other than the one the adapter was trained on is an error.
         token: trigger token of an embedding; None means the saved one.
         into: a list that collects the specifications of attachments instead of attaching them.
+        assign: tensors of the file become the adapters' parameters, in their dtype and without a copy; not to be trained.
     """
 
     name: str | None = None
@@ -35,6 +36,7 @@ class Options:
     same_base: bool = True
     token: str | None = None
     into: list[Any] | None = None
+    assign: bool = False
 
 
 @dataclass(frozen=True)

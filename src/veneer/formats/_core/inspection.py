@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from veneer.injection import VeneerError
+from veneer.injection.towers import cache_towers
 
+from .._io.mapped_tensors import release_pages
 from .._io.reader import File, read
 from .families import family_of
 from .format import LayerInfo, Options, format_of
@@ -110,7 +112,8 @@ def inspect(path: str | PathLike[str], model: Any = None) -> FileSummary:
 def _check_model(model: Any, file: File, known: Any) -> dict[str, Any]:
     """Loads the file on the model, detaches it, and reports the result."""
     try:
-        attached = known.load(model, file, Options(strict=False, same_base=False))
+        with release_pages(), cache_towers():
+            attached = known.load(model, file, Options(strict=False, same_base=False, assign=True))
     except VeneerError as error:
         return {"fits": False, "notes": (str(error),)}
     reports = [a.loaded for a in attached]

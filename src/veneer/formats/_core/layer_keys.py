@@ -21,7 +21,7 @@ from .._names.kohya_fused import LoRAFactors
 from .attach import attach_all
 from .format import Format, LayerInfo, Options, pt_metadata
 from .lora_reader import KOHYA, layers_of, lora_spec
-from .lora_writer import layer_factors
+from .lora_writer import LayerTensors, layers_to_write
 
 
 class LayerTableFormat(Format):
@@ -56,9 +56,7 @@ class LayerTableFormat(Format):
         return {name: place for tower in towers_of(model) for place in self.readable(tower) for name in place.names}
 
     def write_to(self, attachments: Sequence[Attachment], target: Path, provenance: Mapping[str, Any] | None) -> Path:
-        tensors: dict[str, Tensor] = {}
-        for name, pair in layer_factors(attachments, target, self.places, self.files):
-            tensors |= {f"{name}.{end}": tensor for end, tensor in self.tensors(pair).items()}
+        tensors = LayerTensors(layers_to_write(attachments, target, self.places, self.files), self.tensors)
         if self.implementation is None:
             return write(target, tensors, pt_metadata(provenance))
         metadata = model_spec(attachments, provenance, self.implementation)
@@ -66,5 +64,10 @@ class LayerTableFormat(Format):
 
     def tensors(self, pair: LoRAFactors) -> dict[str, Tensor]:
         """The tensors of a layer by key suffix."""
-        down, up, scaling = pair
-        return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(scaling * down.shape[0])}
+        return kohya_tensors(pair)
+
+
+def kohya_tensors(pair: LoRAFactors) -> dict[str, Tensor]:
+    """The tensors of a layer by kohya's key suffixes."""
+    down, up, scaling = pair
+    return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(scaling * down.shape[0])}

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from veneer.injection import LoadError
@@ -21,6 +20,7 @@ from .header import parse, unique_keys
 from .image_embeddings import is_image, read_embeddings
 from .locations import SUFFIX as SUFFIX
 from .locations import locate
+from .mapped_tensors import MappedTensors, count_use
 
 MAX_HEADER_BYTES, MAX_JSON = 16_000_000, 4_000_000  # bytes of a header, characters of a JSON value in it
 INTEGER_SUFFIXES = (".alpha", ".on_input", ".scaled_oft")  # suffixes of names whose tensors may have an integer dtype
@@ -39,13 +39,14 @@ class File:
 
     Args:
         path: location. `metadata`: of its header. `shapes`: of every tensor, by name, in the order of the header.
-        held: the tensors themselves, if the source is not a safetensors file.
+        held: the tensors themselves, if the source is not a safetensors file. `mapped`: those of a safetensors file.
     """
 
     path: Path
     metadata: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     held: Mapping[str, Tensor] | None = None
+    mapped: MappedTensors | None = None
 
     def tensors(
         self, finite: bool = True, names: Collection[str] | None = None, whole: tuple[str, ...] = INTEGER_SUFFIXES
@@ -59,12 +60,8 @@ class File:
         """
         selected = [name for name in self.shapes if names is None or name in names]
         try:
-            if self.held is not None:
-                found = {name: self.held[name] for name in selected}
-            else:
-                with safe_open(self.path, "pt") as file:
-                    found = {name: _cast_eight_bit(file.get_tensor(name)) for name in selected}
-        except (SafetensorError, OSError) as error:
+            found = {name: _cast_eight_bit(self._tensor(name)) for name in selected}
+        except (ValueError, OSError) as error:
             message = f"{self.path}: cannot be read ({error}). Copy it again from its source."
             raise LoadError(message, file=self.path) from error
         counted = next((n for n, t in found.items() if not t.is_floating_point() and not n.endswith(whole)), None)
@@ -76,7 +73,7 @@ class File:
                 where=counted,
                 given=found[counted].dtype,
             )
-        bad = [name for name, tensor in found.items() if finite and not is_finite(_cast_double(tensor))]
+        bad = [name for name, tensor in found.items() if finite and not _is_finite_in_single(tensor)]
         if bad:
             more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
             raise LoadError(
@@ -88,6 +85,12 @@ class File:
                 expected="finite",
             )
         return found
+
+    def _tensor(self, name: str) -> Tensor:
+        if self.held is not None:
+            return self.held[name]
+        assert self.mapped is not None
+        return self.mapped.tensor(name)
 
     def restrict(self, names: Collection[str]) -> File:
         """A view of the file restricted to the given tensors."""
@@ -143,9 +146,11 @@ def _cast_eight_bit(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
-def _cast_double(tensor: Tensor) -> Tensor:
-    """Casts float64 to float32, the adapters' dtype, where overflow becomes infinity."""
-    return tensor.float() if tensor.dtype == torch.float64 else tensor
+def _is_finite_in_single(tensor: Tensor) -> bool:
+    """True if a tensor is finite in float32, the adapters' dtype, where large values of float64 become infinity."""
+    finite = is_finite(tensor.float() if tensor.dtype == torch.float64 else tensor)
+    count_use(tensor)
+    return finite
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -240,7 +245,8 @@ def _parse(path: Path, text: bytes, space: int) -> File:
     try:
         header = parse(text)
         if header.needed == space:
-            return File(path, header.metadata, header.shapes())
+            mapped = MappedTensors(path, 8 + len(text), header.entries)
+            return File(path, header.metadata, header.shapes(), mapped=mapped)
     except (ValueError, RecursionError) as error:
         message = f"{path}: invalid safetensors header: {error}. Copy it again from its source."
         raise LoadError(message, file=path, where="header", expected="safetensors") from error

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
+import torch
 from torch import Tensor
 
 from veneer.atomic_files import write_atomically
 from veneer.injection import SaveError
 
+from .mapped_tensors import DTYPES, count_use
 from .reader import SUFFIX, is_finite
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")  # of the library: aligned
 
 
 def destination(path: str | PathLike[str], usual: str) -> Path:
@@ -31,23 +37,40 @@ def write(
     """Writes to a temporary file beside `path`, syncs, and renames it.
 
     Args:
-        hashes: see `serialize`.
+        tensors: by name. They are read one by one, first all for the header and then all for the file, so that a mapping can
+            compute them when they are read.
+        hashes: metadata entries to add with the SHA-256 of the tensors -> prefix of the digest.
     Raises:
         SaveError: a tensor is not finite or on `meta`, or writing fails; an existing file at `path` stays unchanged.
     """
-    reject_unusable(path, tensors)
-    return _replace(path, serialize(tensors, metadata, hashes))
+    kinds = {name: _reject_unusable(path, name, tensors[name]) for name in tensors}
+    names = sorted(tensors, key=lambda name: (ORDER.index(kinds[name][0]), name))
+    digest = _sha256(tensors[name] for name in names) if hashes else ""
+    entries = {**metadata, **{key: prefix + digest for key, prefix in (hashes or {}).items()}}
+    head = _header({name: kinds[name] for name in names}, entries)
+    size = len(head) + sum(nbytes for _, _, nbytes in kinds.values())
+    return _replace(path, itertools.chain([head], (_to_bytes(tensors[name]) for name in names)), size)
 
 
 def reject_unusable(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises `SaveError` if a tensor is not finite or on `meta`."""
     for name, tensor in tensors.items():
-        if tensor.is_meta:
-            message = f"{path}: '{name}' is on the meta device and has no values. Load the base weights first."
-            raise SaveError(message, file=path, where=name, given="meta")
-        if not is_finite(tensor):
-            message = f"{path}: '{name}' holds NaN or infinity: the training diverged. Nothing was written."
-            raise SaveError(message, file=path, where=name, expected="finite")
+        _reject_unusable(path, name, tensor)
+
+
+def _reject_unusable(path: Path, name: str, tensor: Tensor) -> tuple[str, tuple[int, ...], int]:
+    """Dtype, shape and number of bytes of a tensor for the header, if it can be written."""
+    if tensor.is_meta:
+        message = f"{path}: '{name}' is on the meta device and has no values. Load the base weights first."
+        raise SaveError(message, file=path, where=name, given="meta")
+    if not is_finite(tensor):
+        message = f"{path}: '{name}' holds NaN or infinity: the training diverged. Nothing was written."
+        raise SaveError(message, file=path, where=name, expected="finite")
+    if tensor.dtype not in NAMES:
+        message = f"{path}: '{name}' has the dtype {tensor.dtype}; expected one of {', '.join(map(str, NAMES))}."
+        raise SaveError(message, file=path, where=name, given=tensor.dtype, expected=tuple(NAMES))
+    count_use(tensor)
+    return NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -56,14 +79,14 @@ def write_text(path: Path, text: str) -> Path:
     Raises:
         SaveError: writing fails; an existing file at `path` stays unchanged.
     """
-    return _replace(path, [text.encode()])
+    data = text.encode()
+    return _replace(path, [data], len(data))
 
 
-def _replace(path: Path, parts: Sequence[bytes | memoryview]) -> Path:
+def _replace(path: Path, parts: Iterable[bytes | memoryview], size: int) -> Path:
     try:
-        write_atomically(path, *parts)
+        write_atomically(path, parts)
     except OSError as error:
-        size = sum(map(len, parts))
         raise SaveError(
             f"{path}: cannot write {size:,} bytes ({error.strerror or error}); an existing file is unchanged. "
             "Free some space, or save to another folder.",
@@ -74,34 +97,28 @@ def _replace(path: Path, parts: Sequence[bytes | memoryview]) -> Path:
     return path
 
 
-def serialize(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], hashes: Mapping[str, str] | None = None
-) -> tuple[bytes, memoryview]:
-    """Header and tensors of a safetensors file, with metadata in the given order; the library shuffles it, so its files are not
-    reproducible.
+def _sha256(tensors: Iterable[Tensor]) -> str:
+    """Digest of the bytes of all tensors, in hexadecimal."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(_to_bytes(tensor))
+    return digest.hexdigest()
 
-    Args:
-        hashes: metadata entries to add with the SHA-256 of the tensors -> prefix of the digest.
-    """
-    data = safetensors.torch.save(_separate(tensors))
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    content = memoryview(data)[8 + length :]
-    digest = hashlib.sha256(content).hexdigest() if hashes else ""
-    entries = {**metadata, **{key: prefix + digest for key, prefix in (hashes or {}).items()}}
-    text = json.dumps({"__metadata__": entries, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+
+def _header(kinds: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+    """The header's length and the header, with metadata and tensors in the given order; the library shuffles metadata."""
+    content: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape, nbytes) in kinds.items():
+        start, end = end, end + nbytes
+        content[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
-    return len(text).to_bytes(8, "little") + text, content
+    return len(text).to_bytes(8, "little") + text
 
 
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, each with a storage of its own, as the library requires; copied where needed."""
-    separate, storages = {}, set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
-            tensor = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-        separate[name] = tensor
-    return separate
+def _to_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy if it is contiguous on the CPU."""
+    count_use(tensor)
+    data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data

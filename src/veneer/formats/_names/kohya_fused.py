@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from veneer.injection import LoadError
 from veneer.injection.sites import WeightSite
 
+from .._io.mapped_tensors import count_use
 from .._io.reader import File
 from .kohya import NamedLayer
 
@@ -44,13 +46,17 @@ def split_factors(file: File, name: str, place: NamedLayer, pair: LoRAFactors) -
             misshapen={"up": (tuple(up.shape), (sum(rows), down.shape[0]))},
         )
     slices = [(site, part, _nonzero_components(part)) for site, part in zip(place.sites, up.split(rows), strict=True)]
+    count_use(up)
     if not any(keep.any() for _, _, keep in slices):
         return [(site, LoRAFactors(down, part, scaling)) for site, part, _ in slices]
-    return [
-        (site, LoRAFactors(down, part, scaling) if keep.all() else LoRAFactors(down[keep], part[:, keep], scaling))
-        for site, part, keep in slices
-        if keep.any()
-    ]
+    selected = [(site, part, _as_slice(keep)) for site, part, keep in slices if keep.any()]
+    return [(site, LoRAFactors(down[keep], part[:, keep], scaling)) for site, part, keep in selected]
+
+
+def _as_slice(keep: Tensor) -> slice | Tensor:
+    """A mask with a true element, as a slice if these are contiguous: indexing with it needs no memory."""
+    start, count = int(keep.int().argmax()), int(keep.sum())
+    return slice(start, start + count) if bool(keep[start : start + count].all()) else keep
 
 
 def _nonzero_components(up: Tensor) -> Tensor:
@@ -66,7 +72,9 @@ def merge_adapters(place: NamedLayer, adapters: Mapping[str, Any]) -> LoRAFactor
 
 
 def share_down(place: NamedLayer, downs: Mapping[str, Tensor]) -> bool:
-    """True if every slice of a layer has the same `down`."""
+    """True if a layer has several slices, and all have the same `down`."""
+    if len(place.sites) == 1:
+        return False
     first = next(iter(downs.values()))
     return len(downs) == len(place.sites) and all(torch.equal(down, first) for down in downs.values())
 
@@ -85,12 +93,13 @@ def merge_factors(place: NamedLayer, pairs: Mapping[str, LoRAFactors], stacked: 
     if stacked:
         return LoRAFactors(first.down, torch.cat([ups[site.name] for site in place.sites]), first.scaling)
     order = [site.name for site in place.sites if site.name in pairs]
-    wide = dict(zip(order, torch.block_diag(*(torch.ones(1, pairs[n].down.shape[0]) for n in order)), strict=True))
+    ends = list(itertools.accumulate(pairs[n].down.shape[0] for n in order))
+    columns = {n: slice(end - pairs[n].down.shape[0], end) for n, end in zip(order, ends, strict=True)}
     rows = []
     for site in place.sites:
-        up = first.up.new_zeros(site.d_out, sum(pairs[n].down.shape[0] for n in order))
+        up = first.up.new_zeros(site.d_out, ends[-1])
         if site.name in pairs:
-            up[:, wide[site.name].bool()] = ups[site.name]
+            up[:, columns[site.name]] = ups[site.name]
         rows.append(up)
     return LoRAFactors(torch.cat([pairs[n].down for n in order]), torch.cat(rows), first.scaling)
 

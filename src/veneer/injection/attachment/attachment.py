@@ -157,13 +157,15 @@ class Attachment:
         """Everything that training changed, under `site-name:parameter`, norm statistics of the host included."""
         return state_of(self)
 
-    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> LoadReport:
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> LoadReport:
         """Loads the tensors of `state_dict`.
 
+        Args:
+            assign: as in torch, tensors become parameters in their own dtype instead of being copied into these.
         Raises:
             LoadError: `strict`, and a tensor is missing, unused or has another shape; nothing is changed then.
         """
-        return load_state(self, state, strict)
+        return load_state(self, state, strict, assign)
 
     def swap(self, path: str | PathLike[str], *, base: Literal["same", "any"] = "same") -> LoadReport:
         """Loads another adapter file into this attachment in place: no hook, shape or compiled graph changes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import LoadError
 from ..seams.adapter_calls import base_tensor
-from ..sharded_tensor import copy_whole, full_tensor
+from ..sharded_tensor import copy_whole, full_tensor, is_sharded
 from ..sites import NormSite, ParamSite, WeightSite
 from .model_state import changed_statistics, find_model_state, lookup
 from .protocol import AttachmentProtocol
@@ -53,14 +53,15 @@ def state_of(attachment: AttachmentProtocol) -> dict[str, Tensor]:
     return state
 
 
-def load_state(attachment: AttachmentProtocol, state: Mapping[str, Tensor], strict: bool) -> LoadReport:
-    """Copy tensors in, or raise before anything is changed."""
+def load_state(attachment: AttachmentProtocol, state: Mapping[str, Tensor], strict: bool, assign: bool = False) -> LoadReport:
+    """Copy tensors in, or assign them to parameters, or raise before anything is changed."""
     targets = dict(_targets(attachment, state))
     report = _compared(targets, state)
     if strict and not report.clean:
         told = f"'{attachment.name}' ({attachment.method.name}): {report}. Pass strict=False to load what fits."
         raise load_error(told, attachment, state, report)
-    _copy(targets, state, report)
+    assigned = _assign(attachment, state, report) if assign else set()
+    _copy(targets, state, [key for key in report.used if key not in assigned])
     return report
 
 
@@ -101,13 +102,25 @@ def _differ(given: Tensor, target: Tensor) -> tuple[Any, Any]:
 
 def fill(attachment: AttachmentProtocol, state: Mapping[str, Tensor], report: LoadReport) -> None:
     """Copy in what fits."""
-    _copy(dict(_targets(attachment, state)), state, report)
+    _copy(dict(_targets(attachment, state)), state, report.used)
 
 
-def _copy(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], report: LoadReport) -> None:
+def _copy(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], keys: Iterable[str]) -> None:
     with torch.no_grad():
-        for key in report.used:
+        for key in keys:
             copy_whole(targets[key], state[key])
+
+
+def _assign(attachment: AttachmentProtocol, state: Mapping[str, Tensor], report: LoadReport) -> set[str]:
+    """Assigns tensors to the adapters' parameters on the same device; returns their keys."""
+    used, assigned = {*report.used}, set[str]()
+    for name, (_, adapter) in attachment.parts.items():
+        for end, parameter in adapter.named_parameters(remove_duplicate=False):
+            key = f"{name}:{end}"
+            if key in used and parameter.device == state[key].device and not is_sharded(parameter):
+                parameter.data = state[key].detach()
+                assigned.add(key)
+    return assigned
 
 
 def replaced_tensors(attachment: AttachmentProtocol) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.base_models.architectures import ARCHITECTURES, PIPELINES, architecture, autoencoder
+from veneer.base_models.architectures import ARCHITECTURES, PIPELINES, autoencoder, library_architecture
 from veneer.base_models.folders import read_json
 from veneer.base_models.loading import find
 from veneer.extras import require
@@ -43,7 +43,7 @@ def _architecture(name: str) -> Any:
     scheduler = (
         diffusers.FlowMatchEulerDiscreteScheduler() if is_flow else diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
     )
-    return _assemble(kind, {**architecture(name).components, "vae": autoencoder(name), "scheduler": scheduler})
+    return _assemble(kind, {**library_architecture(name).components, "vae": autoencoder(name), "scheduler": scheduler})
 
 
 def _folder(base: str | Path) -> Any:
