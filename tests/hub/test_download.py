@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from veneer.pipelines.convert import ConvertConfig, convert
-from veneer.training.fixed_adapters import parse_adapter
 from veneer.pipelines.inspect_file import InspectConfig, inspect_file
 from veneer.pipelines.merge import MergeConfig, merge
 from veneer.pipelines.resize import ResizeConfig, resize
@@ -22,6 +21,7 @@ from veneer.classification.data.sources import open_source
 from veneer.formats import diffusers, local_path, native, peft_folder
 from veneer.hub import HubError, RepoName, is_hub_name, parse_name
 from veneer.testing.pipelines import tiny_pipeline
+from veneer.training.fixed_adapters import parse_adapter
 
 from .conftest import disconnect
 from .server import TOKEN, Hub
