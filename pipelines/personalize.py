@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ from veneer.training.data.dataset import PhotoDataset
 from veneer.training.data.photo_folder import Photo
 from veneer.training.data.run_photos import RunPhotos, check_mentions, read_photos
 from veneer.training.encoder_offload import offload_encoders
+from veneer.training.evaluation.adapter_output import write_files
+from veneer.training.evaluation.personalization_run import PersonalizationRun
+from veneer.training.evaluation.plan import affordable_plan
 from veneer.training.families import Family, family
 from veneer.training.fixed_adapters import attach_fixed, source_identity
 from veneer.training.initial_adapter import read_initial
@@ -35,10 +39,7 @@ from veneer.training.personalization_data import PersonalizationData
 from veneer.training.preflight.memory_check import check_memory
 from veneer.training.preflight.preflight import preflight
 from veneer.training.report.artifacts import (
-    PersonalizationRun,
-    count_evaluation_images,
     final_message,
-    write_files,
     write_preview,
     write_results,
 )
@@ -97,7 +98,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     groups = with_block_rates(groups, attached, config.block_lr)
     photos, pipe = data.photos.photos, data.model.pipe
     run = PersonalizationRun(config, pipe, attached, photos, out, data.report, base=base, subjects=data.subjects)
-    _preflight(data, run, groups, loss.dataset)
+    run = _preflight(data, run, groups, loss.dataset)
     if config.dry_run:
         shutil.rmtree(out / SHARDS, ignore_errors=True)
         with contextlib.suppress(OSError):  # removes only an empty folder
@@ -161,8 +162,10 @@ def _attach_and_shard(data: PersonalizationData) -> tuple[list[Attachment], list
     return attached, generated, base
 
 
-def _preflight(data: PersonalizationData, run: PersonalizationRun, groups: list[ParameterGroup], dataset: PhotoDataset) -> None:
-    """Prints the checks of a run and its estimated cost.
+def _preflight(
+    data: PersonalizationData, run: PersonalizationRun, groups: list[ParameterGroup], dataset: PhotoDataset
+) -> PersonalizationRun:
+    """Prints the checks of a run and its estimated cost. Returns the run with the evaluation that fits its training.
 
     Raises:
         PreflightError: the run cannot work.
@@ -181,14 +184,22 @@ def _preflight(data: PersonalizationData, run: PersonalizationRun, groups: list[
         default_rates=config.default_rates(),
         processes=data.accelerator.num_processes,
         folder=data.out,
-        images=count_evaluation_images(config, len(run.concepts)),
+        images=run.evaluation.images(len(run.concepts)),
         previews=run.previews(loop.steps),
         sampling=run.settings(1),
         loading=data.report.elapsed,
     )
+    if config.eval == "auto" and checks.estimate is not None:
+        cost, count = checks.estimate, len(run.concepts)
+        chosen = affordable_plan(run.evaluation, cost.seconds * cost.steps, cost.image_seconds, count)
+        images = chosen.images(count) + run.previews(loop.steps)
+        run, checks = replace(run, chosen=chosen), replace(checks, estimate=replace(cost, images=images))
     if data.accelerator.is_main_process:
         print(checks.text(), flush=True)
+        if run.evaluation.reason:
+            print(f"evaluation: {run.evaluation.kind}, because {run.evaluation.reason}; --eval full for all", flush=True)
     checks.check()
+    return run
 
 
 def _finish(run: PersonalizationRun, trainer: Trainer, result: TrainResult, validation: Validation | None) -> None:

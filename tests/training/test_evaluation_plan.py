@@ -15,28 +15,33 @@ PROMPTS, DRIFT = ("a", "b", "c", "d"), ("e", "f", "g")
 def test_the_full_evaluation_has_all_prompts_with_and_without_the_adapter() -> None:
     full = plan("full", 3, PROMPTS, DRIFT)
     assert (full.prompts, full.drift_prompts) == (PROMPTS, DRIFT)
-    assert full.images == 2 * 3 * (4 + 3)
+    assert full.images() == 2 * 3 * (4 + 3)
 
 
 def test_without_seeds_there_is_a_grid_without_metrics() -> None:
-    assert plan("full", 0, PROMPTS, DRIFT).images == 2 * 4
-    assert plan("quick", 0, PROMPTS, DRIFT).images == 2 * 2
+    assert plan("full", 0, PROMPTS, DRIFT).images() == 2 * 4
+    assert plan("quick", 0, PROMPTS, DRIFT).images() == 2 * 2
 
 
 def test_a_quick_evaluation_has_one_image_for_each_of_two_and_two_prompts() -> None:
     quick = plan("quick", 3, PROMPTS, DRIFT)
-    assert (quick.seeds, quick.prompts, quick.drift_prompts, quick.images) == (1, PROMPTS[:2], DRIFT[:2], 8)
+    assert (quick.seeds, quick.prompts, quick.drift_prompts, quick.images()) == (1, PROMPTS[:2], DRIFT[:2], 8)
+
+
+def test_each_concept_has_all_prompts() -> None:
+    assert plan("full", 3, PROMPTS, DRIFT).images(2) == 2 * 3 * (2 * 4 + 3)
+    assert affordable_plan(plan("full", 1, PROMPTS, DRIFT), 100, 100 * SHARE / 15, 2).kind == "quick"
 
 
 def test_none_generates_nothing() -> None:
-    assert plan("none", 3, PROMPTS, DRIFT).images == 0
+    assert plan("none", 3, PROMPTS, DRIFT).images() == 0
 
 
 @pytest.mark.parametrize(("image_seconds", "kind"), [(0.0, "full"), (1.0, "full"), (2.0, "quick"), (6.0, "none")])
 def test_the_default_is_the_largest_that_takes_a_quarter_of_the_training_at_most(image_seconds: float, kind: str) -> None:
-    chosen = affordable_plan(3, PROMPTS, DRIFT, training_seconds=42 / SHARE, image_seconds=image_seconds)
+    chosen = affordable_plan(plan("full", 3, PROMPTS, DRIFT), training_seconds=42 / SHARE, image_seconds=image_seconds)
     assert chosen.kind == kind
-    assert chosen.images * image_seconds <= 42
+    assert chosen.images() * image_seconds <= 42
     assert bool(chosen.reason) == (kind != "full")
 
 

@@ -31,7 +31,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "cache_folder", "check",
     ),
     "evaluation": (
-        "preview_every", "preview_steps", "preview_scheduler", "prompts", "drift_prompts", "eval_seeds", "features",
+        "preview_every", "preview_steps", "preview_scheduler", "prompts", "drift_prompts", "eval", "eval_seeds", "features",
         "strength", "grid_images", "tracker",
     ),
     "output": (

@@ -18,6 +18,7 @@ from .attach_methods import check_options, trains_token_embeddings
 from .concepts.concept import concepts_of, default_subject, new_tokens, rename_fields
 from .data.buckets import Crop
 from .data.dataset_fields import DatasetFields
+from .evaluation.fields import EvaluationFields
 from .initial_adapter import trigger_words
 from .loop.config import TrainConfig, check_dtypes, check_sharding
 from .method_names import split_methods
@@ -26,7 +27,6 @@ from .objective.losses import LossKind
 from .objective.noise import NoiseOptions
 from .objective.objectives import ObjectiveOptions
 from .objective.timestep_sampling import Density
-from .report.feature_models import check_features
 from .report.run_folder import new_folder
 from .training_options import NOT_COMPARED, DiffusionTrainingOptions
 
@@ -35,14 +35,14 @@ LABELS = ("{concept}",), ("{concept}",), ("207", "360", "387", "974")
 
 WITHOUT_EFFECT = (
     *NOT_COMPARED, "photos", "base", "steps", "learning_rate", "cache", "cache_folder", "resume", "prompts", "drift_prompts",
-    "eval_seeds", "features", "dry_run", "check", "out", "truncate", "dtype", "save_dtype", "offload_encoders", "shard_base",
-    "datasets", "validation", "validation_every",
+    "eval", "eval_seeds", "features", "dry_run", "check", "out", "truncate", "dtype", "save_dtype", "offload_encoders",
+    "shard_base", "datasets", "validation", "validation_every",
 )  # fmt: skip
 """Options that may change when a run is resumed, or that are compared by content."""
 
 
 @dataclass(frozen=True)
-class PersonalizeConfig(DatasetFields, DiffusionTrainingOptions):
+class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOptions):
     """Configuration of `veneer personalize` and its defaults.
 
     Args:
@@ -104,8 +104,6 @@ class PersonalizeConfig(DatasetFields, DiffusionTrainingOptions):
         preview_every: optimizer steps between preview images; 0 disables them.
         prompts: prompts of previews and of the image grid, with the concept in them (default: the preset's).
         drift_prompts: prompts without the concept, on which drift from the base model is measured (default: the preset's).
-        eval_seeds: images per prompt for the metrics; 0 disables them.
-        features: image model of the metrics: `bundled`, a folder, or a name such as `timm:vit_small_patch16_224.dino`.
         tracker: `tensorboard`, `wandb`, `comet_ml`, `mlflow` or others of accelerate, several with commas, or `none`.
         truncate: captions longer than the text encoder accepts: `error` rejects them, `warn` truncates them.
         dry_run: print what would be trained, with memory and time, and stop.
@@ -167,8 +165,6 @@ class PersonalizeConfig(DatasetFields, DiffusionTrainingOptions):
     preview_every: int = 0
     prompts: tuple[str, ...] | None = None
     drift_prompts: tuple[str, ...] | None = None
-    eval_seeds: int = 3
-    features: str = "bundled"
     tracker: str = "tensorboard"
     truncate: Literal["error", "warn"] = "error"
     dry_run: bool = False
@@ -182,9 +178,9 @@ class PersonalizeConfig(DatasetFields, DiffusionTrainingOptions):
             VeneerError: photos without a concept, an unknown feature model, or a value out of range.
             ValueError: a method option out of range.
         """
-        check_features(self.features)
         resolved: dict[str, Any] = {**trigger_words(self.init_from, self.concept, self.class_word)}
         resolved |= default_subject(dataclasses.replace(self, **resolved))
+        resolved |= self.evaluation_defaults(self.base)
         preset = base_models.preset(self.base)
         names = split_methods(self.method)
         known = {name: dict(preset.training.get(name, {})) for name in names}
@@ -206,7 +202,7 @@ class PersonalizeConfig(DatasetFields, DiffusionTrainingOptions):
         check_sharding(self.shard_base, self.quantize)
         self.check_validation()
         for name in ("eval_seeds", "class_images"):
-            if (given := getattr(self, name)) < 0:
+            if (given := getattr(self, name) or 0) < 0:
                 raise OptionError(f"{name} is {given}; expected at least 0.", option=name, given=given, expected=0)
         if self.loss not in (kinds := get_args(LossKind)):
             raise OptionError(f"loss is {self.loss!r}; expected one of {kinds}.", option="loss", given=self.loss, expected=kinds)

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Evaluation = Literal["none", "quick", "full"]
-KINDS: tuple[Evaluation, ...] = ("full", "quick")
-"""Kinds that generate images, the larger first."""
 SHARE = 0.25
 """Largest time of the evaluation, as a share of the training time, that is chosen by default."""
 QUICK_PROMPTS = 2
@@ -33,11 +31,14 @@ class EvaluationPlan:
     drift_prompts: tuple[str, ...]
     reason: str = ""
 
-    @property
-    def images(self) -> int:
-        """Number of images, half of them of the base model."""
+    def images(self, concepts: int = 1) -> int:
+        """Number of images, half of them of the base model.
+
+        Args:
+            concepts: number of trained concepts, each with all prompts.
+        """
         unrelated = len(self.drift_prompts) if self.seeds else 0
-        return 0 if self.kind == "none" else 2 * max(1, self.seeds) * (len(self.prompts) + unrelated)
+        return 0 if self.kind == "none" else 2 * max(1, self.seeds) * (concepts * len(self.prompts) + unrelated)
 
 
 def plan(kind: Evaluation, seeds: int, prompts: Sequence[str], drift_prompts: Sequence[str]) -> EvaluationPlan:
@@ -53,18 +54,18 @@ def plan(kind: Evaluation, seeds: int, prompts: Sequence[str], drift_prompts: Se
     return EvaluationPlan(kind, seeds, tuple(prompts), tuple(drift_prompts))
 
 
-def affordable_plan(
-    seeds: int, prompts: Sequence[str], drift_prompts: Sequence[str], training_seconds: float, image_seconds: float
-) -> EvaluationPlan:
-    """The largest evaluation that takes at most `SHARE` of the training time.
+def affordable_plan(full: EvaluationPlan, training_seconds: float, image_seconds: float, concepts: int = 1) -> EvaluationPlan:
+    """The largest part of a full evaluation that takes at most `SHARE` of the training time.
 
     Args:
-        training_seconds: estimated seconds of all steps. `image_seconds`: of one image.
+        training_seconds: estimated seconds of all steps. `image_seconds`: of one image. `concepts`: number of trained concepts.
     """
-    full, quick = (plan(kind, seeds, prompts, drift_prompts) for kind in KINDS)
-    most = SHARE * training_seconds / image_seconds if image_seconds else math.inf
-    if full.images <= most:
+    most, count = SHARE * training_seconds / image_seconds if image_seconds else math.inf, full.images(concepts)
+    if count <= most:
         return full
-    seconds = full.images * image_seconds
-    reason = f"{full.images} images would take {seconds:.0f} s, more than {SHARE:.0%} of the {training_seconds:.0f} s of training"
-    return replace(quick if quick.images <= most else plan("none", 0, (), ()), reason=reason)
+    quick = plan("quick", full.seeds, full.prompts, full.drift_prompts)
+    reason = (
+        f"{count} images would take {count * image_seconds:.0f} s, more than {SHARE:.0%} of the {training_seconds:.0f} s of "
+        "training"
+    )
+    return replace(quick if quick.images(concepts) <= most else plan("none", 0, (), ()), reason=reason)

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..evaluation.local_features import OFF
 from .metrics import Metrics, PairedMetric
 from .verdict import Verdict
 
@@ -53,6 +54,8 @@ REAL_BASE = (
     "--base stable-diffusion-v1-5/stable-diffusion-v1-5"
 )
 MORE_IMAGES = "evaluate more images: --eval-seeds 3"
+EVALUATE = "generate images at the end: --eval full"
+NAME_FEATURES = "measure by a CLIP: --features transformers:openai/clip-vit-large-patch14"
 
 
 def personal_verdict(metrics: Metrics | None, config: PersonalizeConfig) -> Verdict:
@@ -62,8 +65,7 @@ def personal_verdict(metrics: Metrics | None, config: PersonalizeConfig) -> Verd
         metrics: None if nothing was evaluated. `config`: completed, for the advice.
     """
     if metrics is None:
-        why = "The run was not evaluated (--eval-seeds 0), so there are no scores."
-        return Verdict("unknown", "It was not evaluated; look at before_after.png.", (why,), (MORE_IMAGES,))
+        return _without_scores(config)
     share, rose, far = similarity_share(metrics), metrics.similarity.clear, _rose_far(metrics)
     lost, kept = _changes(metrics, far or (share is not None and share >= KEPT))
     reasons = (_similarity(metrics, share), *lost, *kept)
@@ -99,6 +101,16 @@ def personal_verdict(metrics: Metrics | None, config: PersonalizeConfig) -> Verd
     if share is None or share >= SHARE:
         return Verdict("unknown", "Too few images to tell: the gain may be chance.", reasons, (MORE_IMAGES,))
     return Verdict("not_learned", "Images are not clearly more similar to the photos than without.", reasons, _longer(config))
+
+
+def _without_scores(config: PersonalizeConfig) -> Verdict:
+    if config.eval == "none":
+        return Verdict("unknown", "It was not evaluated.", ("No images were generated, so there are no scores.",), (EVALUATE,))
+    summary = "It was not measured; look at before_after.png."
+    if config.features == OFF:
+        why = "No feature model was named, and neither CLIP nor DINOv2 is in the local cache, so there are no scores."
+        return Verdict("unknown", summary, (why,), (NAME_FEATURES,))
+    return Verdict("unknown", summary, ("Metrics are disabled (--eval-seeds 0), so there are no scores.",), (MORE_IMAGES,))
 
 
 def similarity_share(metrics: Metrics) -> float | None:
