@@ -51,10 +51,10 @@ def setting_rows(run: RunRecord) -> list[Row]:
     count = run.record.get("parameters") or run.record.get("trainable_parameters")
     rows += [("trainable parameters", f"{count:,}")] if count else []
     rows += [("steps", f"{training['steps']:,}")] if training.get("steps") else []
-    options = {name: config.get(name) or training.get(name) for name in SETTINGS} | {"seed": str(config.get("seed", 0))}
+    settings = {name: config.get(name) or training.get(name) for name in SETTINGS} | {"seed": str(config.get("seed", 0))}
     if not config.get("class_images"):
-        del options["prior_loss_weight"]
-    rows += [(name.replace("_", " "), _plain(value)) for name, value in _set_options(options)]
+        del settings["prior_loss_weight"]
+    rows += [(name.replace("_", " "), _plain(value)) for name, value in _set_options(settings)]
     versions = run.record.get("versions", {})
     return [*rows, ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
 
