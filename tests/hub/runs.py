@@ -34,6 +34,7 @@ def personalization(folder: Path, base: str, **settings: Any) -> Path:
         save(photos / f"{i}.png", 48, 40, seed=i)
     defaults: dict[str, Any] = {
         "steps": 1, "eval_seeds": 1, "tracker": "none", "prompts": ("a {concept}", "a {concept} | at night"), "class_word": "cat",
+        "features": "bundled",
         "template": ("a photo of {concept}",), "drift_prompts": ("a dog",), "concept": "<toy>",
     }  # fmt: skip
     return personalize(PersonalizeConfig(photos=photos, base=base, out=folder / SECRET / "run", **{**defaults, **settings}))

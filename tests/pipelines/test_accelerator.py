@@ -34,7 +34,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(base: Path, photos: Path, out: Path, device: str = "cpu", **settings: Any) -> dict[str, Tensor]:
     """The tensors of the adapter file after training."""
     config: dict[str, Any] = {
-        "steps": 2, "eval_seeds": 1, "tracker": "none", "prompts": ("a {concept}",), "drift_prompts": ("a house",),
+        "steps": 2, "eval_seeds": 1, "features": "bundled", "tracker": "none", "prompts": ("a {concept}",),
+        "drift_prompts": ("a house",),
         "class_word": "cat", "template": ("a {concept}",), "concept": "<toy>", "dtype": "float32", "method": "lora",
         "optimizer": "sgd", "learning_rate": 0.1,  # AdamW's first steps have one size, however small the gradient
     }  # fmt: skip

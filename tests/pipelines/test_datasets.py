@@ -26,6 +26,7 @@ from veneer.training.report.progress import read_progress
 QUICK: dict[str, Any] = {
     "steps": 2,
     "eval_seeds": 0,
+    "features": "bundled",
     "tracker": "none",
     "prompts": ("a {concept}",),
     "template": ("a {concept}",),

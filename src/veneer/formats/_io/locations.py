@@ -24,12 +24,14 @@ def local_path(path: str | PathLike[str]) -> Path:
 
     Args:
         path: a local file, with or without `.safetensors`, or a local folder; else `USER/REPO`, `USER/REPO/FILE.safetensors`
-            or one of these with `@REVISION`. A path that has no such form is returned unchanged.
+            or one of these with `@REVISION`. A path that has no such form, or is in a local folder, is returned unchanged.
     Raises:
         HubError: no such repository or file, several safetensors files, only pickles, or an unreachable hub.
     """
     place = Path(path)
-    if place.exists() or place.with_name(place.name + SUFFIX).is_file() or not is_hub_name(path):
+    is_here = place.exists() or place.with_name(place.name + SUFFIX).is_file()
+    in_folder = len(place.parts) > 1 and Path(place.parts[0]).is_dir()  # `runs/toy`, with an error in `toy`
+    if is_here or in_folder or not is_hub_name(path):
         return place
     return download_adapter(place.as_posix(), DEFAULT_NAMES)
 
