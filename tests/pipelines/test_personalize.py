@@ -19,7 +19,6 @@ from veneer import base_models
 from veneer.formats import load_all
 from veneer.injection import SaveError
 from veneer.injection.errors import OptionError, SelectionError, UnknownName, UnsupportedSite, VeneerError
-from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.data.image_io import DataError
 from veneer.training.loop.disk_space import DiskFull
 from veneer.training.loop.divergence import Diverged
@@ -30,21 +29,6 @@ QUICK: Mapping[str, Any] = {
     "steps": 2, "eval_seeds": 0, "features": "bundled", "tracker": "none", "prompts": ("a {concept}",),
     "class_word": "cat", "template": ("a {concept}",),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folder of a saved tiny pipeline, by family, that samples in a few steps."""
-    made: dict[str, Path] = {}
-
-    def folder(kind: str) -> str:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp("bases") / kind
-            tiny_pipeline(kind).save_pretrained(made[kind])
-            (made[kind] / "veneer.json").write_text('{"steps": 4}')
-        return str(made[kind])
-
-    return folder
 
 
 def run(base: str, photos: Path, out: Path, **settings: Any) -> Path:

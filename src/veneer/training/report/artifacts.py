@@ -136,8 +136,9 @@ def _write_samples(run: PersonalizationRun, made: Mapping[Concept, Sequence[Prev
     (run.out / SAMPLES).mkdir(exist_ok=True)
     heads = "base model", "with the adapter"
     write_image(before_after([], pairs, heads=heads), run.out / SAMPLES / "grid.png")
-    first = [next(pair for pair in pairs if pair.prompt == prompt) for prompt in dict.fromkeys(prompts)]
-    return save_samples(run.out, [(pair.adapted, {"prompt": pair.prompt, "seed": pair.seed}) for pair in first])
+    first = {pair.prompt: pair for pair in reversed(pairs)}
+    chosen = [first[prompt] for prompt in dict.fromkeys(prompts) if prompt in first]
+    return save_samples(run.out, [(pair.adapted, {"prompt": pair.prompt, "seed": pair.seed}) for pair in chosen])
 
 
 def _image_grid(
