@@ -1,4 +1,4 @@
-"""Writes `docs/terminal.md`: what each job prints on a terminal, recorded in a folder of its own.
+"""Writes `docs/terminal.md`: what each job prints on a terminal, recorded in one new folder.
 
     python docs/scripts/record_terminal.py [--only NAME …]
 

@@ -21,7 +21,7 @@ def show_bar(stream: TextIO, label: str, done: int, total: int, unit: str = "ima
 
 
 def close_bar() -> None:
-    """Closes the open bar, if there is one, so that the next output begins on a line of its own."""
+    """Closes the open bar, if there is one, so that the next output begins on a new line."""
     while _bars:
         _bars.pop().close()
 
