@@ -4,8 +4,8 @@
     CutMix   x = x_i with a box of x_j, of area 1 − λ      λ ~ Beta(α, α), then 1 − the area inside the image
     loss     λ CE(f(x), y_i) + (1 − λ) CE(f(x), y_j)
 
-Source: Zhang et al., mixup, ICLR 2018, equation 1; Yun et al., CutMix, ICCV 2019, equation 1. Deviation: λ is drawn for each pair
-of images, there once for a batch. With both, each pair gets one of them with probability 1/2, as in timm.
+Source: Zhang et al., mixup, ICLR 2018, equation 1; Yun et al., CutMix, ICCV 2019, equation 1. Deviation: λ is sampled for each
+pair of images, there once for a batch. With both, each pair gets one of them with probability 1/2, as in timm.
 """
 
 from __future__ import annotations
