@@ -35,7 +35,7 @@ from veneer.training.data.image_io import read_photo
 from veneer.training.data.latent_cache import Cache
 from veneer.training.data.photo_folder import Photo
 from veneer.training.families import family
-from veneer.training.fixed_adapters import attach_fixed, parse_adapter, source_identity
+from veneer.training.fixed_adapters import attach_fixed, parse_adapter, read_fixed, source_identity
 from veneer.training.initial_adapter import read_initial
 from veneer.training.loop.distributed import on_main
 from veneer.training.loop.optimizers import ParameterGroup
@@ -83,7 +83,8 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     pipe = load_base(config, accelerator)
     prepare_base.freeze(pipe)
     other_scheduler(pipe.scheduler, config.preview_scheduler)  # rejects one that does not fit
-    attach_fixed(pipe, config.with_)
+    fixed = read_fixed(config.with_)
+    attach_fixed(pipe, fixed)
     kind = family(pipe)
     digest = base_digest(kind)
 
@@ -93,7 +94,7 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     sharding = is_sharding(config, accelerator)
     data = None if sharding else on_main(accelerator, open_images)
     reads = embedder(pipe) if config.uses_image_embeddings else None
-    attached = _attach(config, pipe, reads)
+    attached, changes = _attach(config, pipe, reads)
     resolution = config.resolution or kind.resolution
     if config.gradient_checkpointing:
         prepare_base.enable_gradient_checkpointing(kind.tower)
@@ -102,10 +103,12 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
         with attached.enabled(False):
             data = on_main(accelerator, open_images, base)
     report.close()
-    notes = [*([note] if (note := sharding_note(config, base)) else []), *(f"note: {text}" for text in data.notes)]
+    notes = [*([note] if (note := sharding_note(config, base)) else []), *(f"note: {text}" for text in data.notes), *changes]
     for text in notes if accelerator.is_main_process else ():
         print(text, flush=True)
-    run = ControlRun(config, pipe, attached, _subjects(config, data, resolution), reads, out, report=report, base=base)
+    run = ControlRun(
+        config, pipe, attached, _subjects(config, data, resolution), reads, out, report=report, base=base, fixed=fixed
+    )
     dataset = PhotoDataset(
         data.train, resolution, kind.multiple, config.seed, captions=Captions(dropout=config.caption_dropout or 0.0),
         flip=config.flip, crop=config.crop, buckets=config.buckets and not kind.square, masks=False,
@@ -125,7 +128,7 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     images = 3 * len(run.subjects) * (config.eval_seeds + loop.steps // max(1, loop.preview_every))
     require_disk(out, written_bytes(values, loop, images, resolution))
     groups = [{**group, "name": f"{attached.name}.{n}"} for n, group in enumerate(attached.groups()) if group["params"]]
-    identity = {**config.identity(), **source_identity(config.init_from, config.with_), "base": digest}
+    identity = {**config.identity(), **source_identity(config.init_from, fixed), "base": digest}
     trainer = adapter_trainer(
         [attached],
         loss,
@@ -165,16 +168,16 @@ def generate_controlled(config: ControlGenerateConfig) -> list[Path]:
     return generate_with_control(config, adapters, base)
 
 
-def _attach(config: ControlConfig, pipe: Any, reads: Embedder | None) -> Attachment:
+def _attach(config: ControlConfig, pipe: Any, reads: Embedder | None) -> tuple[Attachment, list[str]]:
+    """The attachment, and what was changed in the weights of its initial adapter."""
     method = config.build_method()
     if reads is not None and "width" not in config.options.get(config.method, {}):
         method = type(method).from_config({**method.config(), "width": reads.width})
     torch.manual_seed(mix(config.seed, "adapters", method.name))
     initial = None if config.init_from is None else read_initial(pipe, config.init_from, [method])
     attached = attach(pipe, method, train=config.train or ())
-    if initial is not None:
-        initial.load_into([attached])
-    return attached
+    changes = [] if initial is None else initial.load_into([attached])
+    return attached, [f"init-from: {change}" for change in changes]
 
 
 def _condition_input(config: ControlConfig, reads: Embedder | None) -> MapInput | ImageEmbeddingInput:

@@ -29,7 +29,7 @@ from veneer.training.evaluation.adapter_output import write_files
 from veneer.training.evaluation.personalization_run import PersonalizationRun
 from veneer.training.evaluation.plan import affordable_plan
 from veneer.training.families import Family, family
-from veneer.training.fixed_adapters import attach_fixed, source_identity
+from veneer.training.fixed_adapters import attach_fixed, read_fixed, source_identity
 from veneer.training.initial_adapter import read_initial
 from veneer.training.loop.distributed import on_main
 from veneer.training.loop.trainer import Trainer, TrainResult
@@ -97,7 +97,9 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     groups = param_groups.parameter_groups(attached, config.rates(), config.text_rate(), loop.learning_rate)
     groups = with_block_rates(groups, attached, config.block_lr)
     photos, pipe = data.photos.photos, data.model.pipe
-    run = PersonalizationRun(config, pipe, attached, photos, out, data.report, base=base, subjects=data.subjects)
+    run = PersonalizationRun(
+        config, pipe, attached, photos, out, data.report, base=base, subjects=data.subjects, fixed=data.fixed
+    )
     run = _preflight(data, run, groups, loss.dataset)
     if config.dry_run:
         shutil.rmtree(out / SHARDS, ignore_errors=True)
@@ -105,7 +107,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
             out.rmdir()
         return out
 
-    identity = {**config.identity(), **source_identity(config.init_from, config.with_)}
+    identity = {**config.identity(), **source_identity(config.init_from, data.fixed)}
     validation = Validation.of_run(data.photos, data.source, loss, config, out, accelerator, sharded=base is not None)
     trainer = adapter_trainer(
         attached,
@@ -133,12 +135,13 @@ def _load(config: PersonalizeConfig, out: Path, accelerator: Accelerator) -> Per
     pipe = load_base(config, accelerator)
     prepare_base.freeze(pipe)
     other_scheduler(pipe.scheduler, config.preview_scheduler)  # rejects one that does not fit
-    attach_fixed(pipe, config.with_)
+    fixed = read_fixed(config.with_)
+    attach_fixed(pipe, fixed)
     model = family(pipe, truncate=config.truncate)
     config, photos = _named(config.with_captions(labels=not model.text_towers), model, photos, accelerator)
     if config.datasets:
         check_mentions(photos)
-    return PersonalizationData(config, model, photos, out, report, accelerator, base_digest(model))
+    return PersonalizationData(config, model, photos, out, report, accelerator, base_digest(model), fixed)
 
 
 def _attach_and_shard(data: PersonalizationData) -> tuple[list[Attachment], list[Photo], ShardedBase | None]:

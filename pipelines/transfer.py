@@ -18,8 +18,9 @@ from veneer.classification.models.cached_features import CachedFeatures
 from veneer.classification.models.classifier import Classifier
 from veneer.classification.models.loading import open_classifier
 from veneer.classification.report.artifacts import tidy, write_files, write_results
+from veneer.classification.train.attach_methods import attach_methods
 from veneer.classification.train.hyperparameter_search import search_hyperparameters
-from veneer.classification.train.train import ClassifierTrainer, attach_methods
+from veneer.classification.train.train import ClassifierTrainer
 from veneer.config_file import CONFIG, ConfigWriter
 from veneer.injection import Attachment
 from veneer.training.fixed_adapters import source_identity

@@ -17,7 +17,8 @@ from veneer.classification.config import TransferConfig
 from veneer.classification.data.run_data import Views, open_data
 from veneer.classification.models.linear_probe_init import PENALTIES, solve_head
 from veneer.classification.models.loading import open_classifier
-from veneer.classification.train.train import ClassifierTrainer, attach_methods
+from veneer.classification.train.attach_methods import attach_methods
+from veneer.classification.train.train import ClassifierTrainer
 
 
 def draw(count: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any, Literal, get_args
 
 from veneer.injection.errors import OptionError
@@ -36,8 +37,13 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name to the class of diffusers and its settings; all others are those of the base model's scheduler."""
 
 
+PLAIN = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "algorithm_type": "dpmsolver++"}
+"""Settings that a name sets even if the base model's scheduler has others, where its class has them."""
+
+
 def other_scheduler(scheduler: Any, name: Scheduler | None) -> Any:
-    """A scheduler of another class with the noise schedule and prediction type of this one.
+    """A scheduler of another class with the noise schedule and prediction type of this one, and without its other settings of
+    sigmas.
 
     Args:
         name: one of `Scheduler`; None returns the scheduler itself.
@@ -55,8 +61,10 @@ def other_scheduler(scheduler: Any, name: Scheduler | None) -> Any:
         message = f"scheduler {name!r} does not fit a base model with {present}; expected one of {', '.join(fitting)}."
         raise OptionError(message, option="scheduler", given=name, expected=fitting)
     kind, settings = CLASSES[name]
+    settings = {**PLAIN, **settings}
     cls = getattr(importlib.import_module("diffusers"), kind)
-    return cls.from_config(scheduler.config, **settings)
+    known = inspect.signature(cls.__init__).parameters
+    return cls.from_config(scheduler.config, **{key: value for key, value in settings.items() if key in known})
 
 
 def _is_flow(kind: str) -> bool:

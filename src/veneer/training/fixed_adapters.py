@@ -73,15 +73,13 @@ def read_fixed(texts: Sequence[str]) -> list[FixedAdapter]:
     return [FixedAdapter(path, scale, file_digest(path)) for path, scale in map(parse_adapter, texts)]
 
 
-def attach_fixed(pipe: Any, texts: Sequence[str]) -> list[Attachment]:
+def attach_fixed(pipe: Any, adapters: Sequence[FixedAdapter]) -> list[Attachment]:
     """Attaches adapters that do not train.
 
-    Args:
-        texts: FILE or FILE:STRENGTH of each.
     Raises:
         LoadError: one does not match the base model.
     """
-    attached = [a for path, scale in map(parse_adapter, texts) for a in load_all(pipe, path, scale=scale)]
+    attached = [a for adapter in adapters for a in load_all(pipe, adapter.file, scale=adapter.scale)]
     for attachment in attached:
         for parameter in attachment.parameters():
             parameter.requires_grad_(False)
@@ -90,15 +88,15 @@ def attach_fixed(pipe: Any, texts: Sequence[str]) -> list[Attachment]:
     return attached
 
 
-def source_identity(init_from: Path | None, texts: Sequence[str] = ()) -> dict[str, Any]:
-    """Content of the files of `init_from` and `with_`, which a resumed run must share; empty without them."""
+def source_identity(init_from: Path | None, fixed: Sequence[FixedAdapter] = ()) -> dict[str, Any]:
+    """Content of the initial and the fixed adapters, which a resumed run must share; empty without them."""
     identity: dict[str, Any] = {} if init_from is None else {"init_from": file_digest(init_from)}
-    return {**identity, RECORD: [[each.sha256, each.scale] for each in read_fixed(texts)]} if texts else identity
+    return {**identity, RECORD: [[each.sha256, each.scale] for each in fixed]} if fixed else identity
 
 
-def provenance_of(texts: Sequence[str]) -> dict[str, Any]:
+def provenance_of(fixed: Sequence[FixedAdapter]) -> dict[str, Any]:
     """Metadata of a file that was trained on top of fixed adapters; empty without them."""
-    return {RECORD: [each.record() for each in read_fixed(texts)]} if texts else {}
+    return {RECORD: [each.record() for each in fixed]} if fixed else {}
 
 
 def missing_adapters(provenance: Mapping[str, Any], paths: Sequence[Path]) -> list[str]:

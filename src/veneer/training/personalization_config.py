@@ -77,7 +77,7 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
         warmup: optimizer steps of linear warmup.
         weight_decay: decoupled weight decay.
         ema: decay of an exponential moving average of the weights, which is what is saved; 0 disables it.
-        min_snr_gamma: gamma of min-SNR loss weighting, typically 5; 0 disables it.
+        min_snr_gamma: gamma of min-SNR loss weighting, typically 5; with `loss_weighting` none it also selects `min_snr`.
         loss_weighting: weight of each timestep's loss: `none`, `min_snr`, `min_snr_plus_one`, `debiased`, `snr_scaled_v`, for
             flow matching `sigma_sqrt` or `cosmap`.
         timestep_sampling: distribution of the noise level in training: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid`,
@@ -204,6 +204,9 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
         for name in ("eval_seeds", "class_images"):
             if (given := getattr(self, name) or 0) < 0:
                 raise OptionError(f"{name} is {given}; expected at least 0.", option=name, given=given, expected=0)
+        if self.min_snr_gamma and self.loss_weighting not in (fitting := ("none", "min_snr", "min_snr_plus_one")):
+            message = f"min_snr_gamma has no effect with the loss weighting {self.loss_weighting!r}; expected min_snr or none."
+            raise OptionError(message, option="min_snr_gamma", given=self.min_snr_gamma, expected=fitting)
         if self.loss not in (kinds := get_args(LossKind)):
             raise OptionError(f"loss is {self.loss!r}; expected one of {kinds}.", option="loss", given=self.loss, expected=kinds)
         for name in split_methods(self.method):
@@ -268,12 +271,9 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
 
     def objective(self) -> ObjectiveOptions:
         """Options of the objective."""
-        weighting, gamma = ("min_snr", self.min_snr_gamma) if self.min_snr_gamma else (self.loss_weighting, 5.0)
+        weighting = "min_snr" if self.min_snr_gamma and self.loss_weighting == "none" else self.loss_weighting
+        gamma = self.min_snr_gamma or 5.0
         return ObjectiveOptions(density=self.timestep_sampling, weighting=weighting, gamma=gamma, prediction=self.prediction)
-
-    def prior_prompt(self) -> str:
-        """The prompt of class images: the first template with the class word."""
-        return (self.template or ("{concept}",))[0].replace("{concept}", self.class_word) if self.class_word else ""
 
     def identity(self) -> dict[str, Any]:
         """Settings that must match on resume, besides those of the loop and the digests of the images."""

@@ -22,6 +22,7 @@ from .data.photo_folder import Photo, find_photos
 from .data.photo_source import PhotoSource
 from .data.run_photos import RunPhotos, TablePhotos
 from .families import Family
+from .fixed_adapters import FixedAdapter
 from .loop.distributed import on_main
 from .loop.seeds import generator
 from .objective.denoising_loss import DenoisingLoss, LossOptions
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PersonalizationData:
-    """Configuration, base model, photos, folder, phase report and processes of a run, and the digest of its base model."""
+    """Configuration, base model, photos, folder, phase report and processes of a run, the digest of its base model, and the
+    adapters on top of which it trains."""
 
     config: PersonalizeConfig
     model: Family
@@ -43,6 +45,7 @@ class PersonalizationData:
     report: PhaseReport
     accelerator: Accelerator
     digest: str
+    fixed: Sequence[FixedAdapter] = ()
 
     @property
     def concepts(self) -> tuple[Concept, ...]:

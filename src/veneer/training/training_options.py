@@ -17,6 +17,12 @@ BY_CONTENT = ("optimizer_args", "block_lr", "init_from", "with_")
 """Options that a resumed run compares by content: parameter groups, and digests of files."""
 NOT_COMPARED = (*BY_CONTENT, "preview_steps", "preview_scheduler")
 """Options that may change when a run on a diffusion pipeline is resumed, or that are compared by content."""
+SCHEDULE_OPTIONS: dict[str, tuple[float, tuple[str, ...]]] = {
+    "cycles": (1, ("cosine_with_restarts",)),
+    "power": (1.0, ("polynomial",)),
+    "min_lr_ratio": (0.0, ("cosine", "cosine_with_restarts", "linear", "polynomial", "rex")),
+}
+"""Option of a schedule to its default and the schedules that have it."""
 RATES = ("learning_rate", "text_learning_rate", "token_learning_rate", "block_lr")
 """Options of learning rates."""
 
@@ -36,7 +42,16 @@ class TrainingOptions(OptimizerOptions):
     init_from: Path | None = None
 
     def check_training_options(self) -> None:
-        """Warns about learning rates that the optimizer ignores."""
+        """Warns about learning rates that the optimizer ignores.
+
+        Raises:
+            OptionError: an option of a schedule that the chosen one does not have.
+        """
+        for name, (default, schedules) in SCHEDULE_OPTIONS.items():
+            schedule, value = getattr(self, "schedule", None), getattr(self, name)
+            if schedule is not None and value != default and schedule not in schedules:
+                message = f"{name} has no effect with the schedule {schedule!r}; expected one of {', '.join(schedules)}."
+                raise OptionError(message, option=name, given=value, expected=schedules)
         warn_ignored_rates(self.optimizer, {name: getattr(self, name, None) for name in RATES})
 
 

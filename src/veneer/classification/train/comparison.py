@@ -30,8 +30,9 @@ from ..data.run_data import Views
 from ..models.cached_features import CachedFeatures
 from ..models.classifier import Classifier
 from ..models.loading import new_head, open_classifier
+from .attach_methods import adapters_disabled, attach_methods
 from .hyperparameter_search import search_hyperparameters
-from .train import ClassifierTrainer, adapters_disabled, attach_methods
+from .train import ClassifierTrainer
 
 ROW = re.compile(r"\s*([\w+]+)\s*(?:\(([^()]*)\))?\s*")
 TYPES = {bool: "True or False", int: "a whole number", float: "a number"}

@@ -20,7 +20,8 @@ from ..config import TransferConfig
 from ..data.run_data import Views
 from ..models.cached_features import CachedFeatures, reads_features_only
 from ..models.classifier import Classifier
-from .train import ClassifierTrainer, attach_methods
+from .attach_methods import attach_methods
+from .train import ClassifierTrainer
 
 _log = logging.getLogger(__name__)
 

@@ -2,71 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from veneer.injection import Attachment, VeneerError, attach
+from veneer.injection import Attachment, VeneerError
 from veneer.injection.attachment.model_state import statistics
 from veneer.injection.seams.seam import Seam
 from veneer.training import param_groups
 from veneer.training.adapter_trainer import adapter_trainer
 from veneer.training.block_learning_rates import with_block_rates
-from veneer.training.initial_adapter import read_initial
 from veneer.training.loop.checkpoints import Checkpoints
 from veneer.training.loop.optimizer_step import AUTOCAST
 from veneer.training.loop.optimizers import ParameterGroup, end_training
-from veneer.training.loop.seeds import mix
 from veneer.training.loop.trainer import TrainResult
 from veneer.training.report.progress import Progress, peak_memory
 
 from ..config import TransferConfig
-from ..data.run_data import Data, Views
+from ..data.run_data import Views
 from ..models.cached_features import CachedFeatures, reads_features_only
 from ..models.classifier import Classifier
 from ..models.linear_probe_init import Head, accepts_probe_init, init_head
 from ..report.metrics import ClassificationMetrics, compute_metrics
+from .attach_methods import adapters_disabled
 from .batches import Batch, ClassifyingLoss, Order, balanced_weights, logits_of
 from .epoch_selection import Epoch, EpochSelection
 from .mixing import Mixing
-
-
-def attach_methods(classifier: Classifier, config: TransferConfig, data: Data) -> list[Attachment]:
-    """Attaches the methods, seeded or from the weights of a file, and a `linear_probe` if no method trains the fresh head."""
-    attached: list[Attachment] = []
-    labels = Counter(data.source.examples[i].label for i in data.splits.train)
-    configs = config.build_methods(len(data.classes), max(labels.values()))
-    initial = None if config.init_from is None else read_initial(classifier.model, config.init_from, configs)
-    for method in configs:
-        torch.manual_seed(mix(config.seed, "adapters", method.name))
-        attached.append(attach(classifier.model, method, where=config.where))
-    if classifier.fresh and not any(_trains_head(a) for a in attached):
-        attached.append(attach(classifier.model, "linear_probe"))
-    if initial is not None:
-        initial.load_into(attached)
-    return attached
-
-
-def _trains_head(attachment: Attachment) -> bool:
-    return any(adapter.replaces and site.role == "head" for site, adapter in attachment.parts.values())
-
-
-@contextlib.contextmanager
-def adapters_disabled(attached: Iterable[Attachment]) -> Iterator[None]:
-    """Context manager: disables the attachments."""
-    with contextlib.ExitStack() as stack:
-        for attachment in attached:
-            stack.enter_context(attachment.enabled(False))
-        yield
 
 
 @dataclass(frozen=True)

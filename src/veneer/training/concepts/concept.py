@@ -48,14 +48,16 @@ def concepts_of(config: RunOptions) -> tuple[Concept, ...]:
 
 
 def default_subject(config: RunOptions) -> dict[str, Any]:
-    """Photos, concept and class word of a run: the example photos by default, and the first concept of several datasets.
+    """Photos, concept and class word of a run: the example photos by default. With several datasets, the concept is
+    the configured one if a dataset has it, else that of the first.
 
     Raises:
         OptionError: photos without a concept, or invalid datasets.
     """
     if config.datasets:
-        first = concepts_of(config)[0]
-        return {"concept": first.token, "class_word": first.class_word}
+        concepts = concepts_of(config)
+        main = next((concept for concept in concepts if concept.token == config.concept), concepts[0])
+        return {"concept": main.token, "class_word": main.class_word}
     if config.photos is None:
         return {"photos": base_models.examples(), **{name: getattr(config, name) or word for name, word in DEMO.items()}}
     if not config.concept:

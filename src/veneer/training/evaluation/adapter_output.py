@@ -60,4 +60,4 @@ def _provenance(run: PersonalizationRun) -> dict[str, Any]:
     if len(run.concepts) > 1:
         facts["concepts"] = {concept.token: concept.class_word for concept in run.concepts}
     known = {name: value for name, value in facts.items() if value is not None or name == "class_word"}
-    return {**known, **provenance_of(run.config.with_)}
+    return {**known, **provenance_of(run.fixed)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from veneer.base_models import BUNDLED, current_name
+from veneer.injection.errors import OptionError
 
 from ..report.feature_models import check_features
 from .local_features import OFF, default_features
@@ -36,15 +37,20 @@ class EvaluationFields:
         """The fields with their defaults for a base model. Without a feature model there are no metrics.
 
         Raises:
-            VeneerError: an unknown feature model.
+            VeneerError: an unknown feature model, or more images than the evaluation has.
         """
         features = self.features or default_features(base)
         if features != OFF:
             check_features(features)
+        seeds = self.eval_seeds
+        limit = {"none": 0, "quick": 1}.get(self.eval or "")
+        if limit is not None and seeds is not None and seeds > limit:
+            message = f"eval_seeds is {seeds} with --eval {self.eval}, which has {limit}; expected --eval full, or no number."
+            raise OptionError(message, option="eval_seeds", given=seeds, expected=limit)
         is_full = current_name(str(base)) in BUNDLED or self.eval_seeds is not None
-        seeds = EVAL_SEEDS if self.eval_seeds is None else self.eval_seeds
+        default = EVAL_SEEDS if limit is None else limit
         return {
             "eval": self.eval or ("full" if is_full else "auto"),
-            "eval_seeds": 0 if features == OFF else seeds,
+            "eval_seeds": 0 if features == OFF else default if seeds is None else seeds,
             "features": features,
         }

@@ -12,6 +12,7 @@ from veneer.injection.attachment.attachment import Attachment
 
 from ..concepts.concept import Concept
 from ..data.photo_folder import Photo
+from ..fixed_adapters import FixedAdapter
 from ..report.phases import PhaseReport
 from ..report.previews import PreviewSettings
 from ..training_options import sampling_options
@@ -33,6 +34,7 @@ class PersonalizationRun:
     Args:
         subjects: photos of each concept, if there are several.
         extra: further entries of `result.json`.
+        fixed: adapters on top of which the run trains.
         chosen: evaluation that was chosen for the time of the training, instead of that of the config.
     """
 
@@ -47,6 +49,7 @@ class PersonalizationRun:
     subjects: Mapping[Concept, Sequence[Photo]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     chosen: EvaluationPlan | None = None
+    fixed: Sequence[FixedAdapter] = ()
 
     def settings(self, seeds: int) -> PreviewSettings:
         """Sampling settings of the run, by default those of the base model's preset."""

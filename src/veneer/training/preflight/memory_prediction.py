@@ -223,7 +223,7 @@ def _reject_weight_forms(attached: Attachment) -> None:
 
 def _resolution(config: PersonalizeConfig, kind: Family) -> int:
     sides = [side for table in dataset_tables(config) for side in table.resolution or (kind.resolution,)]
-    resolution = config.resolution or max(sides)
+    resolution = max(sides)  # datasets without sides have that of the run
     if resolution < 1 or resolution % kind.multiple:
         message = f"check: resolution is {resolution}; expected a multiple of {kind.multiple}."
         raise OptionError(message, option="resolution", given=resolution, expected=kind.multiple)

@@ -108,7 +108,7 @@ def _without_scores(config: PersonalizeConfig) -> Verdict:
         return Verdict("unknown", "It was not evaluated.", ("No images were generated, so there are no scores.",), (EVALUATE,))
     summary = "It was not measured; look at before_after.png."
     if config.features == OFF:
-        why = "No feature model was named, and neither CLIP nor DINOv2 is in the local cache, so there are no scores."
+        why = "There is no feature model (--features none, or no CLIP or DINOv2 in the local cache), so there are no scores."
         return Verdict("unknown", summary, (why,), (NAME_FEATURES,))
     return Verdict("unknown", summary, ("Metrics are disabled (--eval-seeds 0), so there are no scores.",), (MORE_IMAGES,))
 
