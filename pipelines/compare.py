@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -51,6 +51,10 @@ class CompareConfig(OptimizerOptions):
         schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`.
         warmup: share of the steps with linear warmup, 0 to 1.
         label_smoothing: share of the target that is spread over all classes, 0 to 1.
+        class_weights: weights of the classes in the loss: `none`, or `balanced`, in inverse proportion to their training images.
+        mixup: alpha of mixup, typically 0.2; 0 disables it.
+        cutmix: alpha of CutMix, typically 1; 0 disables it. With both, each pair of images gets one of them.
+        ema: decay of an exponential moving average of the weights, which is what is evaluated and saved; 0 disables it.
         augment: `none`, `light` (random crop), `flip` (also horizontal flips, if the data allows them) or `strong` (also
             RandAugment and random erasing).
         squash: resize to the exact side without a crop, as VTAB does.
@@ -82,6 +86,10 @@ class CompareConfig(OptimizerOptions):
     schedule: str = "cosine"
     warmup: float = 0.1
     label_smoothing: float = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    ema: float = 0.0
     augment: Augmentation = "flip"
     squash: bool = False
     size: int | None = None

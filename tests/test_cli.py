@@ -203,7 +203,7 @@ def test_sites_of_models_of_transfer(name: str, capsys: pytest.CaptureFixture[st
         ("generate x --steps 0", "--steps"),
         ("generate x --images-per-prompt 0", "--images-per-prompt"),
         ("control generate x --steps -1", "--steps"),
-        ("generate x --size 64", "--size"),
+        ("generate x --size 64x", "--size"),
         ("app --device nonsense", "nonsense"),
         ("transfer digits --batch 0", "batch"),
         ("transfer digits --mixed-precision fp13", "fp13"),

@@ -29,15 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         the reader of the output has closed it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = command_name(arguments)
     try:
-        namespace = parser_for(arguments).parse_args(arguments)
+        parser = parser_for(arguments)
+        command = parser.chosen().prog.removeprefix("veneer ")
+        namespace = parser.parse_args(arguments)
         log_to_stderr()
         flags = vars(namespace)
         as_json = bool(flags.get("json output"))
-        with output(bool(flags.get("quiet output")), as_json):
+        with output(bool(flags.get("quiet output")), as_json) as printed:
             result = namespace.run(namespace)
         if as_json:
-            print_json(command_name(arguments), result_of(result))
+            print_json(command, result_of(result, printed()))
         sys.stdout.flush()
     except _reported_errors() as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
@@ -46,8 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"veneer: {_message(error)}", file=sys.stderr)
         if "--json" in arguments:
-            print_json(command_name(arguments), error_of(error, _message(error)))
+            print_json(command, error_of(error, _message(error)))
         return 1
+    except SystemExit as stop:
+        if stop.code == 2 and "--json" in arguments:
+            print_json(command, {"error": {"type": "UsageError", "message": Parser.last_error}})
+        raise
     except KeyboardInterrupt:
         print("veneer: interrupted", file=sys.stderr)
         return 130
@@ -138,7 +145,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
+def parser_for(arguments: Sequence[str]) -> Parser:
     """The parser for these arguments, with the flags of the command and the methods that they name."""
     parser = Parser(prog="veneer", description="Parameter-efficient fine-tuning of vision and diffusion models.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

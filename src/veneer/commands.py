@@ -95,13 +95,18 @@ def _method_class(method: str) -> Any:
 
 
 def _config_command(
-    module: str, function: str, config_name: str, positional: Sequence[str] = (), prints_lines: bool = False
+    module: str,
+    function: str,
+    config_name: str,
+    positional: Sequence[str] = (),
+    prints_lines: bool = False,
+    grouped: bool = False,
 ) -> AddFlags:
     """A command that calls a function with its config.
 
     Args:
         module: of `veneer.pipelines`, or with a dot of `veneer`.
-        prints_lines: the function returns lines to print.
+        prints_lines: the function returns lines to print. `grouped`: list the flags by group.
     """
 
     def add(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -109,7 +114,7 @@ def _config_command(
         file = read_config(arguments)
         # with two positional arguments, those in the file leave the words of the command line to the others
         fixed = [name for name in positional if name in file] if len(positional) > 1 else []
-        add_flags(parser, class_of(path, config_name), positional=positional, skip=fixed, required=not file)
+        add_flags(parser, class_of(path, config_name), positional=positional, skip=fixed, required=not file, grouped=grouped)
         add_config_flags(parser)
 
         def run(namespace: argparse.Namespace) -> object:
@@ -197,7 +202,7 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
     ),
     "compare": (
         "compare methods on a classification dataset, over several seeds",
-        _config_command("compare", "compare", "CompareConfig", ("data",)),
+        _config_command("compare", "compare", "CompareConfig", ("data",), grouped=True),
     ),
     "predict": (
         "classify images with a fine-tuned model",

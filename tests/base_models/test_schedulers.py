@@ -76,3 +76,10 @@ def test_no_name_keeps_the_scheduler_and_an_unknown_one_is_rejected() -> None:
     assert other_scheduler(before, None) is before
     with pytest.raises(OptionError):
         other_scheduler(before, "dpm")  # type: ignore[arg-type]
+
+
+def test_a_name_means_the_same_for_every_base_model() -> None:
+    base = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True, algorithm_type="sde-dpmsolver++", beta_end=0.3)
+    plain = other_scheduler(base, "dpmpp_2m").config
+    assert (plain.use_karras_sigmas, plain.algorithm_type, plain.beta_end) == (False, "dpmsolver++", 0.3)
+    assert other_scheduler(base, "euler").config.use_karras_sigmas is False

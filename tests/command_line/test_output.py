@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from veneer.cli import main
-from veneer.command_line.output import output, result_of
+from veneer.command_line.output import output, print_json, result_of
 
 
 def test_json_of_a_run_is_its_folder_and_result_alone_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,3 +67,22 @@ def test_output_restores_the_streams(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_lines_that_are_paths_are_files(tmp_path: Path) -> None:
     assert result_of([str(tmp_path), "rank 4", tmp_path]) == {"files": [str(tmp_path)] * 2, "messages": ["rank 4"]}
+
+
+def test_json_of_a_wrong_flag_is_an_object(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["control", "train", "--stepz", "3", "--json"])
+    assert stop.value.code == 2
+    record = json.loads(capsys.readouterr().out)
+    assert record["command"] == "control train"
+    assert "--stepz" in record["error"]["message"]
+
+
+def test_json_without_a_result_has_what_was_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["transfer", "digits", "--print-config", "--json"]) == 0
+    assert 'data = "digits"' in json.loads(capsys.readouterr().out)["messages"]
+
+
+def test_json_has_null_for_a_number_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json("x", {"loss": float("nan"), "rows": [{"high": float("inf")}]})
+    assert json.loads(capsys.readouterr().out) == {"command": "x", "loss": None, "rows": [{"high": None}]}

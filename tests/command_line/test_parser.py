@@ -103,6 +103,15 @@ def test_a_prompt_after_adapters_is_a_prompt(line: str, adapters: list[str], pro
     assert (parsed["adapter"], parsed["prompt"]) == (adapters, prompts)
 
 
+@pytest.mark.parametrize("line", ["generate --adapter user/toy user/style", "control generate --adapter a b:0.5"])
+def test_a_second_adapter_is_no_prompt(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "required: prompt" in error_of(line, capsys)
+
+
+def test_a_flag_of_the_program_after_its_command_is_placed_before(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--debug belongs before the command" in error_of("personalize --debug", capsys)
+
+
 @pytest.mark.parametrize(
     ("line", "missing"),
     [

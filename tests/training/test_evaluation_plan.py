@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.raising import raises
+from veneer.injection.errors import OptionError
+from veneer.training.evaluation.fields import EvaluationFields
 from veneer.training.evaluation.local_features import CACHED, OFF, WEIGHTS, default_features
 from veneer.training.evaluation.plan import SHARE, affordable_plan, plan
 
@@ -60,3 +64,16 @@ def test_another_base_model_is_judged_by_a_model_in_the_cache(tmp_path: Path, mo
         (folder / "snapshots" / "abc").mkdir(parents=True)
         (folder / "snapshots" / "abc" / WEIGHTS).write_bytes(b"")
         assert default_features("stabilityai/sdxl") == name
+
+
+@pytest.mark.parametrize(("kind", "seeds", "limit"), [("quick", 5, 1), ("none", 1, 0)])
+def test_more_images_than_the_evaluation_has_are_an_error(kind: Any, seeds: int, limit: int) -> None:
+    with raises(OptionError, option="eval_seeds", given=seeds, expected=limit):
+        EvaluationFields(eval=kind, eval_seeds=seeds).evaluation_defaults("bundled")
+
+
+@pytest.mark.parametrize(("kind", "seeds"), [("quick", 1), ("none", 0), ("full", 3), (None, 3)])
+def test_defaults_can_be_given_again(kind: Any, seeds: int) -> None:
+    found = EvaluationFields(eval=kind).evaluation_defaults("bundled")
+    assert (found["eval"], found["eval_seeds"]) == (kind or "full", seeds)
+    assert EvaluationFields(**found).evaluation_defaults("bundled") == found

@@ -46,7 +46,7 @@ def dataset_of(run: PersonalizeConfig, resolution: int = 32) -> PhotoDataset:
 def test_photos_have_the_concept_of_their_dataset(folders: Path) -> None:
     photos = read_photos(config(folders, TOY, CUP, {"path": "bears", "class_word": "bear", "regularization": True}))
     assert Counter(photo.concept for photo in photos.photos) == {"<toy>": 4, "<cup>": 2}
-    assert [photo.is_prior for photo in photos.class_images] == [True] * 3
+    assert [photo.is_prior for photo in [photo for part in photos.regularization for photo in part.photos]] == [True] * 3
     assert len(photos.of_concept("<cup>")) == 2
 
 

@@ -34,6 +34,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "merge": ("veneer merge toy.safetensors style.safetensors --weights 1 0.5 --method ties",),
     "extract": ("veneer extract tuned/ --base original/ --rank 32",),
     "resize": ("veneer resize toy.safetensors --rank 8",),
+    "push": (
+        "veneer push runs/toy-lora user/toy-lora --license cc-by-4.0 --dry-run",
+        "veneer push runs/toy-lora user/toy-lora --license cc-by-4.0 --private",
+    ),
     "sites": ("veneer sites bundled", "veneer sites vit_small_patch16_224"),
     "examples": ("veneer examples",),
     "app": ("veneer app", "veneer app --port 8000 --no-browser"),

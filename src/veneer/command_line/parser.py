@@ -6,10 +6,11 @@ import argparse
 import difflib
 import itertools
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 SHORT_USAGE = 6
 """Largest number of lines of a usage text with flags."""
@@ -20,6 +21,9 @@ class Parser(argparse.ArgumentParser):
 
     A usage text of more than `SHORT_USAGE` lines is replaced by a line without the flags.
     """
+
+    last_error: ClassVar[str] = ""
+    """Message of the last error of any parser."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         layout = argparse.RawDescriptionHelpFormatter
@@ -39,13 +43,16 @@ class Parser(argparse.ArgumentParser):
             self.usage = usage
 
     def error(self, message: str) -> NoReturn:
+        Parser.last_error = message
         super().error(f"{message}; see {self.prog} --help")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            parser = self._chosen()
-            flags = [*self._option_string_actions, *parser._option_string_actions]
+            parser = self.chosen()
+            if unknown[0] in self._option_string_actions:
+                parser.error(f"{unknown[0]} belongs before the command: {self.prog} {unknown[0]} …")
+            flags = list(parser._option_string_actions)
             parser.error(f"unrecognized arguments: {' '.join(unknown)}{_similar(unknown[0].partition('=')[0], flags)}")
         return parsed
 
@@ -57,7 +64,7 @@ class Parser(argparse.ArgumentParser):
             if Path(words[place]).exists():
                 flag = next(word for word in reversed(words[:place]) if word.startswith("-"))
                 self.error(f"{flag} took {words[place]!r}, and {name} is missing; write {name} before the flags")
-            if missing.required:  # veneer generate --adapter A 'a prompt'
+            if missing.required and name == "prompt" and not _is_adapter(words[place]):  # generate --adapter A 'a prompt'
                 words = [words[place], *words[:place], *words[place + 1 :]]
         return super().parse_known_args(words, namespace)
 
@@ -87,10 +94,10 @@ class Parser(argparse.ArgumentParser):
         words = [f"[{a.dest}]" if a.nargs in ("?", "*") else a.dest for a in shown]
         return " ".join([self.prog, *words, "[flags]"])
 
-    def _chosen(self) -> Parser:
+    def chosen(self) -> Parser:
         """The parser of the command on the command line: the only one below this that has flags."""
         inner = [p for a in self._actions if isinstance(a, argparse._SubParsersAction) for p in a.choices.values()]
-        return next((p._chosen() for p in inner if len(p._actions) > 1), self)
+        return next((p.chosen() for p in inner if len(p._actions) > 1), self)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:
@@ -98,6 +105,11 @@ class Parser(argparse.ArgumentParser):
         except argparse.ArgumentError as error:
             error.message += _similar(str(value), [str(choice) for choice in action.choices or ()])
             raise
+
+
+def _is_adapter(word: str) -> bool:
+    """True if a word has the form `USER/REPO` or `NAME:STRENGTH`, so that it is no prompt."""
+    return " " not in word and ("/" in word or re.search(r":\d*\.?\d+$", word) is not None)
 
 
 def _similar(word: str, known: Sequence[str]) -> str:

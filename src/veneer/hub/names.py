@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from os import PathLike
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 SUFFIX = ".safetensors"
@@ -42,6 +42,13 @@ def parse_name(name: str | PathLike[str]) -> RepoName | None:
     if found.repo.endswith(weights) or (found.file is not None and not found.file.endswith(weights)):
         return None
     return found
+
+
+def is_repository(name: str | PathLike[str]) -> bool:
+    """True if a text has the form of a hub name, and is neither a local path nor in a local folder (`runs/toy` beside `runs`)."""
+    path = Path(name).expanduser()
+    in_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+    return is_hub_name(name) and not path.exists() and not in_folder
 
 
 def is_hub_name(name: str | PathLike[str]) -> bool:

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from veneer.hub.names import is_hub_name
+from veneer.hub.names import is_repository
 from veneer.hub.repo_files import download_dataset
 from veneer.training.data.image_io import DataError
 
@@ -49,7 +49,7 @@ def local_data(data: str | Path) -> Path:
         HubError: the hub has no such dataset, or is unreachable.
     """
     path = Path(data).expanduser()
-    return path if path.exists() or not is_hub_name(data) else download_dataset(Path(data).as_posix())
+    return path if not is_repository(data) else download_dataset(Path(data).as_posix())
 
 
 def _open_path(path: Path) -> Source:

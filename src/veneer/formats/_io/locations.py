@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 from veneer.hub.names import SUFFIX as SUFFIX
-from veneer.hub.names import is_hub_name
+from veneer.hub.names import is_repository
 from veneer.hub.repo_files import download_adapter
 from veneer.injection import LoadError
 
@@ -29,9 +29,7 @@ def local_path(path: str | PathLike[str]) -> Path:
         HubError: no such repository or file, several safetensors files, only pickles, or an unreachable hub.
     """
     place = Path(path)
-    is_here = place.exists() or place.with_name(place.name + SUFFIX).is_file()
-    in_folder = len(place.parts) > 1 and Path(place.parts[0]).is_dir()  # `runs/toy`, with an error in `toy`
-    if is_here or in_folder or not is_hub_name(path):
+    if place.with_name(place.name + SUFFIX).is_file() or not is_repository(path):
         return place
     return download_adapter(place.as_posix(), DEFAULT_NAMES)
 

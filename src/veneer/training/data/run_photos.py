@@ -76,16 +76,6 @@ class RunPhotos:
         """Photos of the subjects."""
         return [photo for part in self.training for photo in part.photos]
 
-    @property
-    def class_images(self) -> list[Photo]:
-        """Class images from datasets."""
-        return [photo for part in self.regularization for photo in part.photos]
-
-    @property
-    def largest_resolution(self) -> int | None:
-        """The largest resolution of a table that has one."""
-        return max((side for part in self.parts for side in part.table.resolution or ()), default=None)
-
     def of_concept(self, token: str) -> list[Photo]:
         """Photos of one concept, without duplicates."""
         own = [photo for part in self.training if part.table.concept == token for photo in part.photos]

@@ -126,6 +126,6 @@ def _caption(data: bytes, kind: str, shard: Path, key: str) -> str | None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    if not path.is_file() or path.stat().st_size != len(data):
+    if not path.is_file() or path.stat().st_size != len(data) or path.read_bytes() != data:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -34,9 +34,6 @@ from .png_metadata import SAMPLES, save_samples
 from .previews import PreviewPair, generate_pairs, previews
 from .progress import clock
 from .verdict import Verdict, read_verdict
-
-if TYPE_CHECKING:
-    pass
 
 GRID = "before_after.png"
 
