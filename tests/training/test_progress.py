@@ -1,6 +1,10 @@
 """Progress events, terminal lines, and the remaining time."""
 
+import contextlib
 import io
+import os
+import pty
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,3 +120,21 @@ def test_the_file_is_not_written_at_every_step(tmp_path: Path) -> None:
     for step in (1, 2, 3, 100):
         tell(event(step))
     assert [e.step for e in read_progress(tmp_path / "progress.jsonl")] == [1, 100], "the first and the last are"
+
+
+def test_a_terminal_without_a_size_has_a_bar():
+    """As under `expect` or a continuous integration with a pseudo-terminal."""
+    code = (
+        "import sys\nfrom veneer.training.report.bars import show_bar\n"
+        "for step in (1, 2): show_bar(sys.stderr, 'training', step, 2, 'steps', 'loss 0.1')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [sys.executable, "-c", code], environment)
+    output = b""
+    with contextlib.suppress(OSError):  # the process has ended
+        while part := os.read(terminal, 4096):
+            output += part
+    assert os.waitpid(pid, 0)[1] == 0
+    assert b"training 100%" in output

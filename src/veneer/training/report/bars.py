@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any, TextIO
 
 _bars: list[Any] = []
@@ -31,9 +32,9 @@ def _new(stream: TextIO, label: str, done: int, total: int, unit: str) -> Any:
 
     close_bar()
     form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]"
-    bar = tqdm(
-        desc=label, total=total, initial=done, unit=unit, file=stream, dynamic_ncols=True, bar_format=form, mininterval=0.1
-    )
+    size = shutil.get_terminal_size()  # of 0 x 0, which some pseudo-terminals have, tqdm makes empty lines
+    place = {"ncols": max(40, size.columns - 1), "nrows": max(2, size.lines)}
+    bar = tqdm(desc=label, total=total, initial=done, unit=unit, file=stream, bar_format=form, mininterval=0.1, **place)
     bar.desc = label  # tqdm appends ": "
     _bars.append(bar)
     return bar
