@@ -49,6 +49,11 @@ DTYPES = {
     "fp32": "float32",
     "float32": "float32",
 }
+EPSILON = {
+    name: {"eps": 1e-6}
+    for name in ("adam", "adamw", "adam8bit", "adamw8bit", "ademamix8bit", "prodigy", "dadapt_adam")
+}
+"""Arguments that ai-toolkit passes to optimizers by default."""
 PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 
 
@@ -134,7 +139,7 @@ def _set_train(train: SourceTable, options: dict[str, Any]) -> None:
         options["text_learning_rate"] = float(text)
     if not train.take("train_unet", True):
         train.remark("left_out", "train_unet", "adapters of the denoiser are always trained")
-    set_optimizer(train, options, "optimizer", "optimizer_params")
+    set_optimizer(train, options, "optimizer", "optimizer_params", EPSILON)
     set_schedule(train, options, "lr_scheduler", "lr_warmup_steps")
     set_timesteps(train, options, "timestep_type")
     ema = train.take("ema_config", {})
