@@ -285,7 +285,10 @@ def test_schedule_free_previews_and_results_have_the_averaged_weights(name):
 def test_schedule_free_has_no_ema():
     with raises(TrainError, where="ema", given=0.99):
         TrainConfig(optimizer="AdamWScheduleFree", ema=0.99)
-    assert TrainConfig(optimizer="adamw", ema=0.99)
+    with raises(TrainError, where="ema", given=0.99):
+        TrainConfig(optimizer="schedulefree.AdamWScheduleFree", ema=0.99)
+    for name in ("adamw", "torch.optim.NAdam"):
+        assert TrainConfig(optimizer=name, ema=0.99)
 
 
 def test_learning_rate_free_optimizers_ignore_rates_with_a_warning():
