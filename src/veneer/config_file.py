@@ -221,7 +221,7 @@ def _name(kind: Any) -> str:
         return "one of " + ", ".join(map(repr, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
         return "a list"
-    tables = {Mapping[str, int]: "a table of whole numbers", Mapping[str, float]: "a table of numbers"}
+    tables: dict[Any, str] = {Mapping[str, int]: "a table of whole numbers", Mapping[str, float]: "a table of numbers"}
     return {**tables, str: "a string", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}.get(
         kind, "a table"
     )
