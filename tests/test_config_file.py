@@ -35,6 +35,7 @@ class Config:
     where: tuple[str, ...] | None = None
     size: tuple[int, int] | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -75,7 +76,9 @@ def test_values_have_the_types_of_the_config(tmp_path: Path) -> None:
         ("rank = 1.5", "a whole number"), ("rank = true", "a whole number"), ('rank = "4"', "a whole number"),
         ('alpha = "x"', "a number"), ("alpha = false", "a number"), ('kind = "c"', "one of 'a', 'b'"),
         ("bias = 1", "true or false"), ("folder = 3", "a path"), ("word = 3", "a string"), ("names = [1]", "a list"),
-        ("size = [1]", "a list"), ('size = ["a", "b"]', "a list"), ("ranks = 3", "a table"), ("words = 1", "a string or a list"),
+        ("size = [1]", "a list"), ('size = ["a", "b"]', "a list"), ("ranks = 3", "a table of whole numbers"),
+        ('factors = {a = "x"}', "a table of numbers"), ("ranks = {a = 1.5}", "a table of whole numbers"),
+        ("words = 1", "a string or a list"),
     ],
 )  # fmt: skip
 def test_values_of_other_types_are_errors(line: str, expected: str, tmp_path: Path) -> None:
@@ -122,6 +125,7 @@ def test_several_files_and_a_name_in_two_spellings_are_errors(tmp_path: Path) ->
 
 def test_yaml_has_numbers_without_a_point_and_words_for_false(tmp_path: Path) -> None:
     assert config_of("alpha: 1e-3", tmp_path / "run.yaml") == {"alpha": 1e-3}
+    assert config_of("factors: {unet: 1e-1, text: 2}", tmp_path / "run.yaml") == {"factors": {"unet": 0.1, "text": 2}}
     with raises(OptionError, where="word", given=False) as caught:
         config_of("word: no", tmp_path / "run.yaml")
     assert "quotes" in str(caught.value)

@@ -48,7 +48,7 @@ ALLOWED = {
     "classification": JOBS,
     "publishing": {*JOBS, "version"},
     "control": JOBS,
-    "config_conversion": {"config_file", "injection", "training"},
+    "config_conversion": {"base_models", "config_file", "injection", "training"},
     "benchmarks": {*JOBS, "testing"},
     "commands": {
         *JOBS, "classification", "command_line", "config_file", "discovery", "flags", "listing", "methods", "static_source",

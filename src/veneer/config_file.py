@@ -196,7 +196,10 @@ def _match(key: str, value: Any, kind: Any) -> tuple[bool, Any]:
         pairs = [_match(key, each, args[0]) for each in several]
         return all(ok for ok, _ in pairs), [each for _, each in pairs]
     if isinstance(origin or kind, type) and issubclass(origin or kind, Mapping):
-        return isinstance(value, dict), value
+        if not isinstance(value, dict) or not args:
+            return isinstance(value, dict), value
+        entries = {name: _match(key, each, args[1]) for name, each in value.items()}
+        return all(ok for ok, _ in entries.values()), {name: each for name, (_, each) in entries.items()}
     if kind is Path:
         return isinstance(value, str), Path(str(value)).expanduser()
     if kind is float:
@@ -218,7 +221,10 @@ def _name(kind: Any) -> str:
         return "one of " + ", ".join(map(repr, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
         return "a list"
-    return {str: "a string", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}.get(kind, "a table")
+    tables: dict[Any, str] = {Mapping[str, int]: "a table of whole numbers", Mapping[str, float]: "a table of numbers"}
+    return {**tables, str: "a string", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}.get(
+        kind, "a table"
+    )
 
 
 def write_config(path: Path, command: str, config: Any) -> Path:

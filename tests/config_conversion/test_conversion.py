@@ -167,8 +167,9 @@ def test_a_job_of_ai_toolkit(root: Path) -> None:
     assert {
         "concept": "zwx", "base": "some/base", "method": "lora", "steps": 2, "batch": 1, "gradient_accumulation_steps": 1,
         "gradient_checkpointing": True, "text_encoder": False, "learning_rate": 1e-4, "optimizer": "adamw", "weight_decay": 0.001,
-        "ema": 0.99, "dtype": "float32", "mixed_precision": "no", "loss": "l2", "save_dtype": "float16", "checkpoint_every": 250,
-        "preview_every": 250, "out": "results/lamp_v1",
+        "optimizer_args": {"eps": 1e-6}, "ema": 0.99, "dtype": "float32", "mixed_precision": "no", "loss": "l2",
+        "save_dtype": "float16", "checkpoint_every": 250,
+        "preview_every": 250, "preview_scheduler": "ddpm", "out": "results/lamp_v1",
         "prompts": ["{concept} on a table", "{concept} a lamp in the rain", "{concept} at night"],
     }.items() <= found.content.items()  # fmt: skip
     assert found.content["lora"] == {"rank": 4, "alpha": 2.0, "by_site": {"conv.*": {"rank": 2, "alpha": 1.0}}}
@@ -184,7 +185,7 @@ def test_a_job_of_ai_toolkit(root: Path) -> None:
     process = "config.process[0]."
     assert remarks(found, "left_out") == {
         "meta", f"{process}device", f"{process}save.max_step_saves_to_keep", f"{process}datasets[1].flip_y",
-        f"{process}train.linear_timesteps", f"{process}train.optimizer_params.eps", f"{process}sample.width",
+        f"{process}train.linear_timesteps", f"{process}sample.width",
         f"{process}sample.seed", f"{process}sample.guidance_scale",
     }  # fmt: skip
     assert remarks(found, "unknown") == set()

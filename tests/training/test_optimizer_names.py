@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import bitsandbytes.optim
 import pytest
 import timm.optim
 import torch
@@ -187,6 +188,18 @@ class Counting(torch.optim.SGD):
         return super().step(closure)
 
 
+class CountingIn8Bits(bitsandbytes.optim.AdamW8bit):
+    """An optimizer whose step depends on a value outside its state only where that state has 8 bits."""
+
+    count = 0
+
+    def step(self, closure=None):
+        self.count += 1
+        if any(each["state1"].dtype == torch.uint8 for each in self.state.values()):
+            self.param_groups[0]["lr"] = 0.1 * self.count
+        return super().step(closure)
+
+
 class Noisy(torch.optim.SGD):
     """An optimizer that adds noise of torch's global generator."""
 
@@ -221,6 +234,8 @@ def test_state_that_cannot_be_saved_is_rejected_before_training():
     groups = [{"params": [*tensors().values()]}]
     with raises(TrainError, where="resume", given=f"{__name__}.Counting"):
         build(f"{__name__}.Counting", groups, 1e-3)
+    with raises(TrainError, where="resume", given=f"{__name__}.CountingIn8Bits"):
+        build(f"{__name__}.CountingIn8Bits", groups, 1e-3)
     with raises(TrainError, where="group 0:kept", given="object"):
         build(f"{__name__}.Keeping", groups, 1e-3)
 
@@ -270,7 +285,10 @@ def test_schedule_free_previews_and_results_have_the_averaged_weights(name):
 def test_schedule_free_has_no_ema():
     with raises(TrainError, where="ema", given=0.99):
         TrainConfig(optimizer="AdamWScheduleFree", ema=0.99)
-    assert TrainConfig(optimizer="adamw", ema=0.99)
+    with raises(TrainError, where="ema", given=0.99):
+        TrainConfig(optimizer="schedulefree.AdamWScheduleFree", ema=0.99)
+    for name in ("adamw", "torch.optim.NAdam"):
+        assert TrainConfig(optimizer=name, ema=0.99)
 
 
 def test_learning_rate_free_optimizers_ignore_rates_with_a_warning():

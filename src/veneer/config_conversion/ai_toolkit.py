@@ -14,7 +14,7 @@ from typing import Any
 from veneer.injection.errors import OptionError
 
 from .ai_toolkit_omissions import IMPLIED, OMISSIONS
-from .run_options import set_optimizer, set_schedule, set_timesteps
+from .run_options import set_optimizer, set_sampler, set_schedule, set_timesteps
 from .source_table import RunContent, SourceTable
 
 SECTIONS = ("network", "save", "datasets", "train", "model", "sample", "logging")
@@ -49,6 +49,8 @@ DTYPES = {
     "fp32": "float32",
     "float32": "float32",
 }
+EPSILON = {name: {"eps": 1e-6} for name in ("adam", "adamw", "adam8bit", "adamw8bit", "ademamix8bit", "prodigy", "dadapt_adam")}
+"""Arguments that ai-toolkit passes to optimizers by default."""
 PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 
 
@@ -108,6 +110,7 @@ def _set_network(network: SourceTable, target: RunContent) -> None:
     if kind not in METHODS:
         network.remark("left_out", "type", "expected lora, locon, lokr or dora; lora is used")
     target.options["method"] = method
+    network.carry({"pretrained_lora_path": "init_from"}, target.options, str)
     rank = network.take("linear", network.take("rank", 4))
     alpha = network.take("linear_alpha", network.take("alpha", 1.0))
     options = target.methods.setdefault(method, {})
@@ -134,8 +137,8 @@ def _set_train(train: SourceTable, options: dict[str, Any]) -> None:
         options["text_learning_rate"] = float(text)
     if not train.take("train_unet", True):
         train.remark("left_out", "train_unet", "adapters of the denoiser are always trained")
-    set_optimizer(train, options, "optimizer", "optimizer_params")
-    set_schedule(train, options, "lr_scheduler", "lr_warmup_steps")
+    set_optimizer(train, options, "optimizer", "optimizer_params", EPSILON)
+    set_schedule(train, options, "lr_scheduler", "lr_warmup_steps", "lr_scheduler_params")
     set_timesteps(train, options, "timestep_type")
     ema = train.take("ema_config", {})
     if ema.get("use_ema"):
@@ -169,6 +172,8 @@ def _set_files(save: SourceTable, sample: SourceTable, logging: SourceTable, opt
         save.remark("changed", "save_every", "checkpoints to resume from, instead of adapter files")
     if (every := sample.take("sample_every")) is not None:
         options["preview_every"] = int(every)
+    sample.carry({"sample_steps": "preview_steps"}, options, int)
+    set_sampler(sample, options, "sampler")
     concept = options.get("concept")
     texts = [prompt if isinstance(prompt, str) else prompt.get("prompt", "") for prompt in sample.take("prompts", [])]
     if texts:

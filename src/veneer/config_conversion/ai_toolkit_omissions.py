@@ -2,10 +2,10 @@
 
 IMPLIED = (
     "is_flux", "is_v3", "is_xl", "is_v2", "is_pixart", "arch", "cache_latents", "cache_latents_to_disk", "cache_text_embeddings",
-    "noise_scheduler", "sampler",
+    "noise_scheduler",
 )  # fmt: skip
 """Keys that describe what veneer finds out from the base model, or does by default."""
-_PRESET = "images are generated with the sampling settings of the base model's preset"
+_PRESET = "previews have the size, guidance and negative prompt of the base model's preset"
 _UPLOAD = "nothing is uploaded"
 _MEMORY = "memory is managed with quantize, gradient_checkpointing and offload_encoders"
 
@@ -18,7 +18,6 @@ OMISSIONS = {
     "conv": "the method has one rank",
     "conv_alpha": "the method has one alpha",
     "transformer_only": "the text encoders are not trained by default",
-    "pretrained_lora_path": "the run starts from a new adapter",
     "max_step_saves_to_keep": "the two newest checkpoints are kept",
     "save_format": "files are safetensors",
     "push_to_hub": _UPLOAD,
@@ -45,7 +44,6 @@ OMISSIONS = {
     "num_frames": "videos are not supported",
     "shrink_video_to_frames": "videos are not supported",
     "standardize_images": "photos are used as they are",
-    "lr_scheduler_params": "schedules have no further arguments",
     "linear_timesteps": "set timestep_sampling",
     "linear_timesteps2": "set timestep_sampling",
     "bypass_guidance_embedding": "distilled guidance is that of the base model's family",
@@ -83,7 +81,6 @@ OMISSIONS = {
     "walk_seed": "the noise of previews depends on the prompt; eval_seeds is their number",
     "guidance_scale": _PRESET,
     "guidance_rescale": _PRESET,
-    "sample_steps": _PRESET,
     "network_multiplier": "the adapter is sampled at strength 1",
     "format": "previews are PNG",
     "ext": "previews are PNG",

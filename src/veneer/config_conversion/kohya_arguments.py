@@ -14,7 +14,7 @@ from typing import Any
 from .kohya_datasets import OMISSIONS as DATASET_OMISSIONS
 from .kohya_datasets import SHARED, convert_datasets, side_of
 from .kohya_omissions import IMPLIED, OMISSIONS
-from .run_options import set_optimizer, set_schedule, set_timesteps
+from .run_options import pairs_of, set_optimizer, set_sampler, set_schedule, set_timesteps
 from .source_table import RunContent, SourceTable
 
 PLAIN = {
@@ -81,7 +81,9 @@ def convert_arguments(content: Mapping[str, Any], folder: Path, target: RunConte
     _set_network(source, target)
     _set_rates(source, options)
     set_optimizer(source, options, "optimizer_type", "optimizer_args")
-    set_schedule(source, options, "lr_scheduler", "lr_warmup_steps")
+    set_schedule(source, options, "lr_scheduler", "lr_warmup_steps", "lr_scheduler_args")
+    set_sampler(source, options, "sample_sampler")
+    _set_base_weights(source, options)
     set_timesteps(source, options, "timestep_sampling")
     _set_loss(source, options)
     _set_prompts(source, options, folder)
@@ -113,7 +115,7 @@ def _set_output(source: SourceTable, options: dict[str, Any]) -> None:
 
 def _set_network(source: SourceTable, target: RunContent) -> None:
     """Method, rank and alpha: the default alpha of sd-scripts is 1, so that it is always written."""
-    module, arguments = str(source.take("network_module", "networks.lora")), _pairs(source.take("network_args", []))
+    module, arguments = str(source.take("network_module", "networks.lora")), dict(pairs_of(source.take("network_args", [])))
     algorithm = arguments.pop("algo", "lora") if module.startswith("lycoris") else module.rpartition(".")[2]
     method = (ALGORITHMS if module.startswith("lycoris") else NETWORKS).get(str(algorithm).lower())
     if method is None:
@@ -162,6 +164,20 @@ def _set_rates(source: SourceTable, options: dict[str, Any]) -> None:
         options["text_learning_rate"] = float(text if text is not None else rate)
 
 
+def _set_base_weights(source: SourceTable, options: dict[str, Any]) -> None:
+    """Adapters below the trained one, FILE:STRENGTH; without a multiplier the strength is 1."""
+    files = source.take("base_weights", [])
+    files = [files] if isinstance(files, str) else files
+    if not files:
+        return
+    strengths = source.take("base_weights_multiplier", [])
+    strengths = strengths if isinstance(strengths, list) else [strengths]
+    if len(strengths) > len(files):
+        source.remark("left_out", "base_weights_multiplier", f"{len(strengths)} for {len(files)} files; the last are left out")
+    more = [1.0] * (len(files) - len(strengths))
+    options["with"] = [f"{file}:{float(strength):g}" for file, strength in zip(files, [*strengths, *more], strict=False)]
+
+
 def _set_loss(source: SourceTable, options: dict[str, Any]) -> None:
     kind = source.take("loss_type")
     if kind in ("l2", "huber", "smooth_l1"):
@@ -183,7 +199,7 @@ def _set_prompts(source: SourceTable, options: dict[str, Any], folder: Path) -> 
         return
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     options["prompts"] = [re.split(r"\s+--\w", line)[0] for line in lines if line and not line.startswith("#")]
-    source.remark("changed", "sample_prompts", "prompts only; their size, seed and sampler are those of the base model's preset")
+    source.remark("changed", "sample_prompts", "prompts only; size, seed and sampler are the same for all; set preview_scheduler")
 
 
 def _set_datasets(source: SourceTable, target: RunContent, folder: Path, read: Any) -> None:
@@ -212,9 +228,3 @@ def _set_datasets(source: SourceTable, target: RunContent, folder: Path, read: A
         convert_datasets({"datasets": [{"subsets": subsets}]}, target, defaults)
     else:
         SourceTable({}, "", target).remark("missing", "datasets", "no images; add photos and concept, or [[datasets]] tables")
-
-
-def _pairs(arguments: Any) -> dict[str, Any]:
-    """`["conv_dim=4", "algo=lokr"]` as a mapping."""
-    texts = arguments.split() if isinstance(arguments, str) else arguments
-    return {name: value for name, _, value in (str(text).partition("=") for text in texts)}

@@ -7,7 +7,6 @@ _LOADER = "there is no data loader with workers"
 _UPLOAD = "nothing is uploaded"
 _EPOCHS = "a run is measured in steps"
 _BASE = "pass a base model as a folder with all its parts, as base"
-_SAMPLER = "previews use the sampling settings of the base model's preset"
 _MEMORY = "memory is managed with dtype, quantize, gradient_checkpointing and offload_encoders"
 _METADATA = "the file has its own metadata"
 _PREDICTION = "the shift comes from the scheduler of the base model"
@@ -17,8 +16,7 @@ OMISSIONS = {
     "dim_from_weights": "the rank is an option of the method",
     "network_train_text_encoder_only": "adapters of the denoiser are always trained; leave out text_encoder to train them only",
     "scale_weight_norms": "norms of weights are not limited",
-    "base_weights": "merge adapters into the base model before, with veneer merge",
-    "base_weights_multiplier": "merge adapters into the base model before, with veneer merge",
+    "base_weights_multiplier": "no base_weights",
     "vae": _BASE,
     "tokenizer_cache_dir": "tokenizers come with the base model",
     "clip_skip": "the text encoder is used as the base model's pipeline does",
@@ -43,9 +41,8 @@ OMISSIONS = {
     "resume": "a run is continued with --resume --out",
     "initial_epoch": _EPOCHS,
     "initial_step": "a run is continued with --resume --out",
-    "lr_scheduler_args": "schedules have no further arguments",
     "lr_scheduler_type": "custom schedules are not loaded",
-    "lr_scheduler_timescale": "schedules have no further arguments",
+    "lr_scheduler_timescale": "schedules have cycles, power and min_lr_ratio",
     "lr_decay_steps": "schedules end with the run",
     "use_8bit_adam": "set optimizer to adamw8bit",
     "use_lion_optimizer": "set optimizer",
@@ -70,7 +67,6 @@ OMISSIONS = {
     "max_data_loader_n_workers": _LOADER,
     "sample_every_n_epochs": _EPOCHS,
     "sample_at_first": "the image grid has images of the base model",
-    "sample_sampler": _SAMPLER,
     "logging_dir": "logs are in the folder of the run",
     "log_prefix": "logs are in the folder of the run",
     "log_tracker_name": "the tracker has the name veneer",

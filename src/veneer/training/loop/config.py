@@ -86,8 +86,8 @@ class TrainConfig(OptimizerOptions):
         ):
             self._check(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
         check_name(self.optimizer)
-        averages = averages_weights(self.optimizer)
-        self._check("ema", not (self.ema and averages), f"0, because {self.optimizer} averages the weights itself")
+        averages = bool(self.ema) and averages_weights(self.optimizer)
+        self._check("ema", not averages, f"0, because {self.optimizer} averages the weights itself")
         parse_arguments(self.optimizer, self.optimizer_args)
 
     def _check(self, name: str, fits: bool, expected: str) -> None:

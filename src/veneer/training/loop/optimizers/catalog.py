@@ -20,6 +20,7 @@ import torch
 from veneer.injection.errors import MissingExtra, VeneerWarning
 
 from ..errors import TrainError
+from .modes import has_modes
 
 
 class OptimizerWarning(VeneerWarning):
@@ -226,5 +227,6 @@ def is_learning_rate_free(name: str) -> bool:
 
 
 def averages_weights(name: str) -> bool:
-    """True for Schedule-Free optimizers, whose weights for evaluation are an average."""
-    return canonical_name(name).startswith("schedule_free_")
+    """True for Schedule-Free optimizers, whose weights for evaluation are an average: the classes have `train` and `eval`."""
+    canonical = canonical_name(name)
+    return has_modes(load_class(canonical)) if "." in canonical else canonical.startswith("schedule_free_")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-def has_modes(optimizer: torch.optim.Optimizer) -> bool:
-    """True if the optimizer has `train()` and `eval()`, which change the parameters."""
+def has_modes(optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer]) -> bool:
+    """True if the optimizer, or its class, has `train()` and `eval()`, which change the parameters."""
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 

@@ -12,30 +12,35 @@ from torch import Tensor, nn
 from veneer.injection.errors import VeneerError
 
 from ..errors import TrainError
+from .catalog import load_class
 from .modes import start_training
 from .state import pack, unpack
 
 STEPS = 4
 SIDE = 6
 """Largest side of the parameters of a trial."""
+EIGHT_BIT_SHAPE = (64, 64)
+"""Shape of a further parameter for bitsandbytes, whose state has 8 bits from 4,096 elements."""
 
 
 def check_resume(name: str, parameters: Sequence[Tensor], make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -> None:
     """Checks that half of the steps, a new optimizer with the saved state and the other half equal all steps in one run.
 
     Args:
-        parameters: those to train; the trial has one of each number of dimensions, on the same device.
+        parameters: those to train; the trial has one of each number of dimensions, on the same device, and for a class of
+            bitsandbytes a larger one.
         make: the optimizer of parameter groups.
 
     Raises:
         TrainError: the optimizer cannot train such parameters, or its saved state is incomplete.
     """
-    shapes = {p.dim(): [min(side, SIDE) for side in p.shape] for p in parameters if p.numel()}
+    shapes = {p.dim(): tuple(min(side, SIDE) for side in p.shape) for p in parameters if p.numel()}
+    larger = [EIGHT_BIT_SHAPE] if _is_bitsandbytes(name) else []
     devices = {p.device for p in parameters}
     random = torch.random.fork_rng(devices=[d for d in devices if d.type == "cuda"])
     with random, torch.enable_grad():
         generator = torch.Generator().manual_seed(0)
-        start = [torch.randn(shape, generator=generator).to(parameters[0].device) for shape in shapes.values()]
+        start = [torch.randn(shape, generator=generator).to(parameters[0].device) for shape in (*shapes.values(), *larger)]
         try:
             whole, _ = _run(start, make, range(STEPS), None)
             first, state = _run(start, make, range(STEPS // 2), None)
@@ -51,6 +56,11 @@ def check_resume(name: str, parameters: Sequence[Tensor], make: Callable[[list[d
             "Choose another one."
         )
         raise TrainError(message, where="resume", given=name, expected="exact")
+
+
+def _is_bitsandbytes(name: str) -> bool:
+    """True for a class of bitsandbytes and its subclasses."""
+    return any(cls.__module__.startswith("bitsandbytes.") for cls in load_class(name).__mro__)
 
 
 def _run(start: Sequence[Tensor], make: Any, steps: range, state: Any) -> tuple[list[Tensor], Any]:
