@@ -19,11 +19,14 @@ from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "terminal.md"
 WIDTH = 120
-INTRODUCTION = f"""# What the commands print
-
-Recorded on a terminal of {WIDTH} columns, on two CPU cores under other load, by `docs/scripts/record_terminal.py`. A bar is shown as it stood at its end. In a log, where there is no
-terminal, a line is printed every few seconds instead. `--quiet` prints errors only; `--json` prints the result as one JSON object on stdout, and all of this on stderr.
-"""
+INTRODUCTION = " ".join(
+    [
+        f"# What the commands print\n\nRecorded on a terminal of {WIDTH} columns, on two CPU cores under other load, by",
+        "`docs/scripts/record_terminal.py`. A bar is shown as it stood at its end. In a log, without a terminal, a line is",
+        "printed every few seconds instead. `--quiet` prints errors only; `--json` prints the result as one JSON object on",
+        "stdout, and all of this on stderr.",
+    ]
+)
 JOBS: dict[str, tuple[str, ...]] = {
     "Teach a subject": (
         "veneer examples photos",
