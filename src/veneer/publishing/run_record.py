@@ -6,12 +6,18 @@ import datetime
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from veneer.base_models import BUNDLED, current_name
+from veneer.formats import read
+from veneer.formats.native import KEY
 from veneer.hub import is_hub_name
 from veneer.injection.errors import VeneerError
+from veneer.training.evaluation.adapter_output import BASE_SOURCE
+
+from .hub_origin import is_public_name
 
 Kind = Literal["personalize", "control", "transfer"]
 COMMANDS: dict[Kind, str] = {"personalize": "personalize", "control": "control train", "transfer": "transfer"}
@@ -41,12 +47,20 @@ class RunRecord:
         """The base model, as it was given."""
         return current_name(str(self.config["model" if self.kind == "transfer" else "base"]))
 
+    @cached_property
+    def provenance(self) -> Mapping[str, Any]:
+        """Origin of the adapter, from the metadata of its native file."""
+        file = read(self.folder / "adapter.safetensors")
+        return file.json(KEY).get("provenance", {}) if KEY in file.metadata else {}
+
     @property
     def hub_base(self) -> str | None:
-        """Name of the base model on the hub; None for a bundled or local one."""
+        """Name of the base model on the hub; None for a bundled or local one, and for one that may be local."""
         if self.kind == "transfer":
             return None if self.config.get("weights") else _timm_repository(self.base)
-        return self.base if is_hub_name(self.base) and not Path(self.base).exists() else None
+        recorded = self.provenance.get("base")
+        is_path = recorded is not None and Path(str(recorded)).is_absolute()
+        return self.base if not is_path and is_public_name(self.base, self.provenance.get(BASE_SOURCE)) else None
 
     @property
     def is_bundled(self) -> bool:

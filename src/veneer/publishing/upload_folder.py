@@ -9,7 +9,7 @@ from typing import Any
 
 from veneer import base_models, formats
 from veneer.atomic_files import write_atomically
-from veneer.hub import RepoName, parse_name
+from veneer.hub import RepoName, is_hub_name, parse_name
 from veneer.injection.errors import OptionError, VeneerError
 from veneer.training.report.png_metadata import SAMPLES
 
@@ -121,5 +121,5 @@ def _model_of(run: RunRecord, file: Path) -> Any:
     architecture = formats.architecture_of(file)
     if architecture is not None:
         return base_models.architecture(architecture)
-    options: dict[str, Any] = {"local_files_only": True} if run.hub_base else {}
+    options: dict[str, Any] = {"local_files_only": True} if is_hub_name(run.base) and not Path(run.base).exists() else {}
     return base_models.load(run.base, **options)
