@@ -36,9 +36,9 @@ def personalization(folder: Path, base: str, **settings: Any) -> Path:
     defaults: dict[str, Any] = {
         "steps": 1, "eval_seeds": 1, "tracker": "none", "prompts": ("a {concept}", "a {concept} | at night"), "class_word": "cat",
         "features": "bundled",
-        "template": ("a photo of {concept}",), "drift_prompts": ("a dog",), "concept": "<toy>",
+        "template": ("a photo of {concept}",), "drift_prompts": ("a dog",), "concept": "<toy>", "photos": photos,
     }  # fmt: skip
-    return personalize(PersonalizeConfig(photos=photos, base=base, out=folder / SECRET / "run", **{**defaults, **settings}))
+    return personalize(PersonalizeConfig(base=base, out=folder / SECRET / "run", **{**defaults, **settings}))
 
 
 def control_run(folder: Path, base: str, method: str = "controlnet") -> Path:

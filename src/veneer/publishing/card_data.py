@@ -100,9 +100,9 @@ def front_matter(facts: CardFacts) -> Any:
         "pipeline_tag": _pipeline_tag(facts),
         "tags": tags(facts),
     }
-    if run.kind == "personalize" and run.concept:
+    if run.tokens:
         template = (run.config.get("template") or ("{concept}",))[0]
-        entries["instance_prompt"] = template.replace("{concept}", run.concept)
+        entries["instance_prompt"] = ", ".join(template.replace("{concept}", token) for token in run.tokens)
     if facts.image_prompts:
         entries["widget"] = [{"text": prompt, "output": {"url": file}} for prompt, file in facts.image_prompts]
     if run.kind == "transfer":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,8 +74,21 @@ class RunRecord:
 
     @property
     def concept(self) -> str:
-        """Trigger token of a personalization, or ""."""
+        """Trigger token of a personalization, or ""; the first one of several concepts."""
         return str(self.config.get("concept") or "")
+
+    @property
+    def concepts(self) -> Sequence[Mapping[str, Any]]:
+        """Records of the concepts of a personalization: `token`, `class_word` and, if there are several, their `metrics`."""
+        if self.kind != "personalize" or not self.concept:
+            return []
+        own = {"token": self.concept, "class_word": self.config.get("class_word"), "metrics": self.record.get("metrics")}
+        return self.record.get("concepts") or [own]
+
+    @property
+    def tokens(self) -> list[str]:
+        """Trigger tokens of a personalization."""
+        return [str(each["token"]) for each in self.concepts]
 
     @property
     def method(self) -> str:

@@ -68,22 +68,38 @@ def score_rows(run: RunRecord) -> tuple[Sequence[Row], str]:
             ("test accuracy", f"{record['test_accuracy']:.1%}", _interval(record["test_interval_95"], ".1%")),
             ("validation accuracy", f"{validation['accuracy']:.1%}", _interval(validation["interval_95"], ".1%")),
         ], f"{record['data']['pictures']['test']:,} test images, evaluated once; the epoch was chosen on the validation split."
+    if run.kind == "personalize":
+        return _concept_scores(run)
     metrics = run.record.get("metrics")
     if not metrics:
         return [], ""
-    if run.kind == "control":
-        rows = [
-            (f"{metrics['measure']}, with the condition", f"{metrics['followed']:.3f}", ""),
-            ("without", f"{metrics['free']:.3f}", _difference(metrics["over_free"])),
-            ("with another image's condition", f"{metrics['misled']:.3f}", _difference(metrics["over_misled"])),
-        ]
-        return (
-            rows,
-            f"Means over {metrics['count']} images of each kind, of held-out conditions; intervals are of the gain over the row.",
-        )
-    return list(_personal_rows(metrics)), (
-        f"Features: {metrics['features']}. Means over images of the same prompts and seeds with and without the adapter; near 1, "
-        "the similarity to the nearest photo means a copy."
+    rows = [
+        (f"{metrics['measure']}, with the condition", f"{metrics['followed']:.3f}", ""),
+        ("without", f"{metrics['free']:.3f}", _difference(metrics["over_free"])),
+        ("with another image's condition", f"{metrics['misled']:.3f}", _difference(metrics["over_misled"])),
+    ]
+    return (
+        rows,
+        f"Means over {metrics['count']} images of each kind, of held-out conditions; intervals are of the gain over the row.",
+    )
+
+
+def _concept_scores(run: RunRecord) -> tuple[Sequence[Row], str]:
+    """Scores of each concept, with the margin over the photos of the others."""
+    concepts = [each for each in run.concepts if each.get("metrics")]
+    if not concepts:
+        return [], ""
+    rows: list[Row] = []
+    for each in concepts:
+        head = f"`{each['token']}`: " if len(run.concepts) > 1 else ""
+        rows += [(head + label, *cells) for label, *cells in _personal_rows(each["metrics"])]
+        for other, confusion in each.get("confusion", {}).items():
+            margin = confusion["margin"]
+            label = f"{head}similarity to its photos minus that to the photos of `{other}`"
+            rows.append((label, f"{margin['mean']:+.3f}", _interval((margin["low"], margin["high"]), "+.3f")))
+    return rows, (
+        f"Features: {concepts[0]['metrics']['features']}. Means over images of the same prompts and seeds with and without the "
+        "adapter; near 1, the similarity to the nearest photo means a copy."
     )
 
 

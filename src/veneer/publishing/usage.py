@@ -52,18 +52,29 @@ def _diffusers(facts: CardFacts) -> Iterator[str]:
     yield f"{first}from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({base})"
     if LORA_FILE in facts.files:
         yield f'pipe.load_lora_weights("{repo}", weight_name="{LORA_FILE}")'
-    if TOKEN_FILE in facts.files and "text_encoder_2" not in facts.components:
-        yield f'pipe.load_textual_inversion("{repo}", weight_name="{TOKEN_FILE}")'
-    elif TOKEN_FILE in facts.files:
-        yield "# the token has vectors for both text encoders"
-        yield "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n"
-        yield f'vectors = load_file(hf_hub_download("{repo}", "{TOKEN_FILE}"))'
-        for key, end in (("clip_l", ""), ("clip_g", "_2")):
-            yield (
-                f'pipe.load_textual_inversion(vectors["{key}"], token="{run.concept}", text_encoder=pipe.text_encoder{end}, '
-                f"tokenizer=pipe.tokenizer{end})"
-            )
+    if TOKEN_FILE in facts.files:
+        yield from _token_embeddings(facts)
     yield f"image = pipe({_prompt(facts)!r}).images[0]"
+
+
+def _token_embeddings(facts: CardFacts) -> Iterator[str]:
+    repo, tokens = facts.repo, facts.run.tokens
+    has_two_encoders = "text_encoder_2" in facts.components
+    if len(tokens) == 1 and not has_two_encoders:
+        yield f'pipe.load_textual_inversion("{repo}", weight_name="{TOKEN_FILE}")'
+        return
+    if has_two_encoders:
+        yield "# the token has vectors for both text encoders"
+    yield "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n"
+    yield f'vectors = load_file(hf_hub_download("{repo}", "{TOKEN_FILE}"))'
+    if not has_two_encoders:
+        yield "for token, vector in vectors.items():\n    pipe.load_textual_inversion(vector, token=token)"
+        return
+    for key, end in (("clip_l", ""), ("clip_g", "_2")):
+        own, names = f'vectors["{key}"]', f'"{tokens[0]}"'
+        if len(tokens) > 1:
+            own, names = f"list({own}.chunk({len(tokens)}))", f"{tokens}"
+        yield f"pipe.load_textual_inversion({own}, token={names}, text_encoder=pipe.text_encoder{end}, tokenizer=pipe.tokenizer{end})"
 
 
 def _diffusers_control(facts: CardFacts, base: str, first: str) -> Iterator[str]:
