@@ -23,6 +23,7 @@ def card_text(facts: CardFacts) -> str:
     sections = [
         f"# {facts.title}\n\n{_summary(facts)}",
         *_trigger(facts),
+        *_requires(facts),
         *_images(facts),
         "## How to use it\n\n" + "\n\n".join(usage_sections(facts)),
         *_scores(facts),
@@ -74,6 +75,13 @@ def _trigger(facts: CardFacts) -> Iterator[str]:
         place = "They are learned tokens: load the token embeddings too."
     shown = " or ".join(f"`{token}`" for token in tokens)
     yield f"## Trigger words\n\nUse {shown} in the prompt. {place if TOKEN_FILE in facts.files else ''}".rstrip()
+
+
+def _requires(facts: CardFacts) -> Iterator[str]:
+    rows = [(f"`{each.file.as_posix()}`", f"{each.scale:g}", f"`{each.sha256}`") for each in facts.run.fixed_adapters]
+    if rows:
+        text = "It was trained on top of other adapters, which are not in this repository. Load them too, at these strengths:"
+        yield f"## Requires\n\n{text}\n\n" + table(("adapter", "strength", "SHA-256"), rows)
 
 
 def _images(facts: CardFacts) -> Iterator[str]:

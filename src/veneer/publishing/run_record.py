@@ -16,8 +16,9 @@ from veneer.formats.native import KEY
 from veneer.hub import is_hub_name
 from veneer.injection.errors import VeneerError
 from veneer.training.evaluation.adapter_output import BASE_SOURCE
+from veneer.training.fixed_adapters import RECORD, FixedAdapter
 
-from .hub_origin import is_public_name
+from .hub_origin import is_public_name, public_file
 
 Kind = Literal["personalize", "control", "transfer"]
 COMMANDS: dict[Kind, str] = {"personalize": "personalize", "control": "control train", "transfer": "transfer"}
@@ -52,6 +53,12 @@ class RunRecord:
         """Origin of the adapter, from the metadata of its native file."""
         file = read(self.folder / "adapter.safetensors")
         return file.json(KEY).get("provenance", {}) if KEY in file.metadata else {}
+
+    @property
+    def fixed_adapters(self) -> list[FixedAdapter]:
+        """Adapters that the run was trained on top of, by file name or hub name."""
+        records = self.provenance.get(RECORD, ())
+        return [FixedAdapter(Path(public_file(str(r["file"]))), float(r["scale"]), str(r["sha256"])) for r in records]
 
     @property
     def hub_base(self) -> str | None:

@@ -14,7 +14,7 @@ def usage_sections(facts: CardFacts) -> Iterator[str]:
     """Sections with code, most general first."""
     yield _veneer(facts)
     if facts.loads_in_diffusers:
-        yield _section("diffusers", "python", "\n".join(_diffusers(facts)))
+        yield _section("diffusers", "python", "\n".join([*_diffusers_requires(facts), *_diffusers(facts)]))
     if facts.comfyui_file or (TOKEN_FILE in facts.files and facts.run.kind == "personalize"):
         yield "\n".join(_comfyui(facts))
 
@@ -28,18 +28,25 @@ def _veneer(facts: CardFacts) -> str:
     if run.kind == "transfer":
         return _section("veneer", "sh", f"veneer predict {repo} IMAGE …")
     base = "" if run.hub_base or run.is_bundled else " --base BASE"
+    adapters = " ".join([*(shlex.quote(each.argument()) for each in run.fixed_adapters), repo])
     if run.kind == "control":
-        return _section("veneer", "sh", f'veneer control generate "a prompt" --adapter {repo} --image PHOTO{base}')
-    command = f"veneer generate {shlex.quote(_prompt(facts))} --adapter {repo}{base}"
+        return _section("veneer", "sh", f'veneer control generate "a prompt" --adapter {adapters} --image PHOTO{base}')
+    command = f"veneer generate {shlex.quote(_prompt(facts))} --adapter {adapters}{base}"
     load = "load" if len(run.record.get("methods", ())) == 1 else "load_all"
     code = "\n".join(
         [
             f"import veneer\n\npipe = veneer.base_models.load({_base(facts)})",
+            *(f'veneer.load_all(pipe, "{each.file.as_posix()}", scale={each.scale:g})' for each in run.fixed_adapters),
             f'veneer.{load}(pipe, "{repo}")',
             f"image = pipe({_prompt(facts)!r}).images[0]",
         ]
     )
     return _section("veneer", "sh", command) + f"\n\n```python\n{code}\n```"
+
+
+def _diffusers_requires(facts: CardFacts) -> Iterator[str]:
+    for each in facts.run.fixed_adapters:
+        yield f"# required: {each.file.as_posix()} at strength {each.scale:g}, converted by `veneer convert FILE --to diffusers`"
 
 
 def _diffusers(facts: CardFacts) -> Iterator[str]:
@@ -74,7 +81,8 @@ def _token_embeddings(facts: CardFacts) -> Iterator[str]:
         own, names = f'vectors["{key}"]', f'"{tokens[0]}"'
         if len(tokens) > 1:
             own, names = f"list({own}.chunk({len(tokens)}))", f"{tokens}"
-        yield f"pipe.load_textual_inversion({own}, token={names}, text_encoder=pipe.text_encoder{end}, tokenizer=pipe.tokenizer{end})"
+        place = f"text_encoder=pipe.text_encoder{end}, tokenizer=pipe.tokenizer{end}"
+        yield f"pipe.load_textual_inversion({own}, token={names}, {place})"
 
 
 def _diffusers_control(facts: CardFacts, base: str, first: str) -> Iterator[str]:
@@ -100,6 +108,9 @@ def _comfyui(facts: CardFacts) -> Iterator[str]:
     yield "### ComfyUI, A1111 and Forge\n"
     if facts.comfyui_file:
         yield f"Copy `{facts.comfyui_file}` to `models/loras` (ComfyUI) or `models/Lora` (A1111, Forge)."
+    for each in facts.run.fixed_adapters:
+        name = f"`{each.file.as_posix()}` at strength {each.scale:g}"
+        yield f"It requires {name}: convert it by `veneer convert FILE --to comfyui`."
     others = [name for name in facts.files if name.startswith("comfyui/") and name != facts.comfyui_file]
     names = others or ([TOKEN_FILE] if TOKEN_FILE in facts.files else [])
     for name in names:
