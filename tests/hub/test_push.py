@@ -218,6 +218,34 @@ def test_second_push_updates_and_removes_old_samples(hub: Hub, token: None, run:
     assert len(puts) == uploads + 2, "only the files for ComfyUI, which have the license in their metadata"
 
 
+def test_second_push_deletes_only_files_of_the_first(hub: Hub, token: None, run: Path) -> None:
+    own = {"samples/own.png": b"own", "comfyui/own.json": b"{}", "notes.txt": b""}
+    hub.add("user/toy", {**own, "README.md": b"# A repository that veneer did not create\n"})
+    push(PushConfig(run, "user/toy"))
+    first = uploaded(hub, "user/toy")
+    assert own.items() <= first.items()
+    assert "learned_embeds.safetensors" in first
+    (run / "learned_embeds.safetensors").unlink()
+    push(PushConfig(run, "user/toy"))
+    second = uploaded(hub, "user/toy")
+    assert first.keys() - second.keys() == {"learned_embeds.safetensors"}
+    assert own.items() <= second.items()
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "veneer_files: ['*', '[a-z]*', '.gitattributes', samples/, 3]", "veneer_files: samples/own.png", "veneer_files: {a: b}",
+        "a: [", "- a",
+    ],
+)  # fmt: skip
+def test_invalid_lists_of_files_delete_nothing(hub: Hub, token: None, run: Path, metadata: str) -> None:
+    own = {".gitattributes": b"", "samples/own.png": b"own"}
+    hub.add("user/toy", {**own, "README.md": f"---\n{metadata}\n---\n".encode()})
+    push(PushConfig(run, "user/toy"))
+    assert own.items() <= uploaded(hub, "user/toy").items()
+
+
 def test_control_loads_in_diffusers(hub: Hub, token: None, controlled: Path, tmp_path: Path) -> None:
     folder = on_hub(Path(shutil.copytree(controlled, tmp_path / "run")))
     push(PushConfig(folder, "user/canny", private=True))
