@@ -298,6 +298,49 @@ def test_unfinished_runs_and_other_folders_are_rejected(tmp_path: Path, token: N
             push(PushConfig(tmp_path, repo))
 
 
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("../a.png", "a file in the folder of the run"),
+        ("samples/../../a.png", "a file in the folder of the run"),
+        ("{parent}/a.png", "a file in the folder of the run"),
+        ("..\\a.png", "a file in the folder of the run"),
+        ("samples/link.png", "a file in the folder of the run"),
+        ("links/a.png", "a file in the folder of the run"),
+        ("config.toml", ".png"),
+        (None, ".png"),
+    ],
+)
+def test_samples_outside_the_run_are_rejected(run: Path, tmp_path: Path, file: str | None, expected: str) -> None:
+    (tmp_path / "a.png").write_bytes(b"private")
+    (run / "samples/link.png").symlink_to(tmp_path / "a.png")
+    (run / "links").symlink_to(tmp_path)
+    file = file and file.replace("{parent}", str(tmp_path))
+    record = json.loads((run / "result.json").read_text())
+    record["samples"].append({"file": file, "prompt": "a"})
+    (run / "result.json").write_text(json.dumps(record))
+    with raises(VeneerError, where="samples", given=file, file=run, expected=expected):
+        push(PushConfig(run, "user/toy", dry_run=True, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "samples/grid.png"])
+def test_links_out_of_the_run_are_rejected(run: Path, tmp_path: Path, name: str) -> None:
+    (run / name).rename(tmp_path / "moved")
+    (run / name).symlink_to(tmp_path / "moved")
+    with raises(VeneerError, where="files", given=name, file=run):
+        push(PushConfig(run, "user/toy", dry_run=True, out=tmp_path / "out"))
+
+
+def test_links_inside_the_run_are_followed(run: Path, tmp_path: Path) -> None:
+    (run / "samples/00.png").rename(run / "samples/first.png")
+    (run / "samples/00.png").symlink_to("first.png")
+    link = tmp_path / "link"
+    link.symlink_to(run)
+    push(PushConfig(link, "user/toy", dry_run=True, out=tmp_path / "out"))
+    assert (tmp_path / "out/samples/00.png").read_bytes() == (run / "samples/first.png").read_bytes()
+
+
 def test_missing_and_refused_tokens(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = len(hub.repositories)
     with raises(HubError, where="token", given="user/toy", status=None, expected="write access"):

@@ -19,6 +19,7 @@ from veneer.training.evaluation.adapter_output import BASE_SOURCE
 from veneer.training.fixed_adapters import RECORD, FixedAdapter
 
 from .hub_origin import is_public_name, public_file
+from .run_files import sample_records
 
 Kind = Literal["personalize", "control", "transfer"]
 COMMANDS: dict[Kind, str] = {"personalize": "personalize", "control": "control train", "transfer": "transfer"}
@@ -109,8 +110,12 @@ class RunRecord:
 
     @property
     def samples(self) -> list[Mapping[str, Any]]:
-        """Records of the generated images whose files exist."""
-        return [each for each in self.record.get("samples", ()) if (self.folder / each["file"]).is_file()]
+        """Records of the generated images whose files exist.
+
+        Raises:
+            VeneerError: a record that names no PNG file inside the folder.
+        """
+        return list(sample_records(self.folder, self.record))
 
     @property
     def date(self) -> str:

@@ -16,6 +16,7 @@ from veneer.training.report.png_metadata import SAMPLES
 from .adapter_metadata import public_adapter, public_json
 from .card import card_text
 from .card_data import CardFacts
+from .run_files import check_inside
 from .run_record import RunRecord
 
 WEIGHTS = {
@@ -82,12 +83,17 @@ def write_folder(run: RunRecord, options: PushOptions, out: Path) -> list[str]:
 
 
 def _collect(run: RunRecord) -> dict[str, bytes]:
-    """Name in the repository -> content, of the files in the folder of the run."""
+    """Name in the repository -> content, of the files in the folder of the run.
+
+    Raises:
+        VeneerError: a link out of the folder, or a sample that is no PNG file in it.
+    """
     found: dict[str, bytes] = {}
     for patterns, read in ((WEIGHTS, public_adapter), (CONFIGS, public_json), (IMAGES, Path.read_bytes)):
         for pattern in patterns[run.kind]:
             for path in sorted(run.folder.glob(pattern)):
-                found[path.relative_to(run.folder).as_posix()] = read(path)
+                name = path.relative_to(run.folder).as_posix()
+                found[name] = read(check_inside(run.folder, name))
     return found | {each["file"]: (run.folder / each["file"]).read_bytes() for each in run.samples}
 
 
