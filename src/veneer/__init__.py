@@ -64,13 +64,14 @@ if TYPE_CHECKING:
     from veneer.training.loop.disk_space import DiskFull
     from veneer.training.loop.divergence import Diverged
     from veneer.training.loop.errors import TrainError
+    from veneer.training.loop.optimizers.catalog import OptimizerWarning
     from veneer.training.preflight.preflight import PreflightError
 
 __all__ = [
     "Attachment", "BaseModelError", "BenchError", "BlockedGradient", "CacheWarning", "CheckpointError", "CheckpointWarning",
     "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite", "DiskFull", "Diverged", "ExportError",
-    "HostChanged", "HubError", "LoadError", "MissingExtra", "ModelError", "OptionError", "PhotoError", "PreflightError",
-    "PromptError", "PromptWarning", "SaveError", "SelectionError", "StateError", "TextError", "TipAdapterError", "TrainError",
+    "HostChanged", "HubError", "LoadError", "MissingExtra", "ModelError", "OptimizerWarning", "OptionError", "PhotoError",
+    "PreflightError", "PromptError", "PromptWarning", "SaveError", "SelectionError", "StateError", "TextError", "TipAdapterError", "TrainError",
     "UnknownName", "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning", "ViewError", "activate",
     "adapter_merging", "attach", "attachments", "base_models", "classification", "control", "formats", "functional", "hosts",
     "injection", "load", "load_all", "merges", "methods", "mixed", "models", "sites", "testing", "training",
@@ -100,6 +101,7 @@ _MODULES = {
     "training.loop.disk_space": ("DiskFull",),
     "training.loop.divergence": ("Diverged",),
     "training.loop.errors": ("TrainError",),
+    "training.loop.optimizers.catalog": ("OptimizerWarning",),
     "training.preflight.preflight": ("PreflightError",),
 }  # fmt: skip
 """Modules that define public names; the other public names are submodules."""

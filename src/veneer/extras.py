@@ -24,7 +24,6 @@ EXTRAS: Mapping[str, str] = {
     "pandas": "app",
     "argcomplete": "completion",
     "tomlkit": "train",
-    "tqdm": "train",
     "yaml": "train",
     "bitsandbytes": "quantize",
     "torchao": "quantize",

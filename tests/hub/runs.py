@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ def personalization(folder: Path, base: str, **settings: Any) -> Path:
     defaults: dict[str, Any] = {
         "steps": 1, "eval_seeds": 1, "tracker": "none", "prompts": ("a {concept}", "a {concept} | at night"), "class_word": "cat",
         "features": "bundled",
-        "template": ("a photo of {concept}",), "drift_prompts": ("a dog",), "concept": "<toy>",
+        "template": ("a photo of {concept}",), "drift_prompts": ("a dog",), "concept": "<toy>", "photos": photos,
     }  # fmt: skip
-    return personalize(PersonalizeConfig(photos=photos, base=base, out=folder / SECRET / "run", **{**defaults, **settings}))
+    return personalize(PersonalizeConfig(base=base, out=folder / SECRET / "run", **{**defaults, **settings}))
 
 
 def control_run(folder: Path, base: str, method: str = "controlnet") -> Path:
@@ -60,3 +61,16 @@ def classification(folder: Path) -> Path:
         data=str(images), model=str(model), out=folder / SECRET / "run", epochs=2, batch=8, augment="none", workers=1, test=0.25
     )
     return transfer(config)
+
+
+def set_provenance(file: Path, **entries: Any) -> None:
+    """Changes entries of the provenance in the metadata of a native file."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    own = json.loads(header["__metadata__"]["veneer"])
+    own["provenance"] |= entries
+    header["__metadata__"]["veneer"] = json.dumps(own)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])

@@ -24,11 +24,12 @@ from veneer.classification.predict import open_predictor
 from veneer.formats import convert, local_path
 from veneer.hub import HubError
 from veneer.injection.errors import OptionError, VeneerError
+from veneer.publishing import read_run
 from veneer.publishing.adapter_metadata import public_provenance
 from veneer.testing.pipelines import tiny_pipeline
 
 from .conftest import disconnect, environment
-from .runs import SECRET, base_files, classification, control_run, personalization
+from .runs import SECRET, base_files, classification, control_run, personalization, set_provenance
 from .server import READ_TOKEN, Hub
 
 pytestmark = [
@@ -63,6 +64,7 @@ def on_hub(folder: Path, base: str = "owner/tiny") -> Path:
     record = json.loads((folder / "result.json").read_text())
     record["config"]["base"] = base
     (folder / "result.json").write_text(json.dumps(record))
+    set_provenance(folder / "adapter.safetensors", base=base, base_source="local" if Path(base).exists() else "hub")
     return folder
 
 
@@ -216,6 +218,34 @@ def test_second_push_updates_and_removes_old_samples(hub: Hub, token: None, run:
     assert len(puts) == uploads + 2, "only the files for ComfyUI, which have the license in their metadata"
 
 
+def test_second_push_deletes_only_files_of_the_first(hub: Hub, token: None, run: Path) -> None:
+    own = {"samples/own.png": b"own", "comfyui/own.json": b"{}", "notes.txt": b""}
+    hub.add("user/toy", {**own, "README.md": b"# A repository that veneer did not create\n"})
+    push(PushConfig(run, "user/toy"))
+    first = uploaded(hub, "user/toy")
+    assert own.items() <= first.items()
+    assert "learned_embeds.safetensors" in first
+    (run / "learned_embeds.safetensors").unlink()
+    push(PushConfig(run, "user/toy"))
+    second = uploaded(hub, "user/toy")
+    assert first.keys() - second.keys() == {"learned_embeds.safetensors"}
+    assert own.items() <= second.items()
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "veneer_files: ['*', '[a-z]*', '.gitattributes', samples/, 3]", "veneer_files: samples/own.png", "veneer_files: {a: b}",
+        "a: [", "- a",
+    ],
+)  # fmt: skip
+def test_invalid_lists_of_files_delete_nothing(hub: Hub, token: None, run: Path, metadata: str) -> None:
+    own = {".gitattributes": b"", "samples/own.png": b"own"}
+    hub.add("user/toy", {**own, "README.md": f"---\n{metadata}\n---\n".encode()})
+    push(PushConfig(run, "user/toy"))
+    assert own.items() <= uploaded(hub, "user/toy").items()
+
+
 def test_control_loads_in_diffusers(hub: Hub, token: None, controlled: Path, tmp_path: Path) -> None:
     folder = on_hub(Path(shutil.copytree(controlled, tmp_path / "run")))
     push(PushConfig(folder, "user/canny", private=True))
@@ -268,6 +298,49 @@ def test_unfinished_runs_and_other_folders_are_rejected(tmp_path: Path, token: N
             push(PushConfig(tmp_path, repo))
 
 
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("../a.png", "a file in the folder of the run"),
+        ("samples/../../a.png", "a file in the folder of the run"),
+        ("{parent}/a.png", "a file in the folder of the run"),
+        ("..\\a.png", "a file in the folder of the run"),
+        ("samples/link.png", "a file in the folder of the run"),
+        ("links/a.png", "a file in the folder of the run"),
+        ("config.toml", ".png"),
+        (None, ".png"),
+    ],
+)
+def test_samples_outside_the_run_are_rejected(run: Path, tmp_path: Path, file: str | None, expected: str) -> None:
+    (tmp_path / "a.png").write_bytes(b"private")
+    (run / "samples/link.png").symlink_to(tmp_path / "a.png")
+    (run / "links").symlink_to(tmp_path)
+    file = file and file.replace("{parent}", str(tmp_path))
+    record = json.loads((run / "result.json").read_text())
+    record["samples"].append({"file": file, "prompt": "a"})
+    (run / "result.json").write_text(json.dumps(record))
+    with raises(VeneerError, where="samples", given=file, file=run, expected=expected):
+        push(PushConfig(run, "user/toy", dry_run=True, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "samples/grid.png"])
+def test_links_out_of_the_run_are_rejected(run: Path, tmp_path: Path, name: str) -> None:
+    (run / name).rename(tmp_path / "moved")
+    (run / name).symlink_to(tmp_path / "moved")
+    with raises(VeneerError, where="files", given=name, file=run):
+        push(PushConfig(run, "user/toy", dry_run=True, out=tmp_path / "out"))
+
+
+def test_links_inside_the_run_are_followed(run: Path, tmp_path: Path) -> None:
+    (run / "samples/00.png").rename(run / "samples/first.png")
+    (run / "samples/00.png").symlink_to("first.png")
+    link = tmp_path / "link"
+    link.symlink_to(run)
+    push(PushConfig(link, "user/toy", dry_run=True, out=tmp_path / "out"))
+    assert (tmp_path / "out/samples/00.png").read_bytes() == (run / "samples/first.png").read_bytes()
+
+
 def test_missing_and_refused_tokens(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = len(hub.repositories)
     with raises(HubError, where="token", given="user/toy", status=None, expected="write access"):
@@ -313,7 +386,10 @@ def test_exported_file_has_the_weight_updates_of_the_adapter(run: Path, tmp_path
     ("given", "kept"),
     [
         ({"base": "bundled", "data": "digits"}, {"base": "bundled", "data": "digits"}),
-        ({"base": "owner/model", "condition": "canny"}, {"base": "owner/model", "condition": "canny"}),
+        ({"base": "owner/model", "base_source": "hub"}, {"base": "owner/model", "base_source": "hub"}),
+        ({"base": "models/my-sdxl", "data": "photos/of-my-kids", "condition": "canny"}, {"condition": "canny"}),
+        ({"base": "models/my-sdxl", "base_source": "local"}, {"base_source": "local"}),
+        ({"model": "models/vit", "data": "digits"}, {"model": "vit", "data": "digits"}),
         ({"base": "/home/me/model", "data": "/home/me/photos", "concept": "toy"}, {"concept": "toy"}),
         ({"base": "models", "extracted": "~/tuned", "photos": 3}, {"photos": 3}),
         ({"base": r"C:\models\sd", "data": "me/photos/pets"}, {}),
@@ -321,6 +397,57 @@ def test_exported_file_has_the_weight_updates_of_the_adapter(run: Path, tmp_path
 )
 def test_provenance_without_paths(given: dict[str, Any], kept: dict[str, Any]) -> None:
     assert public_provenance(given) == kept
+
+
+@pytest.mark.parametrize(
+    ("file", "kept"),
+    [
+        ("/home/me/secret/ink.safetensors", "ink.safetensors"),
+        ("secret/ink.safetensors", "ink.safetensors"),
+        (r"C:\secret\ink.safetensors", "ink.safetensors"),
+        ("secret/runs/ink", "ink"),
+        ("/cache/models--user--ink/snapshots/0a1b/lora/ink.safetensors", "user/ink/lora/ink.safetensors"),
+    ],
+)
+def test_fixed_adapters_keep_their_file_name_and_digest(file: str, kept: str) -> None:
+    record = {"file": file, "scale": 0.8, "sha256": "ab"}
+    assert public_provenance({"with": [record]}) == {"with": [{"file": kept, "scale": 0.8, "sha256": "ab"}]}
+
+
+def test_names_in_the_cache_of_the_hub_are_public(hub: Hub, base: dict[str, bytes]) -> None:
+    """Files of runs that recorded no source of their base model."""
+    hub.add("owner/tiny", base)
+    assert public_provenance({"base": "owner/tiny"}) == {}
+    snapshot_download("owner/tiny")
+    assert public_provenance({"base": "owner/tiny", "data": "owner/tiny"}) == {"base": "owner/tiny"}
+    assert public_provenance({"base": "owner/tiny", "base_source": "local"}) == {"base_source": "local"}
+
+
+def test_local_base_of_two_parts_is_not_named_as_a_hub_model(
+    hub: Hub, local_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if `push` runs in another folder, and the hub's cache has a model of that name."""
+    shutil.copytree(local_base, tmp_path / "models/my-sdxl")
+    monkeypatch.chdir(tmp_path)
+    folder = personalization(tmp_path, "models/my-sdxl", eval="none").resolve()
+    assert read_run(folder).provenance["base"] == str(tmp_path / "models/my-sdxl")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    hub.add("models/my-sdxl", {"config.json": b"{}"})
+    for number in range(2):
+        out = tmp_path / f"out{number}"
+        push(PushConfig(folder, "user/toy", dry_run=True, out=out))
+        assert "base_model" not in card(out).data.to_dict()
+        assert all(b"models/my-sdxl" not in path.read_bytes() for path in out.rglob("*") if path.is_file())
+        snapshot_download("models/my-sdxl")
+
+
+def test_base_of_the_hub_is_recorded(hub: Hub, base: dict[str, bytes], tmp_path: Path) -> None:
+    hub.add("owner/tiny", base)
+    folder = personalization(tmp_path, "owner/tiny", eval="none")
+    assert read_run(folder).hub_base == "owner/tiny"
+    assert read_run(folder).provenance["base_source"] == "hub"
 
 
 def test_command_line(hub: Hub, run: Path, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_encoders_stay_where_their_outputs_are_not_cached(
         "captions": {"shuffle_tags": True}, "memory": {},
     }[reason]  # fmt: skip
     if reason == "memory":
-        monkeypatch.setattr("veneer.pipelines.personalize.Cache", lambda folder: Cache(folder, memory=100))
+        monkeypatch.setattr("veneer.training.personalization_data.Cache", lambda folder: Cache(folder, memory=100))
     with simulated_accelerator():
         train(bases / "sd", photos, tmp_path / "out", DEVICE, steps=1, eval_seeds=0, **settings)
     assert (tmp_path / "out" / "adapter.safetensors").is_file()

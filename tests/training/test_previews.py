@@ -166,7 +166,7 @@ def test_a_scheduler_by_name_samples_with_the_config_of_the_pipelines():
     pipe = tiny_pipeline("sd")
     before = pipe.scheduler
     plain = previews(pipe, ["a cat"], PreviewSettings(steps=2))[0]
-    other = previews(pipe, ["a cat"], PreviewSettings(steps=2, scheduler="DDPM"))[0]
+    other = previews(pipe, ["a cat"], PreviewSettings(steps=2, scheduler="ddpm"))[0]
     pipe.scheduler = DDPMScheduler.from_config(before.config)
     same = previews(pipe, ["a cat"], PreviewSettings(steps=2))[0]
     assert other.image.tobytes() == same.image.tobytes()
@@ -176,5 +176,5 @@ def test_a_scheduler_by_name_samples_with_the_config_of_the_pipelines():
 def test_the_scheduler_of_the_pipeline_is_restored():
     pipe = tiny_pipeline("sd")
     before = pipe.scheduler
-    previews(pipe, ["a cat"], PreviewSettings(steps=1, scheduler="DDPMScheduler"))
+    previews(pipe, ["a cat"], PreviewSettings(steps=1, scheduler="ddpm"))
     assert pipe.scheduler is before

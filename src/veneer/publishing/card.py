@@ -8,7 +8,7 @@ from veneer.training.report.png_metadata import SAMPLES
 from veneer.training.report.verdict import WORDS, read_verdict
 from veneer.version import __version__
 
-from .card_data import CardFacts, dataset_label, front_matter
+from .card_data import TOKEN_FILE, CardFacts, dataset_label, front_matter
 from .run_record import COMMANDS
 from .tables import file_rows, score_rows, setting_rows, table
 from .usage import usage_sections
@@ -23,6 +23,7 @@ def card_text(facts: CardFacts) -> str:
     sections = [
         f"# {facts.title}\n\n{_summary(facts)}",
         *_trigger(facts),
+        *_requires(facts),
         *_images(facts),
         "## How to use it\n\n" + "\n\n".join(usage_sections(facts)),
         *_scores(facts),
@@ -49,9 +50,9 @@ def _summary(facts: CardFacts) -> str:
         kind = KINDS.get(run.method, run.method)
         return f"A {kind} for {_base(facts)}, conditioned on {run.config['condition']}. Trained with veneer {__version__}."
     photos = len(run.record.get("photos", ()))
-    word = f" (a {run.config['class_word']})" if run.config.get("class_word") else ""
+    names = [f"`{each['token']}`" + (f" (a {each['class_word']})" if each.get("class_word") else "") for each in run.concepts]
     return (
-        f"An adapter ({methods}) of {_base(facts)} for `{run.concept}`{word}, trained on {photos} photo{'s' * (photos != 1)} "
+        f"An adapter ({methods}) of {_base(facts)} for {' and '.join(names)}, trained on {photos} photo{'s' * (photos != 1)} "
         f"with veneer {__version__}."
     )
 
@@ -66,10 +67,21 @@ def _base(facts: CardFacts) -> str:
 
 
 def _trigger(facts: CardFacts) -> Iterator[str]:
-    run = facts.run
-    if run.kind == "personalize" and run.concept:
-        place = "It is a learned token: load the token embedding too." if "learned_embeds.safetensors" in facts.files else ""
-        yield f"## Trigger words\n\nUse `{run.concept}` in the prompt. {place}".rstrip()
+    tokens = facts.run.tokens
+    if not tokens:
+        return
+    place = "It is a learned token: load the token embedding too."
+    if len(tokens) > 1:
+        place = "They are learned tokens: load the token embeddings too."
+    shown = " or ".join(f"`{token}`" for token in tokens)
+    yield f"## Trigger words\n\nUse {shown} in the prompt. {place if TOKEN_FILE in facts.files else ''}".rstrip()
+
+
+def _requires(facts: CardFacts) -> Iterator[str]:
+    rows = [(f"`{each.file.as_posix()}`", f"{each.scale:g}", f"`{each.sha256}`") for each in facts.run.fixed_adapters]
+    if rows:
+        text = "It was trained on top of other adapters, which are not in this repository. Load them too, at these strengths:"
+        yield f"## Requires\n\n{text}\n\n" + table(("adapter", "strength", "SHA-256"), rows)
 
 
 def _images(facts: CardFacts) -> Iterator[str]:

@@ -26,6 +26,8 @@ FAMILIES = {
 """Architecture -> the tags of diffusers' training scripts."""
 TEMPLATE = "template:sd-lora"
 """Tag by which the hub shows a gallery of the widget's images."""
+MANIFEST = "veneer_files"
+"""Entry that lists the uploaded files, so that a later upload deletes these only."""
 LORA_FILE, TOKEN_FILE = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
 
 
@@ -99,10 +101,11 @@ def front_matter(facts: CardFacts) -> Any:
         "library_name": "diffusers" if facts.loads_in_diffusers else "veneer",
         "pipeline_tag": _pipeline_tag(facts),
         "tags": tags(facts),
+        MANIFEST: list(facts.files),
     }
-    if run.kind == "personalize" and run.concept:
+    if run.tokens:
         template = (run.config.get("template") or ("{concept}",))[0]
-        entries["instance_prompt"] = template.replace("{concept}", run.concept)
+        entries["instance_prompt"] = ", ".join(template.replace("{concept}", token) for token in run.tokens)
     if facts.image_prompts:
         entries["widget"] = [{"text": prompt, "output": {"url": file}} for prompt, file in facts.image_prompts]
     if run.kind == "transfer":

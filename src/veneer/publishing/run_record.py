@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from veneer.base_models import BUNDLED, current_name
+from veneer.formats import read
+from veneer.formats.native import KEY
 from veneer.hub import is_hub_name
 from veneer.injection.errors import VeneerError
+from veneer.training.evaluation.adapter_output import BASE_SOURCE
+from veneer.training.fixed_adapters import RECORD, FixedAdapter
+
+from .hub_origin import is_public_name, public_file
+from .run_files import sample_records
 
 Kind = Literal["personalize", "control", "transfer"]
 COMMANDS: dict[Kind, str] = {"personalize": "personalize", "control": "control train", "transfer": "transfer"}
@@ -41,12 +49,26 @@ class RunRecord:
         """The base model, as it was given."""
         return current_name(str(self.config["model" if self.kind == "transfer" else "base"]))
 
+    @cached_property
+    def provenance(self) -> Mapping[str, Any]:
+        """Origin of the adapter, from the metadata of its native file."""
+        file = read(self.folder / "adapter.safetensors")
+        return file.json(KEY).get("provenance", {}) if KEY in file.metadata else {}
+
+    @property
+    def fixed_adapters(self) -> list[FixedAdapter]:
+        """Adapters that the run was trained on top of, by file name or hub name."""
+        records = self.provenance.get(RECORD, ())
+        return [FixedAdapter(Path(public_file(str(r["file"]))), float(r["scale"]), str(r["sha256"])) for r in records]
+
     @property
     def hub_base(self) -> str | None:
-        """Name of the base model on the hub; None for a bundled or local one."""
+        """Name of the base model on the hub; None for a bundled or local one, and for one that may be local."""
         if self.kind == "transfer":
             return None if self.config.get("weights") else _timm_repository(self.base)
-        return self.base if is_hub_name(self.base) and not Path(self.base).exists() else None
+        recorded = self.provenance.get("base")
+        is_path = recorded is not None and Path(str(recorded)).is_absolute()
+        return self.base if not is_path and is_public_name(self.base, self.provenance.get(BASE_SOURCE)) else None
 
     @property
     def is_bundled(self) -> bool:
@@ -60,8 +82,21 @@ class RunRecord:
 
     @property
     def concept(self) -> str:
-        """Trigger token of a personalization, or ""."""
+        """Trigger token of a personalization, or ""; the first one of several concepts."""
         return str(self.config.get("concept") or "")
+
+    @property
+    def concepts(self) -> Sequence[Mapping[str, Any]]:
+        """Records of the concepts of a personalization: `token`, `class_word` and, if there are several, their `metrics`."""
+        if self.kind != "personalize" or not self.concept:
+            return []
+        own = {"token": self.concept, "class_word": self.config.get("class_word"), "metrics": self.record.get("metrics")}
+        return self.record.get("concepts") or [own]
+
+    @property
+    def tokens(self) -> list[str]:
+        """Trigger tokens of a personalization."""
+        return [str(each["token"]) for each in self.concepts]
 
     @property
     def method(self) -> str:
@@ -75,8 +110,12 @@ class RunRecord:
 
     @property
     def samples(self) -> list[Mapping[str, Any]]:
-        """Records of the generated images whose files exist."""
-        return [each for each in self.record.get("samples", ()) if (self.folder / each["file"]).is_file()]
+        """Records of the generated images whose files exist.
+
+        Raises:
+            VeneerError: a record that names no PNG file inside the folder.
+        """
+        return list(sample_records(self.folder, self.record))
 
     @property
     def date(self) -> str:

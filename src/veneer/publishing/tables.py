@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from .hub_origin import public_file
 from .run_record import RunRecord
 
-SETTINGS = (
-    "condition", "method", "where", "text_encoder", "class_images", "prior_loss_weight", "template", "templates", "shots",
-    "learning_rate", "text_learning_rate", "token_learning_rate", "batch", "gradient_accumulation_steps", "resolution", "size",
-    "optimizer", "weight_decay", "schedule", "warmup", "ema", "min_snr_gamma", "loss", "loss_weighting", "timestep_sampling",
-    "prediction", "noise_offset", "caption_dropout", "flip", "augment", "label_smoothing", "class_weights",
-    "mixup", "cutmix", "quantize", "mixed_precision",
-    "save_dtype", "seed",
-)  # fmt: skip
-"""Entries of a config that a card lists: none with a path."""
+HIDDEN = frozenset({
+    "base", "model", "method", "options", "concept", "class_word", "steps",
+    "photos", "data", "datasets", "weights", "init_from", "with_", "cache_folder", "features", "out",
+    "prompts", "drift_prompts", "eval", "eval_seeds", "grid_images", "validation_every", "preview_every", "preview_steps",
+    "preview_scheduler", "checkpoint_every", "resume", "dry_run", "check", "tracker", "cache", "workers",
+})  # fmt: skip
+"""Entries of a config that the table of settings leaves out: those in other parts of the card, paths, evaluation, bookkeeping."""
 PAIRED = {
     "similarity": "similarity to the photos",
     "nearest": "similarity to the nearest photo",
@@ -52,10 +51,7 @@ def setting_rows(run: RunRecord) -> list[Row]:
     count = run.record.get("parameters") or run.record.get("trainable_parameters")
     rows += [("trainable parameters", f"{count:,}")] if count else []
     rows += [("steps", f"{training['steps']:,}")] if training.get("steps") else []
-    settings = {name: config.get(name) or training.get(name) for name in SETTINGS} | {"seed": str(config.get("seed", 0))}
-    if not config.get("class_images"):
-        del settings["prior_loss_weight"]
-    rows += [(name.replace("_", " "), _plain(value)) for name, value in _set_options(settings)]
+    rows += [(name.replace("_", " "), _plain(value)) for name, value in _settings(config, training).items()]
     versions = run.record.get("versions", {})
     return [*rows, ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
 
@@ -68,22 +64,38 @@ def score_rows(run: RunRecord) -> tuple[Sequence[Row], str]:
             ("test accuracy", f"{record['test_accuracy']:.1%}", _interval(record["test_interval_95"], ".1%")),
             ("validation accuracy", f"{validation['accuracy']:.1%}", _interval(validation["interval_95"], ".1%")),
         ], f"{record['data']['pictures']['test']:,} test images, evaluated once; the epoch was chosen on the validation split."
+    if run.kind == "personalize":
+        return _concept_scores(run)
     metrics = run.record.get("metrics")
     if not metrics:
         return [], ""
-    if run.kind == "control":
-        rows = [
-            (f"{metrics['measure']}, with the condition", f"{metrics['followed']:.3f}", ""),
-            ("without", f"{metrics['free']:.3f}", _difference(metrics["over_free"])),
-            ("with another image's condition", f"{metrics['misled']:.3f}", _difference(metrics["over_misled"])),
-        ]
-        return (
-            rows,
-            f"Means over {metrics['count']} images of each kind, of held-out conditions; intervals are of the gain over the row.",
-        )
-    return list(_personal_rows(metrics)), (
-        f"Features: {metrics['features']}. Means over images of the same prompts and seeds with and without the adapter; near 1, "
-        "the similarity to the nearest photo means a copy."
+    rows = [
+        (f"{metrics['measure']}, with the condition", f"{metrics['followed']:.3f}", ""),
+        ("without", f"{metrics['free']:.3f}", _difference(metrics["over_free"])),
+        ("with another image's condition", f"{metrics['misled']:.3f}", _difference(metrics["over_misled"])),
+    ]
+    return (
+        rows,
+        f"Means over {metrics['count']} images of each kind, of held-out conditions; intervals are of the gain over the row.",
+    )
+
+
+def _concept_scores(run: RunRecord) -> tuple[Sequence[Row], str]:
+    """Scores of each concept, with the margin over the photos of the others."""
+    concepts = [each for each in run.concepts if each.get("metrics")]
+    if not concepts:
+        return [], ""
+    rows: list[Row] = []
+    for each in concepts:
+        head = f"`{each['token']}`: " if len(run.concepts) > 1 else ""
+        rows += [(head + label, *cells) for label, *cells in _personal_rows(each["metrics"])]
+        for other, confusion in each.get("confusion", {}).items():
+            margin = confusion["margin"]
+            label = f"{head}similarity to its photos minus that to the photos of `{other}`"
+            rows.append((label, f"{margin['mean']:+.3f}", _interval((margin["low"], margin["high"]), "+.3f")))
+    return rows, (
+        f"Features: {concepts[0]['metrics']['features']}. Means over images of the same prompts and seeds with and without the "
+        "adapter; near 1, the similarity to the nearest photo means a copy."
     )
 
 
@@ -120,12 +132,37 @@ def _difference(found: Sequence[float | None]) -> str:
     return "" if mean is None or half is None else f"{mean - half:+.3f} to {mean + half:+.3f}"
 
 
+def _settings(config: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a config without those in `HIDDEN`; learning rate and resolution, if not set, as the run completed them."""
+    settings = {"method": config["method"], **{name: value for name, value in config.items() if name not in HIDDEN}}
+    for name in ("learning_rate", "resolution"):
+        settings[name] = settings.get(name) or training.get(name)
+    if isinstance(config.get("validation"), str):  # a folder; of other commands, a share
+        del settings["validation"]
+    if not config.get("class_images"):
+        settings.pop("prior_loss_weight", None)
+    if config.get("data") is not None:
+        settings.pop("generated_images", None)
+    settings["quantize"] = [_quantization(text) for text in config.get("quantize") or ()]
+    switches = {name: value for name, value in settings.items() if isinstance(value, bool)}
+    shown = dict(_set_options(settings)) | switches | {"seed": str(config.get("seed", 0))}
+    return {name: shown[name] for name in settings if name in shown}
+
+
+def _quantization(text: str) -> str:
+    """A kind or GGUF file, without the folders of the file."""
+    component, sign, kind = text.rpartition("=")
+    return component + sign + public_file(kind)
+
+
 def _set_options(options: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Options that are neither empty nor disabled."""
     return [(name, value) for name, value in options.items() if value not in (None, False, 0, "", "no", "none", [], {}, ())]
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(own)}" for name, own in value.items())
     if isinstance(value, (list, tuple)):
         return "; ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else "yes" if value is True else str(value)
+    return f"{value:g}" if isinstance(value, float) else "yes" if value is True else "no" if value is False else str(value)

@@ -9,13 +9,14 @@ from typing import Any
 
 from veneer import base_models, formats
 from veneer.atomic_files import write_atomically
-from veneer.hub import RepoName, parse_name
+from veneer.hub import RepoName, is_hub_name, parse_name
 from veneer.injection.errors import OptionError, VeneerError
 from veneer.training.report.png_metadata import SAMPLES
 
 from .adapter_metadata import public_adapter, public_json
 from .card import card_text
 from .card_data import CardFacts
+from .run_files import check_inside
 from .run_record import RunRecord
 
 WEIGHTS = {
@@ -82,12 +83,17 @@ def write_folder(run: RunRecord, options: PushOptions, out: Path) -> list[str]:
 
 
 def _collect(run: RunRecord) -> dict[str, bytes]:
-    """Name in the repository -> content, of the files in the folder of the run."""
+    """Name in the repository -> content, of the files in the folder of the run.
+
+    Raises:
+        VeneerError: a link out of the folder, or a sample that is no PNG file in it.
+    """
     found: dict[str, bytes] = {}
     for patterns, read in ((WEIGHTS, public_adapter), (CONFIGS, public_json), (IMAGES, Path.read_bytes)):
         for pattern in patterns[run.kind]:
             for path in sorted(run.folder.glob(pattern)):
-                found[path.relative_to(run.folder).as_posix()] = read(path)
+                name = path.relative_to(run.folder).as_posix()
+                found[name] = read(check_inside(run.folder, name))
     return found | {each["file"]: (run.folder / each["file"]).read_bytes() for each in run.samples}
 
 
@@ -121,5 +127,5 @@ def _model_of(run: RunRecord, file: Path) -> Any:
     architecture = formats.architecture_of(file)
     if architecture is not None:
         return base_models.architecture(architecture)
-    options: dict[str, Any] = {"local_files_only": True} if run.hub_base else {}
+    options: dict[str, Any] = {"local_files_only": True} if is_hub_name(run.base) and not Path(run.base).exists() else {}
     return base_models.load(run.base, **options)

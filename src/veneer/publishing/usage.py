@@ -14,7 +14,7 @@ def usage_sections(facts: CardFacts) -> Iterator[str]:
     """Sections with code, most general first."""
     yield _veneer(facts)
     if facts.loads_in_diffusers:
-        yield _section("diffusers", "python", "\n".join(_diffusers(facts)))
+        yield _section("diffusers", "python", "\n".join([*_diffusers_requires(facts), *_diffusers(facts)]))
     if facts.comfyui_file or (TOKEN_FILE in facts.files and facts.run.kind == "personalize"):
         yield "\n".join(_comfyui(facts))
 
@@ -28,18 +28,25 @@ def _veneer(facts: CardFacts) -> str:
     if run.kind == "transfer":
         return _section("veneer", "sh", f"veneer predict {repo} IMAGE …")
     base = "" if run.hub_base or run.is_bundled else " --base BASE"
+    adapters = " ".join([*(shlex.quote(each.argument()) for each in run.fixed_adapters), repo])
     if run.kind == "control":
-        return _section("veneer", "sh", f'veneer control generate "a prompt" --adapter {repo} --image PHOTO{base}')
-    command = f"veneer generate {shlex.quote(_prompt(facts))} --adapter {repo}{base}"
+        return _section("veneer", "sh", f'veneer control generate "a prompt" --adapter {adapters} --image PHOTO{base}')
+    command = f"veneer generate {shlex.quote(_prompt(facts))} --adapter {adapters}{base}"
     load = "load" if len(run.record.get("methods", ())) == 1 else "load_all"
     code = "\n".join(
         [
             f"import veneer\n\npipe = veneer.base_models.load({_base(facts)})",
+            *(f'veneer.load_all(pipe, "{each.file.as_posix()}", scale={each.scale:g})' for each in run.fixed_adapters),
             f'veneer.{load}(pipe, "{repo}")',
             f"image = pipe({_prompt(facts)!r}).images[0]",
         ]
     )
     return _section("veneer", "sh", command) + f"\n\n```python\n{code}\n```"
+
+
+def _diffusers_requires(facts: CardFacts) -> Iterator[str]:
+    for each in facts.run.fixed_adapters:
+        yield f"# required: {each.file.as_posix()} at strength {each.scale:g}, converted by `veneer convert FILE --to diffusers`"
 
 
 def _diffusers(facts: CardFacts) -> Iterator[str]:
@@ -52,18 +59,30 @@ def _diffusers(facts: CardFacts) -> Iterator[str]:
     yield f"{first}from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({base})"
     if LORA_FILE in facts.files:
         yield f'pipe.load_lora_weights("{repo}", weight_name="{LORA_FILE}")'
-    if TOKEN_FILE in facts.files and "text_encoder_2" not in facts.components:
-        yield f'pipe.load_textual_inversion("{repo}", weight_name="{TOKEN_FILE}")'
-    elif TOKEN_FILE in facts.files:
-        yield "# the token has vectors for both text encoders"
-        yield "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n"
-        yield f'vectors = load_file(hf_hub_download("{repo}", "{TOKEN_FILE}"))'
-        for key, end in (("clip_l", ""), ("clip_g", "_2")):
-            yield (
-                f'pipe.load_textual_inversion(vectors["{key}"], token="{run.concept}", text_encoder=pipe.text_encoder{end}, '
-                f"tokenizer=pipe.tokenizer{end})"
-            )
+    if TOKEN_FILE in facts.files:
+        yield from _token_embeddings(facts)
     yield f"image = pipe({_prompt(facts)!r}).images[0]"
+
+
+def _token_embeddings(facts: CardFacts) -> Iterator[str]:
+    repo, tokens = facts.repo, facts.run.tokens
+    has_two_encoders = "text_encoder_2" in facts.components
+    if len(tokens) == 1 and not has_two_encoders:
+        yield f'pipe.load_textual_inversion("{repo}", weight_name="{TOKEN_FILE}")'
+        return
+    if has_two_encoders:
+        yield "# the token has vectors for both text encoders"
+    yield "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n"
+    yield f'vectors = load_file(hf_hub_download("{repo}", "{TOKEN_FILE}"))'
+    if not has_two_encoders:
+        yield "for token, vector in vectors.items():\n    pipe.load_textual_inversion(vector, token=token)"
+        return
+    for key, end in (("clip_l", ""), ("clip_g", "_2")):
+        own, names = f'vectors["{key}"]', f'"{tokens[0]}"'
+        if len(tokens) > 1:
+            own, names = f"list({own}.chunk({len(tokens)}))", f"{tokens}"
+        place = f"text_encoder=pipe.text_encoder{end}, tokenizer=pipe.tokenizer{end}"
+        yield f"pipe.load_textual_inversion({own}, token={names}, {place})"
 
 
 def _diffusers_control(facts: CardFacts, base: str, first: str) -> Iterator[str]:
@@ -89,6 +108,9 @@ def _comfyui(facts: CardFacts) -> Iterator[str]:
     yield "### ComfyUI, A1111 and Forge\n"
     if facts.comfyui_file:
         yield f"Copy `{facts.comfyui_file}` to `models/loras` (ComfyUI) or `models/Lora` (A1111, Forge)."
+    for each in facts.run.fixed_adapters:
+        name = f"`{each.file.as_posix()}` at strength {each.scale:g}"
+        yield f"It requires {name}: convert it by `veneer convert FILE --to comfyui`."
     others = [name for name in facts.files if name.startswith("comfyui/") and name != facts.comfyui_file]
     names = others or ([TOKEN_FILE] if TOKEN_FILE in facts.files else [])
     for name in names:

@@ -6,8 +6,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from veneer.base_models import BUNDLED
 from veneer.formats import diffusers as diffusers_format
 from veneer.formats import embeddings, native
+from veneer.hub import is_hub_name
 
 from .. import attach_methods
 from ..families import family
@@ -19,6 +21,8 @@ from .personalization_run import PersonalizationRun
 
 ADAPTER = "adapter.safetensors"
 """Name of the native file."""
+BASE_SOURCE = "base_source"
+"""Key of the metadata that says whether the base model was `local` or of the `hub`; none for a bundled one."""
 
 
 def write_files(run: PersonalizationRun) -> list[str]:
@@ -49,7 +53,7 @@ def _provenance(run: PersonalizationRun) -> dict[str, Any]:
     """Origin of the adapters, without a date: equal runs write equal files."""
     scheduler = getattr(run.pipe, "scheduler", None)
     facts: dict[str, Any] = {
-        "base": str(run.config.base),
+        **_base(str(run.config.base)),
         "concept": run.config.concept,
         "class_word": run.config.class_word,
         "resolution": run.config.resolution or family(run.pipe).resolution,
@@ -61,3 +65,12 @@ def _provenance(run: PersonalizationRun) -> dict[str, Any]:
         facts["concepts"] = {concept.token: concept.class_word for concept in run.concepts}
     known = {name: value for name, value in facts.items() if value is not None or name == "class_word"}
     return {**known, **provenance_of(run.fixed)}
+
+
+def _base(name: str) -> dict[str, str]:
+    """The base model and its source: a local one by its absolute path, which no reader takes for a name on the hub."""
+    if name in BUNDLED:
+        return {"base": name}
+    if Path(name).exists():
+        return {"base": str(Path(name).resolve()), BASE_SOURCE: "local"}
+    return {"base": name, BASE_SOURCE: "hub" if is_hub_name(name) else "local"}

@@ -100,8 +100,7 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         self._file = None if self.folder is None else ProgressFile(self.folder / "progress.jsonl")
         settings = {**config.identity(), "groups": optimizers.group_settings(groups), **(identity or {})}
-        if after_step is not None:
-            settings["steps"] = config.steps
+        settings |= {} if after_step is None else {"steps": config.steps}
         self.checkpoints = None if folder is None else Checkpoints(Path(folder), settings, config.keep_checkpoints)
         self.step, self.losses, self.seconds = 0, list[float](), 0.0
         self._resumed_from, self._last_saved, self._warnings = 0, -1, list[str]()
