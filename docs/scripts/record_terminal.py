@@ -28,7 +28,7 @@ INTRODUCTION = " ".join(
     ]
 )
 JOBS: dict[str, tuple[str, ...]] = {
-    "Teach a subject": (
+    "A subject from photos": (
         "veneer examples photos",
         "veneer personalize photos/octopus --concept '<octopus>' --class-word fish --out runs/octopus",
         "veneer generate 'a photo of a <octopus>' --adapter runs/octopus --out images",

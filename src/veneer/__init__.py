@@ -71,10 +71,11 @@ __all__ = [
     "Attachment", "BaseModelError", "BenchError", "BlockedGradient", "CacheWarning", "CheckpointError", "CheckpointWarning",
     "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite", "DiskFull", "Diverged", "ExportError",
     "HostChanged", "HubError", "LoadError", "MissingExtra", "ModelError", "OptimizerWarning", "OptionError", "PhotoError",
-    "PreflightError", "PromptError", "PromptWarning", "SaveError", "SelectionError", "StateError", "TextError", "TipAdapterError", "TrainError",
-    "UnknownName", "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning", "ViewError", "activate",
-    "adapter_merging", "attach", "attachments", "base_models", "classification", "control", "formats", "functional", "hosts",
-    "injection", "load", "load_all", "merges", "methods", "mixed", "models", "sites", "testing", "training",
+    "PreflightError", "PromptError", "PromptWarning", "SaveError", "SelectionError", "StateError", "TextError",
+    "TipAdapterError", "TrainError", "UnknownName", "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning",
+    "ViewError", "activate", "adapter_merging", "attach", "attachments", "base_models", "classification", "control",
+    "formats", "functional", "hosts", "injection", "load", "load_all", "merges", "methods", "mixed", "models", "sites",
+    "testing", "training",
 ]  # fmt: skip
 
 _MODULES = {

@@ -38,6 +38,8 @@ def personalization(folder: Path, base: str, **settings: Any) -> Path:
         "features": "bundled",
         "template": ("a photo of {concept}",), "drift_prompts": ("a dog",), "concept": "<toy>", "photos": photos,
     }  # fmt: skip
+    if settings.get("eval") == "none":
+        del defaults["eval_seeds"]
     return personalize(PersonalizeConfig(base=base, out=folder / SECRET / "run", **{**defaults, **settings}))
 
 

@@ -68,7 +68,7 @@ def assert_same_files(folder: Path, other: Path, atol: float) -> None:
     for name in names:
         torch.testing.assert_close(load_file(other / name), load_file(folder / name), rtol=0, atol=atol)
         with safe_open(folder / name, "pt") as one, safe_open(other / name, "pt") as two:
-            first, second = ({k: v for k, v in each.metadata().items() if "hash" not in k} for each in (one, two))
+            first, second = ({k: v for k, v in (each.metadata() or {}).items() if "hash" not in k} for each in (one, two))
             assert first == second
 
 
