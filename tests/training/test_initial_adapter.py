@@ -14,7 +14,7 @@ from veneer.formats import kohya, load_all, native
 from veneer.injection import LoadError, methods
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training import attach_methods
-from veneer.training.fixed_adapters import attach_fixed
+from veneer.training.fixed_adapters import attach_fixed, read_fixed
 from veneer.training.initial_adapter import read_initial, trigger_words
 
 WHERE = {"lora": ("attn",), "dora": ("attn",), "loha": ("attn",)}
@@ -175,12 +175,12 @@ def test_fixed_adapters_are_frozen_at_their_strength(tmp_path: Path) -> None:
     path, expected = file_of(tmp_path, rank=2)
     pipe = tiny_pipeline("sd")
     plain = output(pipe)
-    (full,) = attach_fixed(pipe, [str(path)])
+    (full,) = attach_fixed(pipe, read_fixed([str(path)]))
     torch.testing.assert_close(output(pipe), expected)
     assert not any(p.requires_grad for p in full.parameters())
     assert not any(module.training for _, module in full.parts.values())
     full.detach()
-    (half,) = attach_fixed(pipe, [f"{path}:0.5"])
+    (half,) = attach_fixed(pipe, read_fixed([f"{path}:0.5"]))
     assert half.scale == 0.5
     assert not torch.equal(output(pipe), plain)
     assert not torch.allclose(output(pipe), expected, rtol=1e-4, atol=1e-4)
