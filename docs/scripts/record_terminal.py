@@ -45,7 +45,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "Work with files": (
         "veneer inspect runs/octopus/adapter.safetensors",
         "veneer convert runs/octopus --to kohya --out octopus-kohya.safetensors",
-        "veneer resize octopus-kohya.safetensors --rank 4 --out octopus-rank4.safetensors",
+        "veneer resize octopus-kohya.safetensors --rank 4 --base bundled --out octopus-rank4.safetensors",
     ),
 }
 """Heading to the commands of a job, run one after the other in one folder."""
