@@ -43,7 +43,7 @@ from veneer.training.loop.seeds import mix
 from veneer.training.loop.trainer import Trainer, TrainResult
 from veneer.training.preflight.estimates import written_bytes
 from veneer.training.preflight.preflight import require_disk
-from veneer.training.report.phases import PhaseReport
+from veneer.training.report.phases import PhaseReport, report_of_run
 from veneer.training.report.progress import ProgressLine
 from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
 from veneer.training.report.verdict import read_verdict
@@ -74,11 +74,7 @@ def control(config: ControlConfig, accelerator: Accelerator | None = None) -> Pa
 def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     config.build_method()
     out = run_folder(config.out, config.resume, config.data)
-    report = (
-        PhaseReport(None if config.dry_run else out / "progress.jsonl", sys.stderr)
-        if accelerator.is_main_process
-        else PhaseReport()
-    )
+    report = report_of_run(out, accelerator.is_main_process, config.dry_run)
     report("loading")
     pipe = load_base(config, accelerator)
     prepare_base.freeze(pipe)

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from veneer.training.report.metrics import MeanInterval, mean_interval
+from veneer.training.report.metrics import mean_interval
 
 from .control import ControlConfig, control
 
@@ -62,15 +62,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for row in rows:
         cells = [row["method"], f"{row['parameters']:,}", row["measure"], *(f"{row[kind].mean:.3f}" for kind in KINDS)]
-        cells += [_cell(row[f"over_{kind}"]) for kind in KINDS[1:]]
+        cells += [row[f"over_{kind}"].cell("+") for kind in KINDS[1:]]
         cells += [f"{row['worst']:+.3f}", f"{row['seconds'].mean:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _cell(value: MeanInterval) -> str:
-    half = "" if value.high is None else f" ± {value.high - value.mean:.3f}"
-    return f"{value.mean:+.3f}{half}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -145,7 +145,7 @@ def _write_comparison(
     paths: list[Path],
     report: PhaseReport,
 ) -> Path:
-    words = {word: usual for path in paths for word, usual in words_for_base(path).items()}
+    words = {token: word for path in paths for token, word in words_for_base(path).items()}
     count = report("comparing", 2 * len(config.prompt) * len(settings.seeds))
     found = generate_pairs(pipe, attached, config.prompt, settings, words, count)
     rows = [GridRow(f"{pair.prompt}, seed {pair.seed}", ((pair.base,), (pair.adapted,))) for pair in found]

@@ -43,7 +43,7 @@ from veneer.training.report.artifacts import (
     write_preview,
     write_results,
 )
-from veneer.training.report.phases import PhaseReport
+from veneer.training.report.phases import PhaseReport, report_of_run
 from veneer.training.report.progress import ProgressLine
 from veneer.training.report.run_folder import SHARDS, discard_unused, run_folder, stopped_message
 from veneer.training.save_dtype import rounded_to
@@ -129,8 +129,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
 def _load(config: PersonalizeConfig, out: Path, accelerator: Accelerator) -> PersonalizationData:
     """Reads the photos and loads the base model."""
     photos = read_photos(config, config.validation_share, config.seed, out / SHARDS)
-    main = accelerator.is_main_process
-    report = PhaseReport(None if config.dry_run else out / "progress.jsonl", sys.stderr) if main else PhaseReport()
+    report = report_of_run(out, accelerator.is_main_process, config.dry_run)
     report("loading")
     pipe = load_base(config, accelerator)
     prepare_base.freeze(pipe)

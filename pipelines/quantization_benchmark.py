@@ -14,7 +14,7 @@ from typing import Any
 
 from veneer import base_models
 from veneer.benchmarks.quantization_error import errors
-from veneer.training.report.metrics import MeanInterval, mean_interval
+from veneer.training.report.metrics import mean_interval
 
 from .personalize import PersonalizeConfig, personalize
 
@@ -71,23 +71,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join([*heads, 'drift'])} |", f"|---|{'---:|' * len(heads)}"]
     for row in rows:
         shown = [f"{100 * error:.2f} %" for error in row["errors"]] if row["errors"] else ["", ""]
-        over = "" if row["kind"] == FLOAT else _cell(row["over_float"], "+")
+        over = "" if row["kind"] == FLOAT else row["over_float"].cell("+")
         cells = [
             row["kind"],
             *shown,
-            _cell(row["base"]),
-            _cell(row["trained"]),
-            _cell(row["gain"], "+"),
+            row["base"].cell(),
+            row["trained"].cell(),
+            row["gain"].cell("+"),
             over,
-            _cell(row["drift"]),
+            row["drift"].cell(),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _cell(value: MeanInterval, sign: str = "") -> str:
-    half = "" if value.high is None else f" ± {value.high - value.mean:.3f}"
-    return f"{value.mean:{sign}.3f}{half}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -29,7 +29,7 @@ from veneer.training.loop.optimizer_step import AUTOCAST
 from veneer.training.preflight.estimates import written_bytes
 from veneer.training.preflight.preflight import require_disk
 from veneer.training.report.bars import show_bar
-from veneer.training.report.phases import PhaseReport
+from veneer.training.report.phases import report_of_run
 from veneer.training.report.progress import ProgressLine
 from veneer.training.report.run_folder import discard_unused, run_folder, stopped_message
 from veneer.training.report.verdict import read_verdict
@@ -66,11 +66,7 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
     data = on_main(accelerator, lambda: open_data(config, out, _progress("checking images")))
     for note in data.notes if accelerator.is_main_process else ():
         print(f"note: {note}", flush=True)
-    report = (
-        PhaseReport(None if config.dry_run else out / "progress.jsonl", sys.stderr)
-        if accelerator.is_main_process
-        else PhaseReport()
-    )
+    report = report_of_run(out, accelerator.is_main_process, config.dry_run)
     on_step = ConfigWriter(out / CONFIG, "transfer", config, ProgressLine())
     report("loading")
     classifier = open_classifier(

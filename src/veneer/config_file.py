@@ -271,9 +271,9 @@ def table_to_toml(command: str, content: Table) -> str:
 
     document = tomlkit.document()
     document.add(tomlkit.comment(f"veneer {command} --config FILE"))
-    given = {key: value for key, value in content.items() if value is not None and not (isinstance(value, Mapping) and not value)}
-    for key in sorted(given, key=lambda key: _is_table(given[key])):  # stable: tables are last
-        document.add(key, tomlkit.item(_plain(given[key])))
+    entries = {k: value for k, value in content.items() if value is not None and value != {}}
+    for key in sorted(entries, key=lambda key: _is_table(entries[key])):  # stable: tables are last
+        document.add(key, tomlkit.item(_plain(entries[key])))
     return tomlkit.dumps(document)
 
 

@@ -47,6 +47,11 @@ class MeanInterval:
     high: float | None
     n: int
 
+    def cell(self, sign: str = "") -> str:
+        """`0.352 ± 0.026` for a table, with `sign` "+" also before a positive mean; the mean alone without an interval."""
+        half = "" if self.high is None else f" ± {self.high - self.mean:.3f}"
+        return f"{self.mean:{sign}.3f}{half}"
+
     @property
     def half(self) -> float:
         """Half the interval; infinite without one."""

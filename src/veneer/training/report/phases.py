@@ -9,6 +9,7 @@ count(4)                              # {"phase": "evaluating", "done": 4, "tota
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -117,6 +118,11 @@ class PhaseReport:
             close_bar()
             stream.write(f"{phase}\n")
             stream.flush()
+
+
+def report_of_run(out: Path, is_main: bool, dry_run: bool) -> PhaseReport:
+    """The report of a run: lines on stderr and, unless it is a dry run, in `progress.jsonl`; nothing outside the main process."""
+    return PhaseReport(None if dry_run else out / "progress.jsonl", sys.stderr) if is_main else PhaseReport()
 
 
 class PhaseCounter:
