@@ -163,13 +163,22 @@ def _sites(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         "base",
         help="`bundled`, `bundled_clip`, a diffusers folder, a hub name, or a timm or open_clip model as for `transfer --model`",
     )
+    parser.add_argument(
+        "--peft",
+        action="store_true",
+        default=False,
+        help="print the modules that LoRA trains by default in diffusers' scripts and peft, as values of --target-modules",
+    )
 
     def run(namespace: argparse.Namespace) -> object:
         from veneer import base_models
         from veneer.classification.models.loading import build_without_weights
+        from veneer.hosts._peer_targets import peer_targets
         from veneer.injection import sites
 
-        return print_lines(str(sites(build_without_weights(namespace.base) or base_models.load(namespace.base))).splitlines())
+        model = build_without_weights(namespace.base) or base_models.load(namespace.base)
+        lines = map(str, peer_targets(model)) if namespace.peft else [str(sites(model))]
+        return print_lines([line for text in lines for line in text.splitlines()])
 
     parser.set_defaults(run=run)
 

@@ -18,7 +18,7 @@ from veneer.training.loop.config import TrainConfig
 from veneer.training.loop.optimizer_step import AUTOCAST
 from veneer.training.method_names import split_methods
 from veneer.training.report.run_folder import new_folder
-from veneer.training.training_options import BY_CONTENT, TrainingOptions
+from veneer.training.training_options import BY_CONTENT, SiteOptions, TrainingOptions
 
 from .data.transforms import Augmentation
 
@@ -27,7 +27,7 @@ WITHOUT_EFFECT = (*BY_CONTENT, "data", "model", "weights", "cache", "resume", "d
 
 
 @dataclass(frozen=True)
-class TransferConfig(TrainingOptions):
+class TransferConfig(TrainingOptions, SiteOptions):
     """Configuration of `veneer transfer` and its defaults.
 
     Args:
@@ -38,7 +38,6 @@ class TransferConfig(TrainingOptions):
         weights: a safetensors file for the model, or `none` for random weights (default: the published weights).
         method: a method, or several joined by `+`, as listed by `veneer methods`. `zero_shot` evaluates a CLIP without training.
         options: method name to its options.
-        where: sites of the adapters, as listed by `veneer sites` (default: each method's).
         head: `fresh` for a new linear head that is trained, `kept` for the model's own head (default: what the method needs).
         lp_ft: LP-FT: initialize a fresh head with a logistic regression on the frozen features, then fine-tune. It helps in short
             runs; in longer runs, training a new head with the adapters was better.
@@ -84,7 +83,6 @@ class TransferConfig(TrainingOptions):
     weights: str | None = None
     method: str = "lora"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    where: tuple[str, ...] | None = None
     head: Literal["fresh", "kept"] | None = None
     lp_ft: bool = False
     templates: tuple[str, ...] = ("a photo of a {}.",)
@@ -156,6 +154,7 @@ class TransferConfig(TrainingOptions):
     def with_defaults(self) -> TransferConfig:
         """The config with a results folder, a new one if none is set."""
         self.check_training_options()
+        self.selection()  # rejects two selections
         if self.lp_ft and self.init_from is not None:
             message = "lp_ft and init_from both initialize the head; leave out one of --lp-ft and --init-from."
             raise OptionError(message, option="init_from", given=str(self.init_from), expected=None)

@@ -38,7 +38,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "veneer push runs/toy-lora user/toy-lora --license cc-by-4.0 --dry-run",
         "veneer push runs/toy-lora user/toy-lora --license cc-by-4.0 --private",
     ),
-    "sites": ("veneer sites bundled", "veneer sites vit_small_patch16_224"),
+    "sites": ("veneer sites bundled", "veneer sites vit_small_patch16_224", "veneer sites bundled --peft"),
     "examples": ("veneer examples",),
     "app": ("veneer app", "veneer app --port 8000 --no-browser"),
     "bench": ("veneer bench --size tiny",),

@@ -13,8 +13,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "validation_every", "test", "split_seed", "augment", "squash", "size", "workers",
     ),
     "method": (
-        "method", "methods", "where", "init_from", "with_", "text_encoder", "head", "templates", "lp_ft", "batch_norm",
-        "baseline",
+        "method", "methods", "where", "target_modules", "init_from", "with_", "text_encoder", "head", "templates", "lp_ft",
+        "batch_norm", "baseline",
     ),
     "optimization": (
         "steps", "epochs", "batch", "gradient_accumulation_steps", "learning_rate", "text_learning_rate",

@@ -8,6 +8,7 @@ A pattern is `[tower[.stage]/]role[@from:to]`:
     text/attn.*           one tower; `*/attn` every tower
     unet.up/xattn.{k,v}   one stage of a tower; `unet.up.1/…` one of its levels
     name:blocks.3.*       by site name, with `*`
+    module:REGEX          layers by module path, as peft's target_modules: see `injection.module_patterns`
     not:norm.qk           excludes sites, also those that other patterns match
 """
 
@@ -22,9 +23,11 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from .errors import SelectionError
+from .module_patterns import MODULE, is_target
 from .sites import NormSite, ParamSite, Site, WeightSite
 
 NOT = "not:"
+_MODULE_PATTERN = rf"((?:{NOT})?{MODULE}\S+)"
 S = TypeVar("S", bound=Site)
 
 
@@ -38,6 +41,7 @@ class Pattern:
     roles: tuple[str, ...]
     depths: slice | None
     name: str | None = None
+    module: str | None = None
 
     def matches(self, site: Site, main: frozenset[str], depths: int) -> bool:
         """True if the pattern matches a site.
@@ -49,6 +53,8 @@ class Pattern:
             return fnmatchcase(site.name, self.name)
         if self.tower is None and site.tower not in main:
             return False
+        if self.module is not None:
+            return is_target(site, self.module)
         if self.tower is not None and not fnmatchcase(site.tower, self.tower):
             return False
         if self.stage is not None and not (site.stage == self.stage or (site.stage or "").startswith(self.stage + ".")):
@@ -70,10 +76,12 @@ def parse(text: str) -> Pattern:
     """Parses one pattern.
 
     Raises:
-        SelectionError: the syntax of the pattern or of its depth range is wrong.
+        SelectionError: the syntax of the pattern, of its depth range or of its regular expression is wrong.
     """
     if text.startswith("name:"):
         return Pattern(text, None, None, (), None, name=text[5:])
+    if text.startswith(MODULE):
+        return Pattern(text, None, None, (), None, module=text.removeprefix(MODULE))
     head, slash, rest = text.rpartition("/")
     tower, _, stage = head.partition(".")
     role, at, depths = rest.partition("@")
@@ -98,7 +106,9 @@ def _parse_depths(text: str, depths: str) -> slice:
 
 
 def expand(text: str) -> list[str]:
-    """Expands braces: `a.{q,v}` to `a.q`, `a.v`."""
+    """Expands braces: `a.{q,v}` to `a.q`, `a.v`; not those of a regular expression."""
+    if text.removeprefix(NOT).startswith(MODULE):
+        return [text]
     parts = re.split(r"\{([^{}]*)\}", text)
     choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
     return ["".join(choice) for choice in itertools.product(*choices)]
@@ -111,10 +121,15 @@ def has_role(pattern: str, role: str) -> bool:
 
 
 def patterns(where: str | Sequence[str]) -> list[str]:
-    """Splits a selection into patterns: a list, or a string with patterns separated by spaces or by commas outside braces."""
+    """Splits a selection into patterns: a list, or a string with patterns separated by spaces or by commas outside braces.
+
+    A pattern `module:REGEX` ends at a space, or at the end of a list's element.
+    """
     if not isinstance(where, str):
         return [p for item in where for p in patterns(item)]
-    return [p for p in re.split(r"[,\s]+(?![^{]*\})", where.strip()) if p]
+    parts = re.split(_MODULE_PATTERN, where)
+    plain = [re.split(r"[,\s]+(?![^{]*\})", part.strip()) for part in parts[::2]]
+    return [p for others, module in itertools.zip_longest(plain, parts[1::2], fillvalue="") for p in (*others, module) if p]
 
 
 def select(sites: Sequence[S], where: str | Sequence[str], main: frozenset[str], strict: bool = True) -> list[S]:
@@ -170,6 +185,8 @@ def _match(sites: Sequence[S], text: str, main: frozenset[str], depths: Mapping[
     """Names of the sites that one pattern without braces matches."""
     pattern = parse(text.removeprefix(NOT))
     matches = [s for s in sites if pattern.matches(s, main, depths.get(s.tower, 0))]
+    if pattern.module is not None:
+        matches = _without_slices_of_fused(matches)
     if strict and not matches:
         raise SelectionError(
             f"where='{text}' matches no site. Available roles: {describe_roles(sites)}.",

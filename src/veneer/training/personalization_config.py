@@ -28,7 +28,7 @@ from .objective.noise import NoiseOptions
 from .objective.objectives import ObjectiveOptions
 from .objective.timestep_sampling import Density
 from .report.run_folder import new_folder
-from .training_options import NOT_COMPARED, DiffusionTrainingOptions
+from .training_options import NOT_COMPARED, DiffusionTrainingOptions, SiteOptions
 
 LABELS = ("{concept}",), ("{concept}",), ("207", "360", "387", "974")
 """Captions, prompts and drift prompts of base models with ImageNet labels: the last are four of DiT's samples."""
@@ -42,7 +42,7 @@ WITHOUT_EFFECT = (
 
 
 @dataclass(frozen=True)
-class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOptions):
+class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOptions, SiteOptions):
     """Configuration of `veneer personalize` and its defaults.
 
     Args:
@@ -51,7 +51,6 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
         base: base model: `bundled`, a folder, a file or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, PixArt or DiT.
         method: a method, several joined by `+`, or `pivotal` (textual_inversion+lora).
         options: method name to its options.
-        where: sites of adapters on weights, as listed by `veneer sites` (default: the preset's, else the method's).
         text_encoder: train adapters on the text encoders too.
         class_word: ordinary word for the subject, such as `toy`: initial value of new tokens, and prompt of class images.
         class_images: number of class images to generate with the base model for prior preservation; 0 disables it.
@@ -117,7 +116,6 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
     base: str = "bundled"
     method: str = "lora"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    where: tuple[str, ...] | None = None
     text_encoder: bool = False
     class_word: str = ""
     class_images: int = 0
@@ -185,7 +183,8 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
         names = split_methods(self.method)
         known = {name: dict(preset.training.get(name, {})) for name in names}
         first = {key: value for m in reversed(known.values()) for key, value in m.items()}
-        resolved["where"] = self.where or (tuple(first["where"]) if "where" in first else None)
+        resolved["where"] = self.selection() or (tuple(first["where"]) if "where" in first else None)
+        resolved["target_modules"] = ()
         resolved["steps"] = self.default_steps() if self.steps is None else self.steps
         resolved["batch"] = int(first.get("batch", 1)) if self.batch is None else self.batch
         resolved["schedule"] = str(first.get("schedule", "constant")) if self.schedule is None else self.schedule

@@ -1,4 +1,4 @@
-"""Options that the training commands share: the optimizer, learning rates by block, and adapters to continue from."""
+"""Options that commands share: sites, the optimizer, learning rates by block, and adapters to continue from."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from veneer.base_models.schedulers import Scheduler
 from veneer.injection.errors import OptionError
+from veneer.injection.module_patterns import module_patterns
 
 from .loop.optimizer_options import OptimizerOptions
 from .loop.optimizers import warn_ignored_rates
@@ -25,6 +26,31 @@ SCHEDULE_OPTIONS: dict[str, tuple[float, tuple[str, ...]]] = {
 """Option of a schedule to its default and the schedules that have it."""
 RATES = ("learning_rate", "text_learning_rate", "token_learning_rate", "block_lr")
 """Options of learning rates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteOptions:
+    """Sites of adapters on weights.
+
+    Args:
+        where: sites of adapters on weights, as listed by `veneer sites` (default: those of the base model's preset, else of the
+            method).
+        target_modules: the same by module names or regular expressions, or `all-linear`, as in peft; instead of `where`.
+    """
+
+    where: tuple[str, ...] | None = None
+    target_modules: tuple[str, ...] = ()
+
+    def selection(self) -> tuple[str, ...] | None:
+        """Patterns of the selected sites, or None for the default.
+
+        Raises:
+            OptionError: both options are set.
+        """
+        if self.where and self.target_modules:
+            message = "where and target_modules both select sites; leave out one of them."
+            raise OptionError(message, option="target_modules", given=self.target_modules, expected=())
+        return module_patterns(self.target_modules) or self.where
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,8 +168,8 @@ class Comparison:
         """Config of a run."""
         weights = "none" if row.scratch else self.base.weights
         options = {k: {**self.base.options.get(k, {}), **v} for k, v in row.options.items()}
-        where = row.where or self.base.where
-        return dataclasses.replace(self.base, method=row.method, options=options, where=where, weights=weights, seed=seed)
+        base = dataclasses.replace(self.base, where=row.where or self.base.selection(), target_modules=())
+        return dataclasses.replace(base, method=row.method, options=options, weights=weights, seed=seed)
 
     def key(self, row: MethodRow, seed: int) -> str:
         """Hash of everything that the metrics of a run depend on."""
