@@ -20,7 +20,7 @@ from veneer.control.verdict import verdict as control_verdict
 from veneer.injection.errors import OptionError
 from veneer.training.personalization_config import PersonalizeConfig
 from veneer.training.report.metrics import MeanInterval, Metrics, PairedMetric
-from veneer.training.report.personalization_verdict import personal_verdict, similarity_share
+from veneer.training.report.personalization_verdict import MORE_IMAGES, personal_verdict, similarity_share
 from veneer.training.report.verdict import WORDS, Verdict
 
 CONFIG = PersonalizeConfig(photos=Path("photos"), concept="<x>", steps=100, out=Path("out"))
@@ -102,7 +102,6 @@ def test_a_verdict_is_json_and_text():
         (changed(OCTOPUS, ceiling=None, prompt_similarity=None), "partly"),
         (changed(OCTOPUS, ceiling=around(0.03, 0.01)), "learned"),
         (changed(OCTOPUS, layout=pair(0.2, 0.479, 0.05)), "overfitted"),
-        (changed(OCTOPUS, layout=pair(0.2, 0.479, 0.3)), "learned"),
         (changed(OCTOPUS, layout=pair(-0.03, 0.01, 0.02)), "learned"),
         (changed(OCTOPUS, drift=around(0.6, 0.1)), "overfitted"),
         (changed(OCTOPUS, drift=around(0.55, 0.1)), "learned"),
@@ -119,6 +118,13 @@ def test_personalization(metrics, outcome):
     assert found.outcome == outcome
     assert found.reasons
     assert bool(found.advice) == (outcome != "learned")
+
+
+def test_a_layout_that_may_be_lost_is_not_called_kept():
+    kept, unclear = (personal_verdict(changed(OCTOPUS, layout=pair(mean, 0.479, 0.3)), CONFIG) for mean in (0.3, 0.2))
+    assert kept.outcome == unclear.outcome == "learned"
+    assert kept.advice == () and unclear.advice == (MORE_IMAGES,)
+    assert kept.summary != unclear.summary
 
 
 def test_one_image_is_too_few():

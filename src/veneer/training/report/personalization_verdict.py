@@ -76,8 +76,8 @@ def personal_verdict(metrics: Metrics | None, config: PersonalizeConfig) -> Verd
             summary = "Images are more similar to the photos, but follow the prompt less, or images of other prompts changed."
             return Verdict("overfitted", summary, reasons, _gentler(config))
         if far:
-            place = " Place and background still follow the prompt." if _says_place(metrics) else ""
-            return Verdict("learned", f"Images are clearly more similar to the photos.{place}", reasons)
+            place, advice = _place(metrics)
+            return Verdict("learned", f"Images are clearly more similar to the photos.{place}", reasons, advice)
         if lost:
             summary = (
                 "Images are not similar enough to the photos, and follow the prompt less, or images of other prompts changed."
@@ -161,6 +161,15 @@ def _changes(metrics: Metrics, near: bool) -> tuple[list[str], list[str]]:
         moved = drift.low is not None and apart is not None and drift.low > MOVED * apart
         (lost if moved else kept).append(f"Images of other prompts changed by {drift}{scale}.")
     return lost, kept
+
+
+def _place(metrics: Metrics) -> tuple[str, tuple[str, ...]]:
+    """Sentence on place and background where nothing is lost by its interval, and advice."""
+    if metrics.layout is None or not _says_place(metrics):
+        return "", ()
+    if metrics.layout.adapted.mean >= FOLLOWED * metrics.layout.base.mean:
+        return " Place and background still follow the prompt.", ()
+    return " Place and background follow the prompt less in too few images to be sure.", (MORE_IMAGES,)
 
 
 def _says_place(metrics: Metrics) -> bool:
