@@ -51,7 +51,8 @@ ALLOWED = {
     "config_conversion": {"base_models", "config_file", "injection", "training"},
     "benchmarks": {*JOBS, "testing"},
     "commands": {
-        *JOBS, "classification", "command_line", "config_file", "discovery", "flags", "listing", "methods", "static_source",
+        *JOBS, "classification", "command_line", "config_file", "discovery", "flags", "hosts", "listing", "methods",
+        "static_source",
     },
     "cli": {"allocator", "command_line", "commands", "extras", "version"},
     "pipelines": {
