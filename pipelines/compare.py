@@ -32,8 +32,8 @@ class CompareConfig(OptimizerOptions):
     Args:
         data: image folder (`CLASS/IMAGE`, or `train/CLASS/IMAGE` and so on), a CSV of path, label and optionally split, a
             dataset of Hugging Face (folder or hub name) with such files, or `digits` of scikit-learn (default: digits).
-        model: a timm name or folder, `bundled` (the image encoder of the bundled CLIP), or for methods that use class names
-            `bundled_clip` or `open_clip:NAME/TAG`, such as `open_clip:ViT-B-32/laion2b_s34b_b79k`.
+        model: a timm name or folder, `bundled` (the image encoder of the bundled CLIP), or for methods that use class names,
+            such as `coop`, `bundled_clip` or `open_clip:NAME/TAG`, such as `open_clip:ViT-B-32/laion2b_s34b_b79k`.
         weights: a .safetensors file for the model, or `none` for random weights (default: the published weights).
         methods: rows of the table: methods, with options in parentheses, or joined by `+`, all in quotes: `'lora,
             adaptformer(bottleneck=8), vpt+lora'`. `linear_probe`, `full` (all weights) and `scratch` (all weights, randomly
@@ -49,7 +49,7 @@ class CompareConfig(OptimizerOptions):
         epochs: passes over the training images.
         batch: images per micro-batch.
         learning_rate: peak learning rate of all rows (default: each method's, such as 0.001 for lora).
-        weight_decay: decoupled weight decay.
+        weight_decay: decoupled weight decay of all trained parameters.
         schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`.
         warmup: share of the steps with linear warmup before the schedule, 0 to 1.
         label_smoothing: share of the target that is spread over all classes, 0 to 1.
@@ -63,8 +63,8 @@ class CompareConfig(OptimizerOptions):
         squash: resize to a square that ignores the aspect ratio, without a crop, as VTAB does.
         size: side of the images in pixels (default: the model's).
         mixed_precision: autocast of the forward pass to this dtype; `no` disables it.
-        search: short trial runs per row, with the first seed, that choose learning rate and adapter scale by validation
-            accuracy; 0 disables them.
+        search: number of short trial runs per row, with the first seed, that choose learning rate and adapter scale by
+            validation accuracy; 0 disables them.
         search_epochs: passes over the training images in each trial of `search`.
         first_seed: the first of the seeds; the others count up.
         workers: threads that read images; 0 uses one per core.

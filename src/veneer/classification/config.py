@@ -33,8 +33,8 @@ class TransferConfig(TrainingOptions, SiteOptions):
     Args:
         data: image folder (`CLASS/IMAGE`, or `train/CLASS/IMAGE` and so on), a CSV of path, label and optionally split, a
             dataset of Hugging Face (folder or hub name) with such files, or `digits` of scikit-learn (default: digits).
-        model: a timm name or folder, `bundled` (the image encoder of the bundled CLIP), or for methods that use class names
-            `bundled_clip` or `open_clip:NAME/TAG`, such as `open_clip:ViT-B-32/laion2b_s34b_b79k`.
+        model: a timm name or folder, `bundled` (the image encoder of the bundled CLIP), or for methods that use class names,
+            such as `coop`, `bundled_clip` or `open_clip:NAME/TAG`, such as `open_clip:ViT-B-32/laion2b_s34b_b79k`.
         weights: a .safetensors file for the model, or `none` for random weights (default: the published weights).
         method: a method of `veneer methods`, several joined by `+`, or `zero_shot` for a CLIP without training; `linear_probe`
             trains the head only, `full` all weights; `--method NAME --help` shows its options.
@@ -57,7 +57,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
             for lora). Other methods keep their ratio to it; it does not scale with the batch.
         schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`.
         warmup: share of the steps with linear warmup before the schedule, 0 to 1.
-        weight_decay: decoupled weight decay.
+        weight_decay: decoupled weight decay of all trained parameters.
         label_smoothing: share of the target that is spread over all classes, 0 to 1.
         class_weights: weights of the classes in the loss: `none`, or `balanced`, in inverse proportion to their training images.
         mixup: alpha of mixup, typically 0.2; 0 disables it.
@@ -70,9 +70,10 @@ class TransferConfig(TrainingOptions, SiteOptions):
         size: side of the images in pixels (default: the model's).
         mixed_precision: autocast of the forward pass to this dtype; `no` disables it.
         patience: early stopping after this many epochs without a better validation accuracy; 0 disables it.
-        search: short trial runs that choose learning rate and adapter scale by validation accuracy; 0 disables them.
+        search: number of short trial runs that choose learning rate and adapter scale by validation accuracy; 0 disables them.
         search_epochs: passes over the training images in each trial of `search`.
-        cache: compute the features once per image if only the head and methods on features are trained.
+        cache: compute the features of each image once, without augmentation, if only the head and methods on features are
+            trained; not with mixup or CutMix.
         seed: seed of all random numbers.
         resume: continue after the last complete epoch in `out`.
         dry_run: load the model, print what would be trained, and stop.

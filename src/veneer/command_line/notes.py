@@ -22,6 +22,7 @@ NOTES: dict[str, tuple[str, ...]] = {
         "a method.",
     ),
     "predict": ("Prints one line per image on stdout: its most probable classes with their probabilities.",),
+    "export": ("Class names and preprocessing are in the folder, or in a `.json` file beside the graph.",),
     "control": (
         "A control adapter makes images follow a map, such as edges, or an example image. The flags are shown by "
         "`veneer control train --help` and `veneer control generate --help`.",

@@ -64,7 +64,7 @@ class ControlConfig(DiffusionTrainingOptions):
         schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`
             (default: the preset's, else constant).
         warmup: optimizer steps of linear warmup before the schedule.
-        weight_decay: decoupled weight decay.
+        weight_decay: decoupled weight decay of all trained parameters.
         ema: decay of an exponential moving average of the trained weights, such as 0.999; the average is saved; 0 disables it.
         timestep_sampling: distribution of the noise level in training: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid`,
             and for flow matching `shift` or `flux_shift` (default: cubic for t2i_adapter, else uniform). `logit_normal` has

@@ -57,7 +57,7 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
         options: method name to its options.
         text_encoder: also train adapters on the attention layers of all text encoders.
         class_word: ordinary word for the subject, such as `toy`: initial value of its new token, and its name in class images,
-            which need it.
+            for which it is required.
         class_images: number of class images (regularization images) to generate with the base model for prior preservation; 0
             disables it.
         prior_loss_weight: weight of the loss on class images.
@@ -84,7 +84,7 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
         schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`
             (default: the preset's, else constant).
         warmup: optimizer steps of linear warmup before the schedule.
-        weight_decay: decoupled weight decay.
+        weight_decay: decoupled weight decay of all trained parameters.
         ema: decay of an exponential moving average of the trained weights, such as 0.999; the average is saved; 0 disables it.
         min_snr_gamma: gamma of min-SNR loss weighting, typically 5; above 0 it enables `min_snr`. At 0, `--loss-weighting
             min_snr` has gamma 5.
