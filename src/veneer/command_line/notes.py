@@ -29,8 +29,8 @@ NOTES: dict[str, tuple[str, ...]] = {
     ),
     "control train": (
         "The adapter makes images follow a map, such as edges, or an example image. The run folder has it "
-        "(`adapter.safetensors`, also in the format of diffusers), with image grids, metrics (`result.json`) and the "
-        "options (`config.toml`). `veneer control generate` uses it.",
+        "(`adapter.safetensors`, also for diffusers, or as ControlNeXt's files), with image grids, metrics "
+        "(`result.json`) and the options (`config.toml`). `veneer control generate` uses it.",
         "The preset of a base model is its `veneer.json`, with training defaults; the bundled model has one.",
     ),
     "control generate": ("Each control adapter needs a photo (`--image`) or a map (`--map`).",),
