@@ -35,7 +35,7 @@ class SiteOptions:
     Args:
         where: sites to adapt, by role as in `veneer sites`: `attn`, `attn.{q,v}`, or `mlp@6:12` for blocks 6 to 11 (default:
             the preset's, else the method's).
-        target_modules: the same by module names or a regular expression, or `all-linear`, as in peft; instead of `where`.
+        target_modules: the same by module names or regular expressions, or `all-linear`, as in peft; instead of `where`.
     """
 
     where: tuple[str, ...] | None = None
