@@ -46,23 +46,19 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
     """Configuration of `veneer personalize` and its defaults.
 
     Args:
-        photos: folder with photos of one subject or style, without subfolders, or one photo (default: the bundled example
-            photos).
-        concept: trigger token of the subject or style in captions and prompts, such as `<toy>`; required with photos of your
-            own. `pivotal` trains it as a new token. For DiT a class label, by name or number.
-        base: base model: `bundled`, a diffusers folder, a .safetensors file or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX,
-            PixArt or DiT.
-        method: a method of `veneer methods`, several joined by `+`, or `pivotal` (textual_inversion+lora); `--method NAME
-            --help` shows its options.
+        photos: folder with photos of one subject or style, no subfolders, or one photo (default: the bundled example photos).
+        concept: trigger token in captions and prompts, such as `<toy>`; required with photos of your own. `pivotal` trains it as
+            a new token. For DiT a class label, by name or number.
+        base: base model: `bundled`, a folder, a .safetensors file or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, PixArt or DiT.
+        method: a method of `veneer methods`, several joined by `+`, or `pivotal` (token and LoRA); `--method NAME --help` has its
+            options.
         options: method name to its options.
         text_encoder: also train adapters on the attention layers of all text encoders.
-        class_word: ordinary word for the subject, such as `toy`: initial value of its new token, and its name in class images,
-            for which it is required.
-        class_images: number of class images (regularization images) to generate with the base model for prior preservation; 0
-            disables it.
+        class_word: ordinary word for the subject, such as `toy`: initial value of its new token, and its name in class images.
+        class_images: number of class (regularization) images to generate for prior preservation, with `class_word`; 0: none.
         prior_loss_weight: weight of the loss on class images.
-        template: captions for photos without a caption, with {concept} for the trigger token; one is sampled in each step
-            (default: the preset's, such as `a photo of {concept}`).
+        template: captions for photos without one, with {concept} for the trigger token; one is sampled in each step (default: the
+            preset's, such as `a photo of {concept}`).
         caption_dropout: probability of an empty caption in a step, 0 to 1.
         tag_dropout: probability of dropping each comma-separated tag of a caption, 0 to 1.
         keep_tokens: number of tags at the start of a caption that `tag_dropout` and `shuffle_tags` leave in place.
@@ -72,30 +68,26 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
         flip: probability of a horizontal flip, 0 to 1; leave it at 0 for faces and text.
         buckets: aspect-ratio buckets: train at the photos' aspect ratios; otherwise on square crops.
         masks: weight the loss with masks: `NAME.mask.png` beside the photo, `masks/NAME.png`, or its alpha channel.
-        steps: optimizer steps (default: the preset's, such as 300 with the bundled model, else 500). Each has `batch` ×
-            `gradient_accumulation_steps` images; E epochs of P photos are E × P divided by that.
+        steps: optimizer steps of `batch` × `gradient_accumulation_steps` images; E epochs of P photos are E × P divided by that
+            (default: the preset's, such as 300 with the bundled model, else 500).
         batch: images per micro-batch, in total over all processes (default: the preset's, else 1).
         gradient_accumulation_steps: micro-batches per optimizer step.
-        learning_rate: peak learning rate (default: the preset's, else the method's, such as 0.001 for lora). Token embeddings
-            beside adapters have `token_learning_rate`.
+        learning_rate: peak learning rate, except of token embeddings beside adapters (default: the preset's, else the method's,
+            such as 0.001 for lora).
         text_learning_rate: learning rate of adapters in text encoders (default: half of `learning_rate`).
-        token_learning_rate: learning rate of token embeddings beside adapters, as in `pivotal` (default: the preset's, else the
-            method's, 0.005).
-        schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`
-            (default: the preset's, else constant).
+        token_learning_rate: learning rate of token embeddings beside adapters (default: the preset's, else 0.005).
+        schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex` (default:
+            the preset's, else constant).
         warmup: optimizer steps of linear warmup before the schedule.
         weight_decay: decoupled weight decay of all trained parameters.
-        ema: decay of an exponential moving average of the trained weights, such as 0.999; the average is saved; 0 disables it.
-        min_snr_gamma: gamma of min-SNR loss weighting, typically 5; above 0 it enables `min_snr`. At 0, `--loss-weighting
-            min_snr` has gamma 5.
-        loss_weighting: weight of the loss by noise level: `none`, `min_snr`, `min_snr_plus_one` (diffusers' for v-prediction),
-            `debiased` (debiased estimation), `snr_scaled_v` (v-prediction only), for flow matching (SD3, FLUX) `sigma_sqrt` or
-            `cosmap`.
-        timestep_sampling: distribution of the noise level in training: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid`,
-            and for flow matching `shift` or `flux_shift` (default: logit_normal for SD3, else uniform). `logit_normal` has mean
-            0; diffusers' scripts count from the noisy end, so that their `--logit_mean` has the other sign.
-        prediction: what the model predicts, such as `epsilon` or `v_prediction`, for base models with a wrong config (default:
-            the scheduler's `prediction_type`).
+        ema: decay of an exponential moving average of the trained weights, such as 0.999, which is saved instead; 0 disables it.
+        min_snr_gamma: gamma of min-SNR loss weighting, typically 5, which it enables; 0: none, or 5 with that loss weighting.
+        loss_weighting: weight of the loss by noise level: `none`, `min_snr`, `min_snr_plus_one`, `debiased`, `snr_scaled_v` (for
+            v-prediction), or for flow matching (SD3, FLUX) `sigma_sqrt` or `cosmap`.
+        timestep_sampling: distribution of the noise level in training: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid`, and
+            for flow matching `shift` or `flux_shift` (default: logit_normal for SD3, else uniform). `logit_normal` has mean 0;
+            diffusers' scripts count from the noisy end, so that their `--logit_mean` has the other sign.
+        prediction: what the model predicts, such as `v_prediction`, if its config is wrong (default: that of the config).
         loss: distance of prediction and target; `huber` and `smooth_l1` weight outliers less.
         noise_offset: strength of the noise offset, for darker and brighter images, typically 0.05 to 0.1; 0 disables it.
         pyramid_noise: discount of pyramid (multi-resolution) noise, 0 to 1, typically 0.3; 0 disables it.
@@ -113,17 +105,14 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
         gradient_checkpointing: recompute activations in the backward pass: less memory, slower steps.
         save_dtype: dtype of the trained parameters in the files; training stays in float32.
         seed: seed of all random numbers.
-        checkpoint_every: optimizer steps between checkpoints for `resume`, of which two are kept; 0 saves one only when the run
-            is stopped, as by Ctrl+C.
+        checkpoint_every: optimizer steps between checkpoints for `resume`; two are kept; 0: one only when stopped, as by Ctrl+C.
         resume: continue from the newest checkpoint in `out`.
         preview_every: optimizer steps between preview images, in `previews` of the run folder; 0 disables them.
         prompts: prompts of previews and of the evaluation, with {concept} in them (default: the preset's).
-        drift_prompts: other prompts, without the concept, on which drift from the base model is measured (default: the
-            preset's).
-        tracker: logger of loss and metrics: `tensorboard` (in `logs` of the run folder), `wandb`, `comet_ml`, `mlflow` or
-            others of accelerate, several with commas, or `none`; without its package it is skipped.
-        truncate: captions longer than the text encoder accepts, 77 tokens for CLIP: `error` rejects them, `warn` truncates
-            them.
+        drift_prompts: prompts without the concept, on which drift from the base model is measured (default: the preset's).
+        tracker: logger of loss and metrics: `tensorboard` (in `logs` of the run folder), `wandb`, `comet_ml`, `mlflow` or others
+            of accelerate, several with commas, or `none`; without its package it is skipped.
+        truncate: captions longer than the text encoder accepts, 77 tokens for CLIP: `error` rejects them, `warn` truncates them.
         dry_run: load the model, print what would be trained, with memory and time, and stop.
         check: print the memory of the run and whether it fits into a size such as `12GB`, or into the free memory of `cpu` or
             `cuda`, and stop; loads no weights, so that `base` may be an architecture, such as `flux`, `sdxl` or `sd35`.
