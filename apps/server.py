@@ -41,10 +41,11 @@ class AppConfig:
     """Configuration of `veneer app` and its defaults.
 
     Args:
-        host: address to listen on. Addresses other than this machine's need `auth`.
+        host: address to listen on; others than the default can be reached from the network and need `auth`.
         port: port to listen on; 0 selects a free one.
-        auth: accounts as NAME:PASSWORD, or a file with one per line. Each account has its own workspace.
-        share: create a public address through Gradio's service, which needs the network and `auth`.
+        auth: accounts that may log in, as NAME:PASSWORD, or a file with one per line, which keeps them out of the process list.
+            Each account has its own workspace.
+        share: create a public address through Gradio's service; needs the network and `auth`.
         workspace: folder for the jobs and files of all accounts.
         device: device for generation, such as `cuda` (default: a GPU if there is one).
         browser: open a browser window.

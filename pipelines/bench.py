@@ -47,18 +47,19 @@ class BenchConfig:
     Args:
         size: `tiny` (seconds, only a smoke test), `small` (a UNet of SD's widths, cut to two levels) or `sd15` (the whole UNet of
             SD 1.5 at 32×32 latents).
-        latent: side of the UNet's input in latents, divisible by 8 (default: that of `size`).
-        rows: benchmarks to run, `denoiser`, `family`, `side-networks`, `attach`, `start`, `load`, `merge`, `switch` or
-            `few-photos`.
-        rounds: timings of each contestant.
-        clock: `wall` time, or `cpu` time of this process over all its threads, for one thread on a shared machine.
+        latent: side of the UNet's input in latents (an eighth of the pixels), divisible by 8 (default: that of `size`).
+        rows: benchmarks to run: `denoiser` (training step of a LoRA), `family` (of its variants), `side-networks` (of image
+            models), `attach`, `start` (attaching DoRA), `load`, `merge`, `switch` (between adapters) or `few-photos` (a whole
+            job) (default: all).
+        rounds: timings of each implementation, interleaved.
+        clock: `wall` time, or `cpu` time of all threads of this process, for one thread on a shared machine.
         rank: rank of every LoRA.
-        dtype: dtype of the frozen UNet in the rows of `denoiser`.
+        dtype: dtype of the frozen UNet.
         seed: seed of weights and inputs.
         base: base model of the few-photo job: `bundled`, a folder, a hub name or `tiny` (default: `tiny` with size `tiny`, else
             `bundled`).
         photos: folder of images for the few-photo job (default: generated images).
-        out: JSON file for the result; the table is written beside it, as `.md`.
+        out: JSON file for the result; the table is written beside it, as `.md` (default: print only).
 
     Raises:
         BenchError: an unknown size, row, dtype or clock, or fewer than one round.

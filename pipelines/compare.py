@@ -30,42 +30,46 @@ class CompareConfig(OptimizerOptions):
     """Configuration of `veneer compare` and its defaults.
 
     Args:
-        data: an image folder (`CLASS/images`, also below `train`, `validation`, `test`), a CSV of path and label, a Hugging Face
-            dataset folder, or `digits` of scikit-learn (default: digits).
-        model: `bundled` (the image encoder of the bundled CLIP), a timm name, or `bundled_clip` or `open_clip:NAME/TAG` for
-            methods that use texts.
-        weights: a safetensors file for the model, or `none` for random weights (default: the published weights).
-        methods: rows, separated by commas, such as `lora, adaptformer(bottleneck=8), vpt+lora`. `linear_probe`, `full` (all
-            weights) and `scratch` (all weights, randomly initialized) are rows like any other.
+        data: image folder (`CLASS/IMAGE`, or `train/CLASS/IMAGE` and so on), a CSV of path, label and optionally split, a
+            dataset of Hugging Face (folder or hub name) with such files, or `digits` of scikit-learn (default: digits).
+        model: a timm name or folder, `bundled` (the image encoder of the bundled CLIP), or for methods that use class names,
+            such as `coop`, `bundled_clip` or `open_clip:NAME/TAG`, such as `open_clip:ViT-B-32/laion2b_s34b_b79k`.
+        weights: a .safetensors file for the model, or `none` for random weights (default: the published weights).
+        methods: rows of the table: methods, with options in parentheses, or joined by `+`, all in quotes: `'lora,
+            adaptformer(bottleneck=8), vpt+lora'`. `linear_probe`, `full` (all weights) and `scratch` (all weights, randomly
+            initialized) are rows like any other.
         seeds: runs per row, on the same splits, each with its own initialization, order and augmentation.
-        baseline: also run `linear_probe`, or `zero_shot` for a CLIP, with which the table compares.
-        lp_ft: LP-FT: initialize a fresh head with a logistic regression on the frozen features, then fine-tune.
+        baseline: also run the baseline of the table: `linear_probe`, or `zero_shot` for a CLIP.
+        lp_ft: LP-FT: initialize a new head with a logistic regression on the frozen features, then fine-tune; best in short
+            runs.
         shots: training images per class (default: all).
-        validation: share of the images in the validation split, which selects the epoch, if the data has no such split; 0 to 1.
-        test: share of the images in the test split, which is evaluated at the end, if the data has no such split; 0 to 1.
-        split_seed: seed of these splits.
+        validation: share of the images for the validation split, which selects the epoch, 0 to 1; not used if the data has one.
+        test: share of the images for the test split, which is evaluated at the end, 0 to 1; not used if the data has one.
+        split_seed: seed of the validation and test splits.
         epochs: passes over the training images.
         batch: images per micro-batch.
-        learning_rate: peak learning rate of all rows (default: each method's).
-        weight_decay: decoupled weight decay.
+        learning_rate: peak learning rate of all rows (default: each method's, such as 0.001 for lora).
+        weight_decay: decoupled weight decay of all trained parameters.
         schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`.
-        warmup: share of the steps with linear warmup, 0 to 1.
+        warmup: share of the steps with linear warmup before the schedule, 0 to 1.
         label_smoothing: share of the target that is spread over all classes, 0 to 1.
         class_weights: weights of the classes in the loss: `none`, or `balanced`, in inverse proportion to their training images.
         mixup: alpha of mixup, typically 0.2; 0 disables it.
         cutmix: alpha of CutMix, typically 1; 0 disables it. With both, each pair of images gets one of them.
-        ema: decay of an exponential moving average of the weights, which is what is evaluated and saved; 0 disables it.
-        augment: `none`, `light` (random crop), `flip` (also horizontal flips, if the data allows them) or `strong` (also
-            RandAugment and random erasing).
-        squash: resize to the exact side without a crop, as VTAB does.
-        size: side of the images in pixels (default: the model's).
-        mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
-        search: trials of the search for learning rate and adapter scale per row, on the validation split with the first seed; 0
+        ema: decay of an exponential moving average of the trained weights, such as 0.999; the average is evaluated and saved; 0
             disables it.
-        search_epochs: passes over the training images in each trial.
-        first_seed: the first of the seeds.
+        augment: `none`, `light` (random crop), `flip` (also horizontal flips, except of `digits`) or `strong` (also RandAugment
+            and random erasing).
+        squash: resize to a square that ignores the aspect ratio, without a crop, as VTAB does.
+        size: side of the images in pixels (default: the model's).
+        mixed_precision: autocast of the forward pass to this dtype; `no` disables it.
+        search: number of short trial runs per row, with the first seed, that choose learning rate and adapter scale by
+            validation accuracy; 0 disables them.
+        search_epochs: passes over the training images in each trial of `search`.
+        first_seed: the first of the seeds; the others count up.
         workers: threads that read images; 0 uses one per core.
-        out: folder for all results (default: a new one under `runs`). A second run with the same folder adds the missing runs.
+        out: folder for all results (default: a new one under `runs`). With the folder of an earlier comparison, only its
+            missing runs are trained.
     """
 
     data: str | None = None

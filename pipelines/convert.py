@@ -22,12 +22,14 @@ class ConvertConfig:
     """Configuration of `veneer convert` and its defaults.
 
     Args:
-        file: a safetensors file of any format, a folder with one, or a hub name such as `user/repo`.
-        to: format to write; required.
-        base: base model: `bundled`, a folder, a file, a hub name, or an architecture without weights such as `sdxl` or
-            `flux` (default: the base model that a native file was trained on, else the architecture that fits the file).
-        out: the new file, for peft_folder a folder (default: beside the old file, of a hub name in the working directory; with
-            the format in its name).
+        file: a safetensors file of any format, a run folder or other folder with one, or a hub name such as `user/repo`.
+        to: format to write; required: `kohya` (LoRA for A1111, Forge and ComfyUI), `lycoris` (its other methods), `diffusers`,
+            `peft_folder`, `comfyui` (ComfyUI's own names), `onetrainer`, `xlabs` (FLUX.1), `embeddings` (textual inversion) or
+            `native`.
+        base: base model: `bundled`, a folder, a file, a hub name, or an architecture without weights such as `sdxl` or `flux`
+            (default: that of a native file, else the architecture that fits the file).
+        out: the new file, for `peft_folder` a folder (default: the old name with the format, beside the old file, for a hub
+            name in the working directory).
     """
 
     file: Path

@@ -20,7 +20,7 @@ class ConvertConfigConfig:
 
     Args:
         file: dataset config or training arguments of sd-scripts (TOML or JSON), or job of ai-toolkit (YAML or JSON).
-        out: the new file (default: beside the old one, with `-veneer.toml` at its end).
+        out: the new file (default: beside the old one, with the ending `-veneer.toml`).
     """
 
     file: Path

@@ -21,11 +21,12 @@ class ExportConfig:
     """Configuration of `veneer export` and its defaults.
 
     Args:
-        folder: folder that `veneer transfer --out` has written.
-        to: format; required. `timm` and `open_clip` are folders with the merged weights; `onnx` and `torch-export` are graphs
-            with a dynamic batch size, which also contain methods that cannot be merged.
+        folder: run folder of `veneer transfer`.
+        to: format; required: `timm` and `open_clip` are folders with the merged weights; `onnx` and `torch-export` are graphs
+            with a dynamic batch size, for methods that cannot be merged as well.
         out: the new file, or for `timm` and `open_clip` the new folder (default: in the run folder, named after the format).
-        include_normalization: graphs that normalize: they take pixels in 0 to 1 instead of normalized ones.
+        include_normalization: let the graph of `onnx` or `torch-export` normalize: it takes pixels in 0 to 1 instead of
+            normalized ones.
     """
 
     folder: Path

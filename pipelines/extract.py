@@ -17,18 +17,18 @@ class ExtractConfig:
     """Configuration of `veneer extract` and its defaults.
 
     Args:
-        tuned: the fine-tuned pipeline: a folder, a file or a hub name.
-        base: the base model that it was fine-tuned from: `bundled`, a folder, a file or a hub name.
-        where: sites, as listed by `veneer sites` (default: all linear layers and convolutions).
-        rank: rank of the LoRA.
-        energy: smallest rank that keeps this share of the squared singular values, up to 1. `rank` is then the upper limit, as
-            with the next three.
-        error: smallest rank with at most this relative error of each delta weight, 0 to 1 (Frobenius norm).
-        cumulative: smallest rank that keeps this share of the sum of singular values, up to 1.
-        ratio: keep singular values above the largest one divided by this number, above 1.
-        to: format to write.
+        tuned: the fine-tuned model: a diffusers folder, a .safetensors file or a hub name.
+        base: the base model that it was fine-tuned from, as for `tuned`, or `bundled`; required.
+        where: sites, by role as in `veneer sites` (default: all linear layers and convolutions).
+        rank: rank of the LoRA; this or one of the next four is required, and with one of them it is the upper limit.
+        energy: smallest rank of each weight that keeps this share of the squared singular values, 0 to 1; the square of
+            sd-scripts' `sv_fro`.
+        error: smallest rank with at most this relative error of each ΔW, in the Frobenius norm, 0 to 1.
+        cumulative: smallest rank that keeps this share of the sum of singular values, 0 to 1; sd-scripts' `sv_cumulative`.
+        ratio: keep singular values above the largest one divided by this number, above 1; sd-scripts' `sv_ratio`.
+        to: format to write, as in `veneer convert`.
         dtype: dtype of the saved tensors.
-        out: the new file.
+        out: the new file, for `peft_folder` a folder; required.
     """
 
     tuned: str

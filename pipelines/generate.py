@@ -31,23 +31,25 @@ class GenerateConfig:
     """Configuration of `veneer generate` and its defaults.
 
     Args:
-        prompt: one or more prompts; for DiT class labels.
-        adapter: files, folders or hub names, each with an optional strength: `runs/toy-lora` or `user/toy-lora:0.8`.
-        base: base model: `bundled`, a folder, a file or a hub name (default: the base model of the first adapter).
-        negative_prompt: negative prompt (default: the base model's).
+        prompt: one or more prompts, with the trigger token of the adapter; class labels if the base model is a DiT.
+        adapter: adapter files, run folders or hub names, each with an optional strength: `runs/toy-lora` or `user/toy-lora:0.8`
+            (default: none, the base model alone).
+        base: base model: `bundled`, a diffusers folder, a .safetensors file or a hub name (default: that of the first adapter).
+        negative_prompt: what the images should not show (default: the preset's, else empty).
         images_per_prompt: images to generate per prompt; their seeds count up from `seed`.
         seed: seed of the first image.
         steps: denoising steps (default: the base model's).
         guidance_scale: scale of classifier-free guidance (default: the base model's).
-        size: height and width in pixels, as a flag `WIDTHxHEIGHT` or one side of a square (default: the base model's).
+        size: `WIDTHxHEIGHT` in pixels, or one side of a square; in Python (height, width) (default: the base model's).
         scheduler: scheduler (sampler), with the base model's noise schedule (default: the base model's).
-        side_by_side: also write an image grid with the base model's image beside each, from the same noise.
+        side_by_side: also write an image grid, with the image of the base model from the same noise beside each.
         dtype: dtype of the frozen base model; adapters are in float32 (default: bfloat16 on a GPU, float32 on a CPU).
-        quantize: quantization of frozen linear layers, as in training: `nf4` or another kind, or COMPONENT=KIND (default: none).
-        offload: move weights to host memory while they are not used: `none`, `model` (one component at a time is on the GPU) or
-            `group` (one block at a time: slower, and least memory).
+        quantize: quantization of frozen linear layers, as in `veneer personalize`: a kind such as `nf4`, or COMPONENT=KIND
+            (default: none).
+        offload: move weights to host memory while they are not used: `model` has one component at a time on the GPU, `group`
+            one block at a time (least memory, slower).
         device: device such as `cuda` (default: a GPU if there is one).
-        out: folder for the images.
+        out: folder for the images, whose names are prompt and seed; no image is overwritten.
     """
 
     prompt: tuple[str, ...]

@@ -16,8 +16,8 @@ class InspectConfig:
 
     Args:
         file: a safetensors file of any format, a folder with one, or a hub name such as `user/repo`.
-        base: base model to compare the file with: `bundled`, a folder, a file, a hub name, or an architecture without
-            weights such as `sdxl` (default: none).
+        base: base model to compare the file with: `bundled`, a folder, a file, a hub name, or an architecture without weights
+            such as `sdxl` (default: no comparison).
         json: print one JSON object instead of a table.
     """
 

@@ -18,25 +18,26 @@ class MergeConfig:
     """Configuration of `veneer merge` and its defaults.
 
     Args:
-        files: safetensors files of any format, folders or hub names, of adapters of any methods that change weights. Trained
-            token embeddings, such as those of pivotal tuning, are kept: in the same file, or in one file each if the format
-            cannot contain them.
-        weights: one weight per file, also negative ones (default: 1). Token embeddings are not scaled. `PATTERN=NUMBER;...` sets
-            other weights for parts of the model, in the terms of `veneer sites`, such as "attn=0.5;text/attn=0"; the rest has 1.
-        method: `sum` (exact, ranks add up; LoRA only), `svd` (the sum, truncated to a rank), `ties`, `dare` or `dare_ties`.
-        rank: rank of the result, except with `sum` (default: the largest rank of the files).
-        energy: smallest rank that keeps this share of the squared singular values, up to 1. `rank` is then the upper limit, as
-            with the next three.
-        error: smallest rank with at most this relative error of each delta weight, 0 to 1 (Frobenius norm).
-        cumulative: smallest rank that keeps this share of the sum of singular values, up to 1.
-        ratio: keep singular values above the largest one divided by this number, above 1.
-        density: share of the parameters that `ties` (default: 0.2) or `dare` (default: 0.1) keeps, up to 1.
-        seed: seed of `dare`.
-        base: base model: `bundled`, a folder, a file, a hub name, or an architecture without weights such as `sdxl` or
-            `flux` (default: the base model that is recorded in one of the files, else the architecture that fits them).
-        to: format to write (default: the format of the first file).
+        files: adapters of any methods that change weights: safetensors files of any format, folders or hub names. Trained token
+            embeddings, as of `pivotal`, are kept: in the same file, or beside it if the format cannot contain them.
+        weights: one number per file, also negative (default: 1), or `'PATTERN=NUMBER;…'` with patterns of sites, such as
+            `'attn=0.5;text/attn=0'`, and 1 for the rest. Token embeddings are not scaled.
+        method: `sum` (exact, ranks add up; LoRA only), `svd` (the sum, reduced to a rank), `ties` (largest entries, by sign),
+            `dare` (random entries, rescaled) or `dare_ties`.
+        rank: rank of the result, not for `sum`, with one of the next four the upper limit (default: the largest rank of the
+            files).
+        energy: smallest rank of each weight that keeps this share of the squared singular values, 0 to 1; the square of
+            sd-scripts' `sv_fro`.
+        error: smallest rank with at most this relative error of each ΔW, in the Frobenius norm, 0 to 1.
+        cumulative: smallest rank that keeps this share of the sum of singular values, 0 to 1; sd-scripts' `sv_cumulative`.
+        ratio: keep singular values above the largest one divided by this number, above 1; sd-scripts' `sv_ratio`.
+        density: share of the entries of each ΔW that `ties` (default: 0.2) or `dare` (default: 0.1) keeps, 0 to 1.
+        seed: seed of `dare` and `dare_ties`.
+        base: base model: `bundled`, a folder, a file, a hub name, or an architecture without weights such as `sdxl` or `flux`
+            (default: that of a native file, else the architecture that fits the files).
+        to: format to write, as in `veneer convert` (default: that of the first file).
         dtype: dtype of the saved tensors.
-        out: the new file.
+        out: the new file, for `peft_folder` a folder; required.
     """
 
     files: tuple[Path, ...]

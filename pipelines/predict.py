@@ -24,10 +24,11 @@ class PredictConfig:
     """Configuration of `veneer predict` and its defaults.
 
     Args:
-        folder: folder that `veneer transfer --out` has written, or a hub name such as `user/pets`.
+        folder: run folder of `veneer transfer`, or a hub name such as `user/pets`.
         images: images, folders of images, `.txt` files with one path per line, or `-` for such a list from stdin.
         top: classes to list per image.
-        format: `text`, `json` (one line per image) or `csv` (one row per image, with a header).
+        format: lines on stdout: `text`, `json` (one object per image, unlike `--json`) or `csv` (one row per image, with a
+            header).
         batch: images per forward pass.
         device: device such as `cuda` (default: a GPU if there is one).
     """

@@ -40,17 +40,17 @@ class PretrainConfig:
 
     Args:
         work: folder for everything that is downloaded, rendered and trained.
-        stage: one of the stages, or `all`.
+        stage: one of the stages `vae`, `clip`, `unet`, `decoder`, `package` and `evaluate`, or `all` in this order.
         photos: folder with real photos, `clothing-160/SPLIT/CLASS/*` and `subjects-more/SUBJECT/*` (default: none, icons only).
-        init_from: folder of packaged base models to initialize from (default: random weights). `all` then keeps the encoder,
-            because the other models were trained on its latents, unless these have fewer channels than the new ones.
+        init_from: folder of packaged base models to initialize from (default: random weights). `all` then keeps their encoder,
+            unless its latents have fewer channels than the new ones.
         clip_steps: optimizer steps of the CLIP.
         unet_steps: optimizer steps of the UNet.
         decoder_steps: optimizer steps of the decoder.
         unet_decay: optimizer steps at the end over which the UNet's learning rate falls to zero; 0 keeps it constant.
         muon_lr: learning rate of the UNet's matrices.
         adam_lr: learning rate of the UNet's other parameters.
-        bases: folder for the packaged base models.
+        bases: folder for the packaged base models (default: that of the installed package).
         results: folder for metrics, image grids and curves.
         seeds: images per prompt in the evaluation.
         prompts: prompts in the evaluation, at most 100.

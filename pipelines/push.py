@@ -15,10 +15,11 @@ class PushConfig:
     """Configuration of `veneer push` and its defaults.
 
     Args:
-        folder: of a finished run of `personalize`, `control train` or `transfer`.
+        folder: run folder of a finished `veneer personalize`, `veneer control train` or `veneer transfer`.
         repo: repository on the hub, `USER/REPO`; it is created if it does not exist, and updated if it does.
         private: create a repository that only its owner can read.
-        license: identifier of the license of the adapter, such as `openrail` or `cc-by-4.0` (default: none, which the card says).
+        license: license of the adapter, an identifier of the hub such as `openrail` or `cc-by-4.0` (default: none, which the
+            card says).
         dry_run: write the folder that would be uploaded, and upload nothing.
         out: new folder for the files to upload (default: `hub` in `folder` for a dry run, else a temporary folder).
     """

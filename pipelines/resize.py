@@ -17,19 +17,19 @@ class ResizeConfig:
     """Configuration of `veneer resize` and its defaults.
 
     Args:
-        file: a safetensors file of any format, a folder or a hub name, of an adapter of any method that changes weights. Trained
+        file: an adapter of any method that changes weights: a safetensors file of any format, a folder or a hub name. Trained
             token embeddings in it are kept.
-        rank: the largest rank; weights of a lower rank keep theirs.
-        energy: smallest rank that keeps this share of the squared singular values, up to 1. `rank` is then the upper limit, as
-            with the next three.
-        error: smallest rank with at most this relative error of each delta weight, 0 to 1 (Frobenius norm).
-        cumulative: smallest rank that keeps this share of the sum of singular values, up to 1.
-        ratio: keep singular values above the largest one divided by this number, above 1.
-        base: base model: `bundled`, a folder, a file, a hub name, or an architecture without weights such as `sdxl` or
-            `flux` (default: the base model that a native file was trained on, else the architecture that fits the file).
-        to: format to write (default: the format of the file).
+        rank: rank of the result; this or one of the next four is required, and with one of them it is the upper limit.
+        energy: smallest rank of each weight that keeps this share of the squared singular values, 0 to 1; the square of
+            sd-scripts' `sv_fro`.
+        error: smallest rank with at most this relative error of each ΔW, in the Frobenius norm, 0 to 1.
+        cumulative: smallest rank that keeps this share of the sum of singular values, 0 to 1; sd-scripts' `sv_cumulative`.
+        ratio: keep singular values above the largest one divided by this number, above 1; sd-scripts' `sv_ratio`.
+        base: base model: `bundled`, a folder, a file, a hub name, or an architecture without weights such as `sdxl` or `flux`
+            (default: that of a native file, else the architecture that fits the file).
+        to: format to write, as in `veneer convert` (default: that of the file).
         dtype: dtype of the saved tensors.
-        out: the new file.
+        out: the new file, for `peft_folder` a folder; required.
     """
 
     file: Path

@@ -208,7 +208,8 @@ def command_page() -> str:
 def _command(words: list[str]) -> list[str]:
     """The heading, usage and flags of one command, or those of its subcommands."""
     parser = _parser(words)
-    lines = [f"## veneer {' '.join(words)}", "", _sentence(parser.description or ""), ""]
+    about, *notes = (parser.description or "").split("\n\n")
+    lines = [f"## veneer {' '.join(words)}", "", _sentence(about), "", *(f"{escaped(note)}\n" for note in notes)]
     if examples := EXAMPLES.get(" ".join(words)):
         lines += ["```sh", *examples, "```", ""]
     if subcommands := _subparsers(parser):

@@ -12,6 +12,7 @@ from typing import Any
 
 from veneer.allocator import keep_freed_memory, share_freed_memory
 from veneer.command_line.examples import examples_text
+from veneer.command_line.notes import description_of
 from veneer.command_line.output import add_output_flags, error_of, output, print_json, result_of
 from veneer.command_line.parser import Parser
 from veneer.commands import COMMANDS, check_command
@@ -154,7 +155,7 @@ def parser_for(arguments: Sequence[str]) -> Parser:
     commands = parser.add_subparsers(metavar="command")
     check_command(parser, command_name(arguments), COMMANDS)
     for name, (text, add) in COMMANDS.items():
-        about: dict[str, Any] = {"help": text, "description": text, "epilog": examples_text(name)}
+        about: dict[str, Any] = {"help": text, "description": description_of(name, text), "epilog": examples_text(name)}
         command = commands.add_parser(name, argument_default=argparse.SUPPRESS, **about)
         if name == command_name(arguments):
             add(command, arguments)

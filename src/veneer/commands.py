@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from veneer.command_line.examples import examples_text
+from veneer.command_line.flag_groups import add_method_group
+from veneer.command_line.notes import description_of
 from veneer.command_line.output import add_output_flags, print_lines
 from veneer.config_file import add_config_flags, entries_of, method_of, read_config, to_toml
 from veneer.discovery import find_entries
-from veneer.flags import add_flags, required_fields, values
+from veneer.flags import about_of, add_flags, required_fields, values
 from veneer.static_source import class_named, class_of
 from veneer.training.method_names import split_methods
 
@@ -39,8 +41,9 @@ def _training_command(function: str, config_name: str, positional: str) -> AddFl
         taken = add_flags(parser, config_class, positional=(positional,), skip=("options",), grouped=True)
         add_config_flags(parser)
         for name in names:
-            group = parser.add_argument_group(f"options of {name}")
-            taken |= add_flags(group, _method_class(name), prefix=name, taken=taken)
+            method = _method_class(name)
+            group = add_method_group(parser, name, about_of(method))
+            taken |= add_flags(group, method, prefix=name, taken=taken)
 
         def run(namespace: argparse.Namespace) -> object:
             pipeline = importlib.import_module(module)
@@ -149,7 +152,8 @@ def _command_group(**commands: tuple[str, AddFlags]) -> AddFlags:
             parser.error(f"flags of {known[0]!r} belong after it: {parser.prog} {known[0]} …")
         check_command(parser, subcommand, commands)
         for name, (text, add_flags_of) in commands.items():
-            about: dict[str, Any] = {"help": text, "description": text, "epilog": examples_text(f"{words[0]} {name}")}
+            full = f"{words[0]} {name}"
+            about: dict[str, Any] = {"help": text, "description": description_of(full, text), "epilog": examples_text(full)}
             command = subparsers.add_parser(name, argument_default=argparse.SUPPRESS, **about)
             if name == subcommand:
                 add_flags_of(command, arguments)
@@ -161,7 +165,8 @@ def _command_group(**commands: tuple[str, AddFlags]) -> AddFlags:
 def _sites(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument(
         "base",
-        help="`bundled`, `bundled_clip`, a diffusers folder, a hub name, or a timm or open_clip model as for `transfer --model`",
+        help="a diffusion model: `bundled`, a diffusers folder, a .safetensors file or a hub name; or a classifier: a timm name, "
+        "`bundled_clip` or `open_clip:NAME/TAG`",
     )
     parser.add_argument(
         "--peft",
@@ -222,18 +227,21 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
         _config_command("export", "export", "ExportConfig", ("folder",), True),
     ),
     "control": (
-        "condition a diffusion model on maps or images",
+        "train control adapters (ControlNet and others), and generate with them",
         _command_group(
-            train=("train a control adapter", _training_command("control", "ControlConfig", "data")),
+            train=(
+                "train a control adapter: ControlNet, T2I-Adapter, ControlNeXt or IP-Adapter",
+                _training_command("control", "ControlConfig", "data"),
+            ),
             generate=(
                 "generate images with control adapters",
-                _config_command("control", "generate_controlled", "ControlGenerateConfig", ("prompt",), True),
+                _config_command("control", "generate_controlled", "ControlGenerateConfig", ("prompt",), True, grouped=True),
             ),
         ),
     ),
     "generate": (
         "generate images with trained adapters",
-        _config_command("generate", "generate", "GenerateConfig", ("prompt",), True),
+        _config_command("generate", "generate", "GenerateConfig", ("prompt",), True, grouped=True),
     ),
     "inspect": (
         "show the contents of an adapter file",
@@ -257,9 +265,9 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
         "upload a finished run to the model hub with a model card",
         _config_command("push", "push", "PushConfig", ("folder", "repo"), True),
     ),
-    "sites": ("list the sites of a model that methods can adapt", _sites),
-    "methods": ("list the methods and the hosts that they support", _registry_command("methods")),
-    "hosts": ("list the hosts: the supported model families", _registry_command("hosts")),
+    "sites": ("list the sites of a model, which are the layers that methods can adapt", _sites),
+    "methods": ("list the methods, and the hosts (model families) that they support", _registry_command("methods")),
+    "hosts": ("list the hosts, which are the supported model families", _registry_command("hosts")),
     "examples": (
         "write the example photos to a folder",
         _config_command("examples", "examples", "ExamplesConfig", ("folder",), True),

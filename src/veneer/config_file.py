@@ -35,10 +35,10 @@ UNSAVED = ("out", "resume", "dry_run", "options")
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """Adds `--config` and `--print-config`."""
     group = parser.add_argument_group("config file")
-    group.add_argument("--config", dest="config file", metavar="FILE", help="read options from a .toml or .yaml file; flags win")
-    group.add_argument(
-        "--print-config", dest="print config", action="store_true", help="print the options as a config file, and stop"
-    )
+    text = "read options, by the names of their flags, from a .toml or .yaml file; flags win"
+    group.add_argument("--config", dest="config file", metavar="FILE", help=text)
+    text = "print the options of this command line as a config file, and stop"
+    group.add_argument("--print-config", dest="print config", action="store_true", help=text)
 
 
 def read_config(arguments: Sequence[str]) -> Table:

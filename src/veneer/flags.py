@@ -14,7 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from veneer.command_line.flag_groups import GROUPS, group_of
+from veneer.command_line.flag_groups import group_of, groups_of
+from veneer.command_line.help_text import choices_placeholder, placeholder, with_default, with_flags
 
 METAVARS = {int: "N", float: "X", Path: "PATH"}
 """Type to the placeholder of its values in help texts."""
@@ -47,33 +48,40 @@ def add_flags(
         The added flags.
     """
     hints, texts, added = typing.get_type_hints(config), help_of(config), set[str]()
-    groups = (
-        _argument_groups(parser, {field.name for field in dataclasses.fields(config)} - {*positional, *skip}) if grouped else {}
-    )
-    for field in fields_in_order(config):
-        if field.name in skip:
-            continue
+    fields = [field for field in fields_in_order(config) if field.name not in skip]
+    flags_of = {f.name: _flags(f.name, prefix, taken) for f in fields if f.name not in positional}
+    groups, table = dict[str | None, argparse._ActionsContainer](), groups_of(flags_of)
+    if grouped:
+        groups = _argument_groups(parser, flags_of, table)
+        order = {name: place for place, name in enumerate(itertools.chain(*table.values()))}
+        fields.sort(key=lambda field: order.get(field.name, 0))
+    for field in fields:
         name = f"{prefix}.{field.name}" if prefix else field.name
-        text = _help(texts.get(field.name, ""), field)
+        text = _help(texts.get(field.name, ""), field, flags_of)
         settings: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, **_settings_of(field, hints[field.name])}
         if field.name in positional:
             settings.pop("metavar", None)
             optional = not required or field.name not in required_fields(config)
             parser.add_argument(field.name, **{**settings, **(_optional_positional(settings) if optional else {})})
             continue
-        flags = [f"--{name.rstrip('_').replace('_', '-')}"]
-        if name.endswith("_") and "metavar" not in settings:
-            settings["metavar"] = name.rstrip("_").upper()
-        if prefix and (plain := f"--{field.name.replace('_', '-')}") not in taken:
-            flags.append(plain)
-        groups.get(group_of(field.name), parser).add_argument(*flags, dest=name, **settings)
+        flags = flags_of[field.name]
+        groups.get(group_of(field.name, table), parser).add_argument(*flags, dest=name, **settings)
         added.update(flags)
     return added
 
 
-def _argument_groups(parser: argparse._ActionsContainer, names: Collection[str]) -> dict[str | None, argparse._ActionsContainer]:
+def _flags(name: str, prefix: str, taken: Collection[str]) -> list[str]:
+    """The flags of a field: with a prefix first that with it, and then the one without it, unless it is taken."""
+    plain = f"--{name.rstrip('_').replace('_', '-')}"
+    long = f"--{prefix.replace('_', '-')}.{plain[2:]}" if prefix else plain
+    return [long] if long == plain or plain in taken else [long, plain]
+
+
+def _argument_groups(
+    parser: argparse._ActionsContainer, names: Collection[str], table: Mapping[str, Sequence[str]]
+) -> dict[str | None, argparse._ActionsContainer]:
     """An argument group for each title that has one of these fields."""
-    return {title: parser.add_argument_group(title) for title, fields in GROUPS.items() if {*fields} & {*names}}
+    return {title: parser.add_argument_group(title) for title, fields in table.items() if {*fields} & {*names}}
 
 
 def fields_in_order(config: Any) -> list[dataclasses.Field[Any]]:
@@ -92,19 +100,20 @@ def _optional_positional(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"nargs": "*" if "nargs" in settings else "?", "default": None}
 
 
-def _help(text: str, field: dataclasses.Field[Any]) -> str:
-    """The help text with the field's default, if it has one."""
-    default = field.default
-    if default in (dataclasses.MISSING, None, "", ()) or default is False:
-        return text.replace("%", "%%")
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else "on" if default is True else default
-    return f"{text} (default: {shown})".replace("%", "%%")
+def _help(text: str, field: dataclasses.Field[Any], flags: Mapping[str, Sequence[str]]) -> str:
+    """The help text with the names of flags and the field's default, if it has one."""
+    default = None if field.default is dataclasses.MISSING else field.default
+    return with_default(with_flags(text, {name: each[-1] for name, each in flags.items()}), default).replace("%", "%%")
 
 
 def _settings_of(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     """Arguments of `add_argument` for the values of a field."""
     settings = _value_settings(hint)
-    return {"type": _parse_size, "metavar": "WxH"} if field.name == "size" and settings.get("nargs") == 2 else settings
+    if field.name == "size" and settings.get("nargs") == 2:
+        return {"type": _parse_size, "metavar": "WxH"}
+    if settings.get("type") is str:
+        settings["metavar"] = placeholder(field.name, "nargs" in settings)
+    return settings
 
 
 def _parse_size(text: str) -> list[int]:
@@ -124,7 +133,7 @@ def _value_settings(hint: Any) -> dict[str, Any]:
         several = [a for a in options if typing.get_origin(a) is tuple]
         return _value_settings(several[0] if several else options[0])
     if origin is Literal:
-        return {"choices": args}
+        return {"choices": args, **({"metavar": name} if (name := choices_placeholder(args)) else {})}
     if origin is tuple and _is_mapping(args[0]):
         return {"nargs": "+", "type": _parse_table, "metavar": "KEY=VALUE,…"}
     if origin is tuple:
@@ -212,6 +221,11 @@ def _merge(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
     return merged
+
+
+def about_of(config: type) -> str:
+    """First paragraph of the class's docstring, in one line."""
+    return " ".join((inspect.getdoc(config) or "").partition("\n\n")[0].split())
 
 
 def help_of(config: type) -> dict[str, str]:

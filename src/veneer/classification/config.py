@@ -31,51 +31,56 @@ class TransferConfig(TrainingOptions, SiteOptions):
     """Configuration of `veneer transfer` and its defaults.
 
     Args:
-        data: an image folder (`CLASS/images`, also below `train`, `validation`, `test`), a CSV of path and label, a Hugging Face
-            dataset folder or the hub name of a dataset with such files, or `digits` of scikit-learn (default: digits).
-        model: `bundled` (the image encoder of the bundled CLIP), a timm name, or `bundled_clip` or `open_clip:NAME/TAG` for
-            methods that use texts.
-        weights: a safetensors file for the model, or `none` for random weights (default: the published weights).
-        method: a method, or several joined by `+`, as listed by `veneer methods`. `zero_shot` evaluates a CLIP without training.
+        data: image folder (`CLASS/IMAGE`, or `train/CLASS/IMAGE` and so on), a CSV of path, label and optionally split, a
+            dataset of Hugging Face (folder or hub name) with such files, or `digits` of scikit-learn (default: digits).
+        model: a timm name or folder, `bundled` (the image encoder of the bundled CLIP), or for methods that use class names,
+            such as `coop`, `bundled_clip` or `open_clip:NAME/TAG`, such as `open_clip:ViT-B-32/laion2b_s34b_b79k`.
+        weights: a .safetensors file for the model, or `none` for random weights (default: the published weights).
+        method: a method of `veneer methods`, several joined by `+`, or `zero_shot` for a CLIP without training; `linear_probe`
+            trains the head only, `full` all weights; `--method NAME --help` shows its options.
         options: method name to its options.
         head: `fresh` for a new linear head that is trained, `kept` for the model's own head (default: what the method needs).
-        lp_ft: LP-FT: initialize a fresh head with a logistic regression on the frozen features, then fine-tune. It helps in short
-            runs; in longer runs, training a new head with the adapters was better.
-        templates: prompt templates of a CLIP, with {} for the class name.
-        batch_norm: BatchNorm statistics: `frozen`, or `moving` to update them (default: moving with random weights, else frozen).
+        lp_ft: LP-FT: initialize a new head with a logistic regression on the frozen features, then fine-tune; best in short
+            runs.
+        templates: prompt templates of a CLIP, with {} for the class name; their embeddings are averaged.
+        batch_norm: BatchNorm statistics: `frozen`, or `moving` to update them in training (default: moving with random weights,
+            else frozen).
         shots: training images per class (default: all).
-        validation: share of the images in the validation split, which selects the epoch, if the data has no such split; 0 to 1.
-        test: share of the images in the test split, which is evaluated at the end, if the data has no such split; 0 to 1.
-        split_seed: seed of these splits.
-        steps: optimizer steps; overrides `--epochs`.
+        validation: share of the images for the validation split, which selects the epoch, 0 to 1; not used if the data has one.
+        test: share of the images for the test split, which is evaluated at the end, 0 to 1; not used if the data has one.
+        split_seed: seed of the validation and test splits.
+        steps: optimizer steps, instead of `epochs`.
         epochs: passes over the training images.
-        batch: images per micro-batch, over all processes.
+        batch: images per micro-batch, in total over all processes.
         gradient_accumulation_steps: micro-batches per optimizer step.
-        learning_rate: peak learning rate of the first method, and of a new head beside it (default: the method's). Other methods
-            keep their ratio to it.
+        learning_rate: peak learning rate of the first method, and of a new head beside it (default: the method's, such as 0.001
+            for lora). Other methods keep their ratio to it; it does not scale with the batch.
         schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`.
-        warmup: share of the steps with linear warmup, 0 to 1.
-        weight_decay: decoupled weight decay.
+        warmup: share of the steps with linear warmup before the schedule, 0 to 1.
+        weight_decay: decoupled weight decay of all trained parameters.
         label_smoothing: share of the target that is spread over all classes, 0 to 1.
         class_weights: weights of the classes in the loss: `none`, or `balanced`, in inverse proportion to their training images.
         mixup: alpha of mixup, typically 0.2; 0 disables it.
         cutmix: alpha of CutMix, typically 1; 0 disables it. With both, each pair of images gets one of them.
-        ema: decay of an exponential moving average of the weights, which is what is evaluated and saved; 0 disables it.
-        augment: `none`, `light` (random crop), `flip` (also horizontal flips, if the data allows them) or `strong` (also
-            RandAugment and random erasing).
-        squash: resize to the exact side without a crop, as VTAB does.
+        ema: decay of an exponential moving average of the trained weights, such as 0.999; the average is evaluated and saved; 0
+            disables it.
+        augment: `none`, `light` (random crop), `flip` (also horizontal flips, except of `digits`) or `strong` (also RandAugment
+            and random erasing).
+        squash: resize to a square that ignores the aspect ratio, without a crop, as VTAB does.
         size: side of the images in pixels (default: the model's).
-        mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
-        patience: early stopping: epochs without a better validation accuracy before the run ends; 0 disables it.
-        search: trials of the search for learning rate and adapter scale on the validation split; 0 disables it.
-        search_epochs: passes over the training images in each trial.
-        cache: compute the features once per image if only the head and methods on features are trained.
+        mixed_precision: autocast of the forward pass to this dtype; `no` disables it.
+        patience: early stopping after this many epochs without a better validation accuracy; 0 disables it.
+        search: number of short trial runs that choose learning rate and adapter scale by validation accuracy; 0 disables them.
+        search_epochs: passes over the training images in each trial of `search`.
+        cache: compute the features of each image once, without augmentation, if only the head and methods on features are
+            trained; not with mixup or CutMix.
         seed: seed of all random numbers.
-        resume: continue from the newest checkpoint in `out`.
-        dry_run: print what would be trained, and stop.
+        resume: continue after the last complete epoch in `out`.
+        dry_run: load the model, print what would be trained, and stop.
         workers: threads that read images; 0 uses one per core.
-        tracker: `tensorboard`, `wandb`, `comet_ml`, `mlflow` or others of accelerate, several with commas, or `none`.
-        out: folder for all results (default: a new one under `runs`).
+        tracker: logger of loss and metrics: `tensorboard` (in `logs` of the run folder), `wandb`, `comet_ml`, `mlflow` or
+            others of accelerate, several with commas, or `none`; without its package it is skipped.
+        out: run folder, for all results (default: a new one under `runs`).
     """
 
     data: str | None = None

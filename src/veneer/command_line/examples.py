@@ -5,35 +5,64 @@ from __future__ import annotations
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "personalize": (
         "veneer personalize",
+        "veneer personalize photos/ --concept '<toy>' --class-word toy --rank 16 --steps 600",
         "veneer personalize photos/ --concept '<toy>' --class-word toy --method pivotal",
-        "veneer personalize photos/ --concept '<toy>' --base stabilityai/stable-diffusion-xl-base-1.0 --rank 16 --quantize nf4",
+        "veneer personalize photos/ --concept '<toy>' --base model.safetensors --learning-rate 1e-4",
+        "veneer personalize photos/ --concept '<toy>' --base owner/model --quantize nf4",
         "veneer personalize photos/ --concept '<toy>' --base flux --check 12GB",
+        "veneer personalize photos/ --concept '<toy>' --steps 600 --print-config",
     ),
     "transfer": (
         "veneer transfer",
-        "veneer transfer photos/ --model vit_small_patch16_224.augreg_in21k --method lora --epochs 10",
+        "veneer transfer photos/ --model vit_small_patch16_224.augreg_in21k --epochs 10",
+        "veneer transfer photos/ --method vpt+lora --rank 4 --search 6",
+        "veneer transfer photos/ --model bundled_clip --method coop --shots 16",
     ),
-    "compare": ("veneer compare photos/ --methods 'lora, ssf, vpt' --seeds 3",),
-    "predict": ("veneer predict runs/clothes new-photos/",),
+    "compare": (
+        "veneer compare photos/ --methods 'lora, ssf, vpt' --seeds 3",
+        "veneer compare photos/ --methods 'lora(rank=4), lora(rank=16), full' --epochs 10",
+    ),
+    "predict": (
+        "veneer predict runs/clothes new-photos/",
+        "veneer predict runs/clothes new-photos/ --top 1 --format csv",
+    ),
     "export": (
         "veneer export runs/clothes --to timm --out clothes-timm",
-        "veneer export runs/clothes --to onnx --out clothes.onnx",
+        "veneer export runs/clothes --to onnx --include-normalization --out clothes.onnx",
     ),
     "control train": (
-        "veneer control train --condition canny --method controlnet",
-        "veneer control train pairs/ --condition pairs --method t2i_adapter",
+        "veneer control train --condition canny --method t2i_adapter",
+        "veneer control train photos/ --condition soft_edge --base owner/model",
+        "veneer control train pairs/ --condition pairs --method controlnet",
+        "veneer control train photos/ --method ip_adapter",
     ),
-    "control generate": ("veneer control generate 'a cat' --adapter runs/canny --image map.png",),
+    "control generate": (
+        "veneer control generate 'a cat' --adapter runs/canny-controlnet --image dog.jpg",
+        "veneer control generate 'a cat' --adapter runs/canny-controlnet:0.8 --map edges.png",
+    ),
     "generate": (
         "veneer generate 'a photo of a <toy>' --adapter runs/toy-lora",
-        "veneer generate 'a <toy> in snow' --adapter runs/toy-lora:0.8 runs/style-lora:0.5 --images-per-prompt 4 --side-by-side",
+        "veneer generate 'a <toy> in snow' --adapter runs/toy-lora:0.8 runs/style-lora:0.5",
+        "veneer generate 'a <toy>' --adapter runs/toy-lora --images-per-prompt 4 --side-by-side",
     ),
-    "inspect": ("veneer inspect toy.safetensors",),
-    "convert": ("veneer convert runs/toy-lora --to kohya",),
+    "inspect": ("veneer inspect toy.safetensors", "veneer inspect toy.safetensors --base sdxl"),
+    "convert": (
+        "veneer convert runs/toy-lora --to kohya",
+        "veneer convert toy.safetensors --base sdxl --to peft_folder --out toy-peft",
+    ),
     "convert-config": ("veneer convert-config dataset.toml --out run.toml",),
-    "merge": ("veneer merge toy.safetensors style.safetensors --weights 1 0.5 --method ties",),
-    "extract": ("veneer extract tuned/ --base original/ --rank 32",),
-    "resize": ("veneer resize toy.safetensors --rank 8",),
+    "merge": (
+        "veneer merge toy.safetensors ink.safetensors --weights 1 0.5 --out both.safetensors",
+        "veneer merge runs/toy-lora user/style --method ties --rank 16 --out both.safetensors",
+    ),
+    "extract": (
+        "veneer extract tuned/ --base original/ --rank 32 --out tuned.safetensors",
+        "veneer extract tuned/ --base original/ --energy 0.9 --rank 64 --out tuned.safetensors",
+    ),
+    "resize": (
+        "veneer resize toy.safetensors --rank 8 --out toy-rank8.safetensors",
+        "veneer resize toy.safetensors --energy 0.95 --dtype float16 --out toy-small.safetensors",
+    ),
     "push": (
         "veneer push runs/toy-lora user/toy-lora --license cc-by-4.0 --dry-run",
         "veneer push runs/toy-lora user/toy-lora --license cc-by-4.0 --private",
@@ -41,7 +70,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "sites": ("veneer sites bundled", "veneer sites vit_small_patch16_224", "veneer sites bundled --peft"),
     "examples": ("veneer examples",),
     "app": ("veneer app", "veneer app --port 8000 --no-browser"),
-    "bench": ("veneer bench --size tiny",),
+    "bench": ("veneer bench --size tiny", "veneer bench --rows attach load --out bench.json"),
 }
 """Command to lines to type."""
 

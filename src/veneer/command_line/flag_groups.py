@@ -1,26 +1,29 @@
-"""Groups of flags in the help texts of commands that train, by the name of the field."""
+"""Groups of flags in the help texts of commands that train or generate, by the name of the field."""
 
 from __future__ import annotations
+
+import argparse
+from collections.abc import Collection, Mapping
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": (
         "base", "model", "weights",
     ),
     "data": (
-        "datasets", "concept", "class_word", "class_images", "prior_loss_weight", "template", "caption_dropout",
-        "tag_dropout", "keep_tokens", "shuffle_tags", "resolution", "crop", "flip", "buckets", "masks", "truncate",
-        "condition", "train", "generated_images", "image_dropout", "shots", "validation", "validation_share",
-        "validation_every", "test", "split_seed", "augment", "squash", "size", "workers",
+        "concept", "class_word", "class_images", "prior_loss_weight", "condition", "generated_images", "template",
+        "caption_dropout", "image_dropout", "tag_dropout", "shuffle_tags", "keep_tokens", "truncate", "resolution", "crop",
+        "flip", "buckets", "masks", "datasets", "shots", "validation", "validation_share", "validation_every", "test",
+        "split_seed", "augment", "squash", "size", "workers",
     ),
     "method": (
-        "method", "methods", "where", "target_modules", "init_from", "with_", "text_encoder", "head", "templates", "lp_ft",
-        "batch_norm", "baseline",
+        "method", "methods", "baseline", "where", "target_modules", "text_encoder", "head", "lp_ft", "templates", "batch_norm",
+        "train", "init_from", "with_",
     ),
     "optimization": (
-        "steps", "epochs", "batch", "gradient_accumulation_steps", "learning_rate", "text_learning_rate",
+        "seeds", "first_seed", "steps", "epochs", "batch", "gradient_accumulation_steps", "learning_rate", "text_learning_rate",
         "token_learning_rate", "schedule", "warmup", "cycles", "power", "min_lr_ratio", "block_lr", "optimizer",
         "optimizer_args", "weight_decay", "max_grad_norm", "ema", "label_smoothing", "class_weights", "mixup", "cutmix",
-        "patience", "search", "search_epochs", "seed", "seeds", "first_seed",
+        "patience", "search", "search_epochs", "seed",
     ),
     "loss": (
         "loss", "loss_weighting", "min_snr_gamma", "timestep_sampling", "prediction", "noise_offset", "pyramid_noise",
@@ -31,7 +34,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "cache_folder", "check",
     ),
     "evaluation": (
-        "preview_every", "preview_steps", "preview_scheduler", "prompts", "drift_prompts", "eval", "eval_seeds", "features",
+        "preview_every", "prompts", "preview_steps", "preview_scheduler", "eval", "eval_seeds", "drift_prompts", "features",
         "strength", "grid_images", "tracker",
     ),
     "output": (
@@ -41,6 +44,35 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """Title to the fields of the group, in the order of the help text."""
 
 
-def group_of(name: str) -> str | None:
+GENERATION: dict[str, tuple[str, ...]] = {
+    "model": ("adapter", "base"),
+    "control": ("image", "map", "condition", "start", "end"),
+    "images": (
+        "images_per_prompt", "seed", "size", "steps", "guidance_scale", "negative_prompt", "scheduler", "side_by_side", "out",
+    ),
+    "memory and speed": ("device", "dtype", "quantize", "offload"),
+}  # fmt: skip
+"""The groups of commands that generate images."""
+
+
+def groups_of(names: Collection[str]) -> Mapping[str, tuple[str, ...]]:
+    """The groups for a command with these fields: `GENERATION` for one that generates images, else `GROUPS`."""
+    return GENERATION if "guidance_scale" in names else GROUPS
+
+
+def group_of(name: str, groups: Mapping[str, tuple[str, ...]] = GROUPS) -> str | None:
     """Title of the group of a field, or None."""
-    return next((title for title, names in GROUPS.items() if name in names), None)
+    return next((title for title, names in groups.items() if name in names), None)
+
+
+def add_method_group(parser: argparse.ArgumentParser, method: str, about: str) -> argparse._ArgumentGroup:
+    """Adds the group of a method's options, after the group `method` and those of methods before it.
+
+    Args:
+        about: first paragraph of the method's docstring, with its formula.
+    """
+    group = parser.add_argument_group(f"options of {method}", about)
+    groups = parser._action_groups
+    before = [place for place, each in enumerate(groups) if each.title == "method" or str(each.title).startswith("options of ")]
+    groups.insert(max(place for place in before if groups[place] is not group) + 1, groups.pop())
+    return group

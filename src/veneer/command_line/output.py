@@ -22,9 +22,11 @@ ATTRIBUTES = ("where", "given", "expected", "file", "option")
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     """Adds `--quiet`, and `--json` unless the command has its own."""
     group = parser.add_argument_group("messages")
-    group.add_argument("--quiet", dest="quiet output", action="store_true", help="print errors only")
+    group.add_argument(
+        "--quiet", dest="quiet output", action="store_true", help="print only errors, and the JSON object of --json"
+    )
     if "--json" not in parser._option_string_actions:
-        text = "print the result, or the error, as one JSON object on stdout, and everything else on stderr"
+        text = "print the result, or the error, as one JSON object on stdout, and messages on stderr"
         group.add_argument("--json", dest="json output", action="store_true", help=text)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
+from .help_text import HelpFormatter
+
 SHORT_USAGE = 6
 """Largest number of lines of a usage text with flags."""
 
@@ -26,8 +28,7 @@ class Parser(argparse.ArgumentParser):
     """Message of the last error of any parser."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": layout, **settings})
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": HelpFormatter, **settings})
 
     def format_usage(self) -> str:
         usage = super().format_usage()

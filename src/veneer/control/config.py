@@ -37,59 +37,64 @@ class ControlConfig(DiffusionTrainingOptions):
     """Configuration of `veneer control train` and its defaults.
 
     Args:
-        data: folder of photos with captions, and with maps for `pairs` (default: images that the base model generates).
-        condition: what the images are conditioned on: a map that is computed from each photo: `canny`, `soft_edge`, `scribble`,
-            `grey`, `blur`, `low_resolution`, `palette` or `mask`; `pairs` for maps stored beside the photos; `image` for the
-            images themselves (default: canny, but image for ip_adapter).
-        method: `controlnet`, `t2i_adapter`, `controlnext` or `ip_adapter`.
-        base: base model: `bundled`, a folder, a file or a hub name, of SD 1.x, SD 2 or SDXL.
+        data: folder of photos with captions, as for `veneer personalize` (default: images that the base model generates).
+        condition: what the model is conditioned on: a map that is computed from each photo (`canny`, `soft_edge`, `scribble`,
+            `grey`, `blur`, `low_resolution`, `palette` or `mask`), `pairs` for map files (`NAME.map.png` beside `NAME.png`, or
+            folders `images` and `conditions`), or `image` for the photos themselves (default: canny, but image for ip_adapter).
+        method: `controlnet`, `t2i_adapter` (small and fast), `controlnext` (also trains base weights) or `ip_adapter` (image
+            prompts); `--method NAME --help` shows its options.
+        base: base model: `bundled`, a diffusers folder, a .safetensors file or a hub name, of SD 1.x, SD 2 or SDXL.
         options: method name to its options.
-        train: base weights to train as well, a selection of sites (default: attn.out xattn.out for controlnext, else none).
-        generated_images: number of training images to generate with the base model if no data is given.
-        validation: share of the images in the held-out split, on which the metrics are measured, 0 to 1.
-        template: caption of photos without a caption.
-        caption_dropout: probability of an empty caption, 0 to 1 (default: the preset of the base model, else 0.5; 0.1 for
+        train: sites whose base weights train as well (default: `attn.out xattn.out` for controlnext, else none).
+        generated_images: number of training images that the base model generates, without `data`.
+        validation: share of the images to hold out, on which the metrics are measured, 0 to 1.
+        template: caption of photos without a caption (default: an empty one).
+        caption_dropout: probability of an empty caption in a step, 0 to 1 (default: the preset's, else 0.5; 0.1 for
             ip_adapter).
-        image_dropout: probability of no image for ip_adapter, 0 to 1; classifier-free guidance needs it.
+        image_dropout: probability of an empty image in a step of ip_adapter, 0 to 1; classifier-free guidance needs some.
         resolution: side of the images in pixels (default: the base model's).
-        crop: position of the crop, `center` or `random`.
-        flip: probability of a horizontal flip, 0 to 1.
-        buckets: train at the photos' aspect ratios; otherwise on square crops.
-        steps: optimizer steps (default: the preset of the base model, else 20,000).
-        batch: images per micro-batch, over all processes (default: the preset of the base model, else 4).
+        crop: part of the photo that a crop keeps; `random` samples it in each step.
+        flip: probability of a horizontal flip, 0 to 1; leave it at 0 for faces and text.
+        buckets: aspect-ratio buckets: train at the photos' aspect ratios; otherwise on square crops.
+        steps: optimizer steps (default: the preset's, 800 or 1,500 with the bundled model, else 20,000). Each has `batch` ×
+            `gradient_accumulation_steps` images.
+        batch: images per micro-batch, in total over all processes (default: the preset's, else 4).
         gradient_accumulation_steps: micro-batches per optimizer step.
-        learning_rate: peak learning rate (default: the preset of the base model, else the method's).
-        schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex` (default: preset, else constant).
-        warmup: optimizer steps of linear warmup.
-        weight_decay: decoupled weight decay.
-        ema: decay of an exponential moving average of the weights, which is what is saved; 0 disables it.
-        timestep_sampling: distribution of the noise level in training: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid` or
-            `shift` (default: cubic for t2i_adapter, else uniform). diffusers' scripts count from the noisy end, so that their
-            `--logit_mean` has the other sign.
-        dtype: dtype of the frozen base model (default: bfloat16 on a GPU, float32 on a CPU); adapters are in float32.
-            float16 needs `--mixed-precision fp16`.
-        quantize: quantization of frozen linear layers: a kind for the denoiser (`nf4`, `nf4-dq`, `fp4`, `fp4-dq`, `int4`, `int8`,
-            `int8-torchao`, `int8-quanto`, `fp8`) or a GGUF file, or COMPONENT=KIND for each component (default: none).
-        shard_base: split the frozen weights over the processes of `accelerate launch` (FSDP2), which saves memory; not with
-            `quantize`.
-        mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
-        gradient_checkpointing: recompute activations in the backward pass, which saves memory.
-        cache: cache latents and text embeddings instead of computing them in each step.
+        learning_rate: peak learning rate (default: the preset's, else the method's, such as 0.00001 for controlnet).
+        schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`
+            (default: the preset's, else constant).
+        warmup: optimizer steps of linear warmup before the schedule.
+        weight_decay: decoupled weight decay of all trained parameters.
+        ema: decay of an exponential moving average of the trained weights, such as 0.999; the average is saved; 0 disables it.
+        timestep_sampling: distribution of the noise level in training: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid`,
+            and for flow matching `shift` or `flux_shift` (default: cubic for t2i_adapter, else uniform). `logit_normal` has
+            mean 0; diffusers' scripts count from the noisy end, so that their `--logit_mean` has the other sign.
+        dtype: dtype of the frozen base model; adapters train in float32 (default: bfloat16 on a GPU, float32 on a CPU). float16
+            needs `--mixed-precision fp16`.
+        quantize: quantization of the denoiser's frozen linear layers: `nf4`, `nf4-dq`, `fp4`, `fp4-dq`, `int4`, `int8`,
+            `int8-torchao`, `int8-quanto`, `fp8`, or a GGUF file; with COMPONENT=KIND of other components, such as
+            `text_encoder_2=int8` (default: none).
+        shard_base: split the frozen weights over the processes of `accelerate launch` (FSDP2); not with `quantize`.
+        mixed_precision: autocast of the forward pass to this dtype; `no` disables it.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, slower steps.
+        cache: cache latents and text embeddings; random crops are computed in each step anyway.
         cache_folder: folder for the cache, which later runs reuse (default: in memory).
         save_dtype: dtype of the trained parameters in the files; training stays in float32.
         seed: seed of all random numbers.
-        checkpoint_every: optimizer steps between checkpoints; 0 saves one only when a run is stopped.
+        checkpoint_every: optimizer steps between checkpoints for `resume`, of which two are kept; 0 saves one only when the run
+            is stopped, as by Ctrl+C.
         resume: continue from the newest checkpoint in `out`.
-        preview_every: optimizer steps between previews and metrics on a few validation images, which `curve.json` lists; 0
-            disables them (default: a quarter of the steps).
+        preview_every: optimizer steps between previews, with metrics on a few validation images; 0 disables them (default: a
+            quarter of the steps).
         strength: strength of the control in metrics and previews.
         eval_seeds: images to generate per validation image for the metrics; 0 disables them.
         grid_images: validation images in the image grid.
-        features: image model of the metrics for `--condition image`: `bundled`, a folder, or a name such as
+        features: image model of the metrics with `--condition image`: `bundled`, a folder, or a name such as
             `timm:vit_small_patch16_224.dino`.
-        tracker: `tensorboard`, `wandb`, `comet_ml`, `mlflow` or others of accelerate, several with commas, or `none`.
-        dry_run: print what would be trained, and stop.
-        out: folder for all results (default: a new one under `runs`).
+        tracker: logger of loss and metrics: `tensorboard` (in `logs` of the run folder), `wandb`, `comet_ml`, `mlflow` or
+            others of accelerate, several with commas, or `none`; without its package it is skipped.
+        dry_run: load the model, print what would be trained, and stop.
+        out: run folder, for all results (default: a new one under `runs`).
     """
 
     data: Path | None = None

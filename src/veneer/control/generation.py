@@ -37,25 +37,26 @@ class ControlGenerateConfig:
 
     Args:
         prompt: one or more prompts.
-        adapter: files, folders or hub names, each with an optional strength, such as `runs/canny-controlnet:0.8`. Adapters
-            without a condition (LoRA, token embeddings) are applied as well.
-        image: a photo per adapter with a condition, in order; its map is computed as in training.
-        map: the maps themselves, instead of photos.
-        condition: how maps are computed (default: as recorded in the file).
-        start: share of the noise schedule after which the control starts, 0 to 1.
+        adapter: adapter files, run folders or hub names, each with an optional strength, such as `runs/canny-controlnet:0.8`;
+            LoRAs and token embeddings may be among them.
+        image: a photo for each control adapter, in order; its map is computed as in training.
+        map: a map for each control adapter, instead of photos.
+        condition: how maps are computed, one of `veneer control train` (default: that of the adapter).
+        start: share of the noise schedule after which the control starts, 0 to 1; 0 is pure noise.
         end: share of the noise schedule after which the control ends, 0 to 1.
-        base: base model: `bundled`, a folder, a file or a hub name (default: the base model of the first adapter).
-        negative_prompt: negative prompt (default: the base model's).
+        base: base model: `bundled`, a diffusers folder, a .safetensors file or a hub name (default: that of the first adapter).
+        negative_prompt: what the images should not show (default: the preset's, else empty).
         images_per_prompt: images to generate per prompt; their seeds count up from `seed`.
         seed: seed of the first image.
         steps: denoising steps (default: the base model's).
         guidance_scale: scale of classifier-free guidance (default: the base model's).
-        size: height and width in pixels, as a flag `WIDTHxHEIGHT` or one side of a square (default: the base model's).
+        size: `WIDTHxHEIGHT` in pixels, or one side of a square; in Python (height, width) (default: the base model's).
         scheduler: scheduler (sampler), with the base model's noise schedule (default: the base model's).
         dtype: dtype of the frozen base model; adapters are in float32 (default: bfloat16 on a GPU, float32 on a CPU).
-        quantize: quantization of frozen linear layers, as in training: `nf4` or another kind, or COMPONENT=KIND (default: none).
+        quantize: quantization of frozen linear layers, as in `veneer personalize`: a kind such as `nf4`, or COMPONENT=KIND
+            (default: none).
         device: device such as `cuda` (default: a GPU if there is one).
-        out: folder for the images.
+        out: folder for the images, whose names are prompt and seed; no image is overwritten.
     """
 
     prompt: tuple[str, ...]

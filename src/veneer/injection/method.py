@@ -126,8 +126,8 @@ class Method(ABC):
         revision: incremented when the same saved options and tensors compute another function. See `migrate`.
         shared_options: options that `build_shared` reads; `by_site` cannot change them.
     Args:
-        by_site: other options at some sites: a role pattern, or `name:` and the name of a site, to options, such as
-            `{"mlp.*": {"rank": 4}}` in Python, and `mlp.*:rank=4` or `name:unet.conv_in:rank=4,alpha=2` as a flag. Names take
+        by_site: other options at some sites: a role pattern or `name:` and the name of a site, then options, such as
+            `mlp.*:rank=4` or `name:unet.conv_in:rank=4,alpha=2` as a flag, in Python `{"mlp.*": {"rank": 4}}`. Names take
             precedence over role patterns, and later role patterns over earlier ones.
     """
 

@@ -46,69 +46,77 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
     """Configuration of `veneer personalize` and its defaults.
 
     Args:
-        photos: folder with photos of one subject or style, or one photo (default: the bundled example photos).
-        concept: the trigger token in prompts, such as `<toy>`; for DiT a class label, by name or number.
-        base: base model: `bundled`, a folder, a file or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, PixArt or DiT.
-        method: a method, several joined by `+`, or `pivotal` (textual_inversion+lora).
+        photos: folder with photos of one subject or style, no subfolders, or one photo (default: the bundled example photos).
+        concept: trigger token in captions and prompts, such as `<toy>`; required with photos of your own. `pivotal` trains it as
+            a new token. For DiT a class label, by name or number.
+        base: base model: `bundled`, a folder, a .safetensors file or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, PixArt or DiT.
+        method: a method of `veneer methods`, several joined by `+`, or `pivotal` (token and LoRA); `--method NAME --help` has its
+            options.
         options: method name to its options.
-        text_encoder: train adapters on the text encoders too.
-        class_word: ordinary word for the subject, such as `toy`: initial value of new tokens, and prompt of class images.
-        class_images: number of class images to generate with the base model for prior preservation; 0 disables it.
+        text_encoder: also train adapters on the attention layers of all text encoders.
+        class_word: ordinary word for the subject, such as `toy`: initial value of its new token, and its name in class images.
+        class_images: number of class (regularization) images to generate for prior preservation, with `class_word`; 0: none.
         prior_loss_weight: weight of the loss on class images.
-        template: captions for photos without a caption, with {concept} in them (default: those of the base model).
-        caption_dropout: probability of an empty caption, 0 to 1.
+        template: captions for photos without one, with {concept} for the trigger token; one is sampled in each step (default: the
+            preset's, such as `a photo of {concept}`).
+        caption_dropout: probability of an empty caption in a step, 0 to 1.
         tag_dropout: probability of dropping each comma-separated tag of a caption, 0 to 1.
-        keep_tokens: number of tags at the start of a caption that are neither dropped nor shuffled.
-        shuffle_tags: shuffle the other tags.
+        keep_tokens: number of tags at the start of a caption that `tag_dropout` and `shuffle_tags` leave in place.
+        shuffle_tags: shuffle the comma-separated tags of a caption in each step.
         resolution: side of the training images in pixels; with buckets the square root of their area (default: the base model's).
-        crop: position of the crop, `center` or `random`.
-        flip: probability of a horizontal flip, 0 to 1.
-        buckets: train at the photos' aspect ratios; otherwise on square crops.
-        masks: weight the loss with the photos' masks or alpha channels.
-        steps: optimizer steps (default: the preset of the base model, such as 300 with the bundled model, else 500).
-        batch: images per micro-batch, over all processes (default: the preset of the base model, else 1).
+        crop: part of the photo that a crop keeps; `random` samples it in each step.
+        flip: probability of a horizontal flip, 0 to 1; leave it at 0 for faces and text.
+        buckets: aspect-ratio buckets: train at the photos' aspect ratios; otherwise on square crops.
+        masks: weight the loss with masks: `NAME.mask.png` beside the photo, `masks/NAME.png`, or its alpha channel.
+        steps: optimizer steps of `batch` × `gradient_accumulation_steps` images; E epochs of P photos are E × P divided by that
+            (default: the preset's, such as 300 with the bundled model, else 500).
+        batch: images per micro-batch, in total over all processes (default: the preset's, else 1).
         gradient_accumulation_steps: micro-batches per optimizer step.
-        learning_rate: peak learning rate of the first method on weights; others keep their ratio (default: preset, else method).
-        text_learning_rate: learning rate of weights in text encoders (default: half the learning rate).
-        token_learning_rate: learning rate of token embeddings that are trained with adapters on weights (default: preset, else
-            method).
-        schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex` (default: preset, else constant).
-        warmup: optimizer steps of linear warmup.
-        weight_decay: decoupled weight decay.
-        ema: decay of an exponential moving average of the weights, which is what is saved; 0 disables it.
-        min_snr_gamma: gamma of min-SNR loss weighting, typically 5; with `loss_weighting` none it also selects `min_snr`.
-        loss_weighting: weight of each timestep's loss: `none`, `min_snr`, `min_snr_plus_one`, `debiased`, `snr_scaled_v`, for
-            flow matching `sigma_sqrt` or `cosmap`.
-        timestep_sampling: distribution of the noise level in training: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid`,
-            `shift` or `flux_shift` (default: logit_normal for SD3, else uniform). diffusers' scripts count from the noisy end, so
-            that their `--logit_mean` has the other sign.
-        prediction: prediction type; overrides the scheduler's `prediction_type`, for base models with a wrong config.
-        loss: loss function: `l2`, `huber` or `smooth_l1`.
-        noise_offset: strength of the noise offset, typically 0.05 to 0.1; 0 disables it.
-        pyramid_noise: discount of pyramid noise, 0 to 1, typically 0.3; 0 disables it.
+        learning_rate: peak learning rate, except of token embeddings beside adapters (default: the preset's, else the method's,
+            such as 0.001 for lora).
+        text_learning_rate: learning rate of adapters in text encoders (default: half of `learning_rate`).
+        token_learning_rate: learning rate of token embeddings beside adapters (default: the preset's, else 0.005).
+        schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex` (default:
+            the preset's, else constant).
+        warmup: optimizer steps of linear warmup before the schedule.
+        weight_decay: decoupled weight decay of all trained parameters.
+        ema: decay of an exponential moving average of the trained weights, such as 0.999, which is saved instead; 0 disables it.
+        min_snr_gamma: gamma of min-SNR loss weighting, typically 5, which it enables; 0: none, or 5 with that loss weighting.
+        loss_weighting: weight of the loss by noise level: `none`, `min_snr`, `min_snr_plus_one`, `debiased`, `snr_scaled_v` (for
+            v-prediction), or for flow matching (SD3, FLUX) `sigma_sqrt` or `cosmap`.
+        timestep_sampling: distribution of the noise level in training: `uniform`, `logit_normal`, `mode`, `cubic`, `sigmoid`, and
+            for flow matching `shift` or `flux_shift` (default: logit_normal for SD3, else uniform). `logit_normal` has mean 0;
+            diffusers' scripts count from the noisy end, so that their `--logit_mean` has the other sign.
+        prediction: what the model predicts, such as `v_prediction`, if its config is wrong (default: that of the config).
+        loss: distance of prediction and target; `huber` and `smooth_l1` weight outliers less.
+        noise_offset: strength of the noise offset, for darker and brighter images, typically 0.05 to 0.1; 0 disables it.
+        pyramid_noise: discount of pyramid (multi-resolution) noise, 0 to 1, typically 0.3; 0 disables it.
         input_perturbation: gamma of input perturbation, typically 0.1; 0 disables it.
-        cache: cache latents and text embeddings instead of computing them in each step.
+        cache: cache latents and text embeddings; random crops and text encoders that train are computed in each step anyway.
         cache_folder: folder for the cache, which later runs reuse (default: in memory).
-        offload_encoders: on one GPU or with `shard_base`, move VAE and text encoders to the CPU once their outputs are cached.
-        dtype: of the frozen base model (default: bfloat16 on a GPU, float32 on a CPU); float16 needs `--mixed-precision fp16`.
-        quantize: quantization of frozen linear layers: a kind for the denoiser (`nf4`, `nf4-dq`, `fp4`, `fp4-dq`, `int4`, `int8`,
-            `int8-torchao`, `int8-quanto`, `fp8`) or a GGUF file, or COMPONENT=KIND for each component (default: none).
+        offload_encoders: move VAE and text encoders to the CPU once their outputs are cached; on one GPU, or with `shard_base`.
+        dtype: dtype of the frozen base model; adapters train in float32 (default: bfloat16 on a GPU, float32 on a CPU). float16
+            needs `--mixed-precision fp16`.
+        quantize: quantization of the denoiser's frozen linear layers: `nf4`, `nf4-dq`, `fp4`, `fp4-dq`, `int4`, `int8`,
+            `int8-torchao`, `int8-quanto`, `fp8`, or a GGUF file; with COMPONENT=KIND of other components, such as
+            `text_encoder_2=int8` (default: none).
         shard_base: split the frozen weights over the processes of `accelerate launch` (FSDP2); not with `quantize`.
-        mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
-        gradient_checkpointing: recompute activations in the backward pass, which saves memory.
+        mixed_precision: autocast of the forward pass to this dtype; `no` disables it.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, slower steps.
         save_dtype: dtype of the trained parameters in the files; training stays in float32.
         seed: seed of all random numbers.
-        checkpoint_every: optimizer steps between checkpoints; 0 saves one only when a run is stopped.
+        checkpoint_every: optimizer steps between checkpoints for `resume`; two are kept; 0: one only when stopped, as by Ctrl+C.
         resume: continue from the newest checkpoint in `out`.
-        preview_every: optimizer steps between preview images; 0 disables them.
-        prompts: prompts of previews and of the image grid, with the concept in them (default: the preset's).
+        preview_every: optimizer steps between preview images, in `previews` of the run folder; 0 disables them.
+        prompts: prompts of previews and of the evaluation, with {concept} in them (default: the preset's).
         drift_prompts: prompts without the concept, on which drift from the base model is measured (default: the preset's).
-        tracker: `tensorboard`, `wandb`, `comet_ml`, `mlflow` or others of accelerate, several with commas, or `none`.
-        truncate: captions longer than the text encoder accepts: `error` rejects them, `warn` truncates them.
-        dry_run: print what would be trained, with memory and time, and stop.
-        check: print the memory of the run without loading weights, and whether it fits into a size such as `12GB`, or into the
-            free memory of `cpu` or `cuda`; `base` may also be an architecture, such as `flux`, `sdxl` or `sd35`.
-        out: folder for all results (default: a new one under `runs`).
+        tracker: logger of loss and metrics: `tensorboard` (in `logs` of the run folder), `wandb`, `comet_ml`, `mlflow` or others
+            of accelerate, several with commas, or `none`; without its package it is skipped.
+        truncate: captions longer than the text encoder accepts, 77 tokens for CLIP: `error` rejects them, `warn` truncates them.
+        dry_run: load the model, print what would be trained, with memory and time, and stop.
+        check: print the memory of the run and whether it fits into a size such as `12GB`, or into the free memory of `cpu` or
+            `cuda`, and stop; loads no weights, so that `base` may be an architecture, such as `flux`, `sdxl` or `sd35`.
+        out: run folder, for all results (default: a new one under `runs`).
     """
 
     photos: Path | None = None

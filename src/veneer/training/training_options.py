@@ -33,8 +33,8 @@ class SiteOptions:
     """Sites of adapters on weights.
 
     Args:
-        where: sites of adapters on weights, as listed by `veneer sites` (default: those of the base model's preset, else of the
-            method).
+        where: sites to adapt, by role as in `veneer sites`: `attn`, `attn.{q,v}`, or `mlp@6:12` for blocks 6 to 11 (default:
+            the preset's, else the method's).
         target_modules: the same by module names or regular expressions, or `all-linear`, as in peft; instead of `where`.
     """
 
@@ -58,10 +58,10 @@ class TrainingOptions(OptimizerOptions):
     """Options of the optimizer and of the initial weights.
 
     Args:
-        block_lr: factors of the learning rate by block: a tower, a stage of it or a selection as in `where`, such as
-            `unet.down=0.5` or `attn@0:6=0.1`; of several that match a site, the last applies.
-        init_from: adapter file of any format, with the methods and sites of the run, from whose weights training starts; a LoRA
-            of another rank is resized.
+        block_lr: factors of the learning rate by block: of a tower, a stage of it, or sites by role, such as `unet.down=0.5`,
+            `text=0.1` or `attn@0:6=0.1` for blocks 0 to 5; of several that match a site, the last applies.
+        init_from: adapter file to start from, of any format, with the methods and sites of the run; a LoRA of another rank is
+            resized.
     """
 
     block_lr: Mapping[str, float] = field(default_factory=dict)
@@ -86,10 +86,10 @@ class DiffusionTrainingOptions(TrainingOptions):
     """Options of training on a diffusion pipeline: further adapters, and sampling of preview images.
 
     Args:
-        with_: adapter files, FILE or FILE:STRENGTH, on top of which the run trains: they are attached first, stay fixed, and are
-            needed again to generate.
-        preview_steps: denoising steps of previews, metrics and the image grid (default: the preset of the base model).
-        preview_scheduler: scheduler (sampler) of these images (default: that of the base model).
+        with_: adapter files, FILE or FILE:STRENGTH, that the run trains on top of; they stay fixed, and are needed again to
+            generate.
+        preview_steps: denoising steps of previews, metrics and the image grid (default: the base model's).
+        preview_scheduler: scheduler (sampler) of previews, metrics and the image grid (default: the base model's).
     """
 
     with_: tuple[str, ...] = ()

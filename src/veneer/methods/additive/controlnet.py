@@ -34,10 +34,8 @@ class ControlNet(Controlled):
 
     Args:
         channels: channels of the control image, at least 1.
-        hint: widths of the hint encoder's stages, at least 1, one more than the number of halvings from pixels to latents; empty
-            for the default.
-    `guess=True` as a condition: no control in the unconditional half of the batch, and the skips are weighted
-    from 0.1 at the top to 1 in the middle, logarithmically spaced.
+        hint: widths of the hint encoder's stages, at least 1, one more than the number of halvings from pixels to latents
+            (default: the first of 16, 32, 96, 256).
     Counts: 361,279,120 for SD 1.5, 1,251,014,160 for SDXL.
     Source: Zhang, Rao, Agrawala, ICCV 2023, equation 2 and figure 3. Guess mode is weighted as in diffusers (the paper's code:
     0.825 to the power of the distance from the middle).

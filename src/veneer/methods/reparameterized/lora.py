@@ -23,16 +23,15 @@ class LoRA(Method):
     """W' = W + s·B A with s = alpha / rank, A random and B zero initially; only A and B are trained.
 
     Args:
-        rank: r, at least 1: A has r rows, B has r columns. In files and code A is `down` and B is `up`.
-        alpha: numerator of the scale (default: the rank, so that s = 1).
-        rslora: s = alpha / sqrt(rank) instead (rank-stabilized).
+        rank: rank r of the update, at least 1: A has r rows, B has r columns. In files and code A is `down` and B is `up`.
+        alpha: numerator of the scale s (default: the rank, so that s = 1).
+        rslora: rank-stabilized: s = alpha / sqrt(rank).
         dropout: probability of dropping an input feature of A in training, in [0, 1).
-        init: initialization of A: `kaiming` (uniform, a = sqrt 5; standard normal for embeddings) or `gaussian` (standard
-            deviation 1 / rank), with B zero; `tucker`'s core is initialized like A. Or of both:
-            `pissa`, W's largest singular values with their vectors, or `olora`, the first columns of Q and rows of R for
-            W = Q R; then W' = W + s·(B A − B0 A0), with the initial B0, A0 also saved.
-        pissa_niter: power iterations of a faster, randomized decomposition for `pissa`; 0 for the exact one.
-        up_ratio: ratio of B's learning rate to A's (LoRA+ uses 16); 1 for equal rates.
+        init: initialization: with B zero, A is `kaiming` (uniform, a = sqrt 5) or `gaussian` (standard deviation 1 / rank).
+            From W, `pissa` is its largest singular values with their vectors, and `olora` the first columns of Q and rows of R
+            for W = Q R; then W' = W + s·(B A − B0 A0), with the initial B0, A0 also saved.
+        pissa_niter: power iterations of a faster, randomized decomposition for `--init pissa`; 0 for the exact one.
+        up_ratio: LoRA+: learning rate of B divided by that of A, such as 16.
         tucker: convolutions with kernels larger than 1×1 get a core C of (rank, rank, *kernel) between 1×1 A and B.
 
     Convolutions: A has the base's kernel, stride and padding, B is 1×1. Grouped ones: one pair of factors per group, `rank`

@@ -15,11 +15,12 @@ class DatasetFields:
     """Datasets and validation photos of a run.
 
     Args:
-        datasets: several datasets instead of `photos`, each with its own concept, captions and repeats: `path=toys,concept=<toy>,
-            class_word=toy,repeats=2`. In a config file they are `[[datasets]]` tables.
-        validation: folder with held-out photos, on which the loss is measured at fixed timesteps and seeds.
-        validation_share: share of the photos of each dataset to hold out for this instead of training on them, 0 to 1.
-        validation_every: optimizer steps between these measurements (default: a tenth of the steps).
+        datasets: several datasets instead of `photos`, each with its own concept, captions and repeats, in quotes:
+            `'path=toys,concept=<toy>,class_word=toy,repeats=2'`. Other keys are regularization=true for class images,
+            caption_extension, and options of data such as resolution. In a config file they are `[[datasets]]` tables.
+        validation: folder with held-out photos, on which the validation loss is measured, at fixed timesteps and seeds.
+        validation_share: share of the photos of each dataset to hold out as validation photos, 0 to 1.
+        validation_every: optimizer steps between measurements of the validation loss (default: a tenth of the steps).
     """
 
     datasets: tuple[Mapping[str, Any], ...] = ()

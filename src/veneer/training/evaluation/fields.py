@@ -21,12 +21,13 @@ class EvaluationFields:
     """What is evaluated.
 
     Args:
-        eval: images generated at the end, with and without the adapter: `none`, `quick` (one for each of two prompts), `full`, or
-            `auto`, the largest of these that takes at most a quarter of the training time (default: full on the bundled base
-            model and with `--eval-seeds`, else auto).
-        eval_seeds: images per prompt for the metrics of a full evaluation; 0 disables the metrics (default: 3).
-        features: image model of the metrics: `bundled`, a folder, a name such as `timm:vit_small_patch16_224.dino`, or `none`
-            (default: bundled for the bundled base model, else a CLIP or DINOv2 in the local cache, else none).
+        eval: images generated at the end to compare with the base model: `none`, `quick` (one for each of two prompts), `full`
+            (`eval_seeds` for each prompt), or `auto`, the largest of these that takes at most a quarter of the training time
+            (default: full on the bundled base model and with `eval_seeds`, else auto).
+        eval_seeds: images per prompt of a full evaluation; 0 disables its metrics (default: 3).
+        features: image model that measures similarity to the photos: `bundled`, a folder, a name such as
+            `timm:vit_small_patch16_224.dino`, or `none` for no metrics (default: bundled for the bundled base model, else a
+            CLIP or DINOv2 in the local cache, else none).
     """
 
     eval: Literal["auto", "none", "quick", "full"] | None = None

@@ -12,14 +12,14 @@ class OptimizerOptions:
     """Options of the optimizer and of its schedule.
 
     Args:
-        optimizer: `adamw`, `sgd`, `adafactor`, `prodigy`, `schedule_free_adamw` (also `_radam`, `_sgd`), `came`, `dadapt_adam`,
-            `adamw8bit`, `paged_adamw8bit`, `lion8bit` and others of bitsandbytes, any name of timm such as `lion`, `adan`,
-            `nadamw`, `lamb`, `muon`, `adopt`, or the path of a class, package.module.Class.
-        optimizer_args: arguments of the optimizer's class, such as `betas=0.9,0.99`.
-        max_grad_norm: gradient clipping: largest L2 norm of the gradient; 0 disables clipping.
+        optimizer: `adamw`, `sgd`, `adafactor` or `came`; of bitsandbytes such as `adamw8bit`, `paged_adamw8bit` or `lion8bit`;
+            of timm such as `lion`, `adan`, `lamb` or `muon`; `schedule_free_adamw`, which needs no schedule; `prodigy` or
+            `dadapt_adam`, which set the learning rate themselves; or a class, package.module.Class.
+        optimizer_args: arguments of the optimizer's class, such as `betas=0.9,0.99 eps=1e-6`.
+        max_grad_norm: gradient clipping: largest L2 norm of the whole gradient; 0 disables it.
         cycles: number of cycles of the schedule `cosine_with_restarts`.
-        power: exponent of the schedule `polynomial`.
-        min_lr_ratio: share of the learning rate at which a decaying schedule ends, 0 to 1.
+        power: exponent of the schedule `polynomial`; 1 is linear.
+        min_lr_ratio: learning rate at the end of a decaying schedule, as a share of the peak, 0 to 1.
     """
 
     optimizer: str = "adamw"

@@ -1,0 +1,68 @@
+"""Notes in the help texts of the commands, after the first line: files that a command reads and writes, and the next command."""
+
+from __future__ import annotations
+
+NOTES: dict[str, tuple[str, ...]] = {
+    "personalize": (
+        "Captions are text files beside the photos (`NAME.txt`), or rows of `metadata.jsonl` or `metadata.csv`; `--template` is "
+        "for photos without one.",
+        "The run folder has the adapter (`adapter.safetensors`, a LoRA also as `pytorch_lora_weights.safetensors` of diffusers), "
+        "image grids, metrics (`result.json`) and the options (`config.toml`). `veneer generate` uses it, and `veneer convert` "
+        "writes files for ComfyUI or A1111.",
+        "The preset of a base model is its `veneer.json`, with training defaults and prompts; the bundled model has one.",
+    ),
+    "transfer": (
+        "The weights of the epoch with the best validation accuracy are saved. The run folder has the adapter with the head "
+        "(`adapter.safetensors`), test accuracy and other metrics (`result.json`), plots and the options (`config.toml`). "
+        "`veneer predict` classifies images with it, and `veneer export` writes a model that needs no veneer.",
+    ),
+    "compare": (
+        "Trains each row once per seed and prints a table of test accuracy (mean ± half a 95 % interval over seeds), trainable "
+        "parameters, time and memory, which is also in `compare.md`. `veneer transfer --method NAME --help` shows the options of "
+        "a method.",
+    ),
+    "predict": ("Prints one line per image on stdout: its most probable classes with their probabilities.",),
+    "export": ("Class names and preprocessing are in the folder, or in a `.json` file beside the graph.",),
+    "control": (
+        "A control adapter makes images follow a map, such as edges, or an example image. The flags are shown by "
+        "`veneer control train --help` and `veneer control generate --help`.",
+    ),
+    "control train": (
+        "The adapter makes images follow a map, such as edges, or an example image. The run folder has it "
+        "(`adapter.safetensors`, also for diffusers, or as ControlNeXt's files), with image grids, metrics "
+        "(`result.json`) and the options (`config.toml`). `veneer control generate` uses it.",
+        "The preset of a base model is its `veneer.json`, with training defaults; the bundled model has one.",
+    ),
+    "control generate": ("Each control adapter needs a photo (`--image`) or a map (`--map`).",),
+    "convert": ("Each ΔW of the new file is compared with that of the old one. `veneer resize` changes rank or dtype.",),
+    "convert-config": (
+        "Prints every key that is not carried over as it is, with the reason. The file is for `veneer personalize --config`.",
+    ),
+    "merge": ("The result is an adapter file; no base model is changed.",),
+    "extract": ("Differences outside the chosen sites are printed and left out.",),
+    "push": ("Log in first: `hf auth login`, or set HF_TOKEN.",),
+    "sites": (
+        "A site is a place where a method can act, such as the weight of a layer. `--where` selects sites by their role in the "
+        "list, such as `attn.q`, also with braces, `*`, a tower or blocks: `attn.{q,v}`, `text/attn.*`, `mlp@6:12`; or by name: "
+        "`name:blocks.3.*`.",
+    ),
+    "methods": (
+        "`veneer personalize --method NAME --help` or `veneer transfer --method NAME --help` shows the options of a method.",
+    ),
+    "hosts": ("A host names the layers of a model family by their roles. `veneer methods` lists the methods for each.",),
+    "examples": (
+        "They are two subjects for `veneer personalize` (`octopus`, with captions, and `sneaker`), handwritten digits in ten "
+        "classes for `veneer transfer` (`digits`), and digits without labels for `veneer predict` (`new`).",
+    ),
+    "app": ("Its pages do what the commands do. Ctrl+C stops the app; a running job continues.",),
+    "pretrain-base": (
+        "Downloads and renders training data, then trains, packages and evaluates the models. Each stage resumes from its files "
+        "in the folder `--work`.",
+    ),
+}
+"""Command to the paragraphs of its note."""
+
+
+def description_of(command: str, text: str) -> str:
+    """The first line of a help text, and the note of the command."""
+    return "\n\n".join((text, *NOTES.get(command, ())))
