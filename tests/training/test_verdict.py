@@ -123,7 +123,8 @@ def test_personalization(metrics, outcome):
 def test_a_layout_that_may_be_lost_is_not_called_kept():
     kept, unclear = (personal_verdict(changed(OCTOPUS, layout=pair(mean, 0.479, 0.3)), CONFIG) for mean in (0.3, 0.2))
     assert kept.outcome == unclear.outcome == "learned"
-    assert kept.advice == () and unclear.advice == (MORE_IMAGES,)
+    assert kept.advice == ()
+    assert unclear.advice == (MORE_IMAGES,)
     assert kept.summary != unclear.summary
 
 
