@@ -60,9 +60,9 @@ class CompareConfig(OptimizerOptions):
         squash: resize to the exact side without a crop, as VTAB does.
         size: side of the images in pixels (default: the model's).
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
-        search: trials of the search for learning rate and adapter scale per row, on the validation split with the first seed; 0
-            disables it.
-        search_epochs: passes over the training images in each trial.
+        search: candidates of the search for learning rate and adapter scale per row, by successive halving on the validation
+            split with the first seed; 7 are rates of three decades; 0 disables it.
+        search_epochs: passes over the training images per candidate; this budget is shared by all rounds of the search.
         first_seed: the first of the seeds.
         workers: threads that read images; 0 uses one per core.
         out: folder for all results (default: a new one under `runs`). A second run with the same folder adds the missing runs.
@@ -167,6 +167,7 @@ def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:
             "config": asdict(config),
             "data": {"where": data.source.where, "classes": list(data.classes), "split_digest": splits.digest},
             "model": {"name": comparison.classifier.name, "weights": comparison.classifier.weights},
+            "search": comparison.searches(),
             "runs": [asdict(m) for m in runs],
         },
     )

@@ -68,8 +68,9 @@ class TransferConfig(TrainingOptions):
         size: side of the images in pixels (default: the model's).
         mixed_precision: autocast dtype: `no` (float32), `bf16` or `fp16`.
         patience: early stopping: epochs without a better validation accuracy before the run ends; 0 disables it.
-        search: trials of the search for learning rate and adapter scale on the validation split; 0 disables it.
-        search_epochs: passes over the training images in each trial.
+        search: candidates of the search for learning rate and adapter scale, by successive halving on the validation split; 7 are
+            rates of three decades; 0 disables it.
+        search_epochs: passes over the training images per candidate; this budget is shared by all rounds of the search.
         cache: compute the features once per image if only the head and methods on features are trained.
         seed: seed of all random numbers.
         resume: continue from the newest checkpoint in `out`.
