@@ -71,6 +71,7 @@ class TransferConfig(TrainingOptions):
         search: candidates of the search for learning rate and adapter scale, by successive halving on the validation split; 7 are
             rates of three decades; 0 disables it.
         search_epochs: passes over the training images per candidate; this budget is shared by all rounds of the search.
+        keep_epoch: epoch whose weights are evaluated and saved: `best` by validation accuracy, or `last`.
         cache: compute the features once per image if only the head and methods on features are trained.
         seed: seed of all random numbers.
         resume: continue from the newest checkpoint in `out`.
@@ -114,6 +115,7 @@ class TransferConfig(TrainingOptions):
     patience: int = 0
     search: int = 0
     search_epochs: int = 3
+    keep_epoch: Literal["best", "last"] = "best"
     cache: bool = True
     seed: int = 0
     resume: bool = False
@@ -142,6 +144,7 @@ class TransferConfig(TrainingOptions):
         self._check("shots", self.shots is None or self.shots >= 1, "at least 1")
         self._check("steps", self.steps is None or self.steps >= 1, "at least 1")
         self._check("learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "finite and above 0")
+        self._check("keep_epoch", self.keep_epoch in ("best", "last"), "best or last")
         self._check("head", self.head in (None, "fresh", "kept"), "fresh or kept")
         self._check("batch_norm", self.batch_norm in (None, "frozen", "moving"), "frozen or moving")
         self._check("size", self.size is None or self.size >= 8, "at least 8")

@@ -9,7 +9,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "data": (
         "datasets", "concept", "class_word", "class_images", "prior_loss_weight", "template", "caption_dropout",
         "tag_dropout", "keep_tokens", "shuffle_tags", "resolution", "crop", "flip", "buckets", "masks", "truncate",
-        "condition", "train", "generated_images", "image_dropout", "shots", "validation", "validation_share",
+        "protocol", "condition", "train", "generated_images", "image_dropout", "shots", "validation", "validation_share",
         "validation_every", "test", "split_seed", "augment", "squash", "size", "workers",
     ),
     "method": (
@@ -20,7 +20,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "steps", "epochs", "batch", "gradient_accumulation_steps", "learning_rate", "text_learning_rate",
         "token_learning_rate", "schedule", "warmup", "cycles", "power", "min_lr_ratio", "block_lr", "optimizer",
         "optimizer_args", "weight_decay", "max_grad_norm", "ema", "label_smoothing", "class_weights", "mixup", "cutmix",
-        "patience", "search", "search_epochs", "seed", "seeds", "first_seed",
+        "patience", "search", "search_epochs", "keep_epoch", "seed", "seeds", "first_seed",
     ),
     "loss": (
         "loss", "loss_weighting", "min_snr_gamma", "timestep_sampling", "prediction", "noise_offset", "pyramid_noise",

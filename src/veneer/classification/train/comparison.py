@@ -141,7 +141,7 @@ class RunMetrics:
     seconds: float
 
 
-DEFAULTS: Mapping[str, Any] = {**IF_SET, "block_lr": {}, "init_from": None}
+DEFAULTS: Mapping[str, Any] = {**IF_SET, "block_lr": {}, "init_from": None, "keep_epoch": "best"}
 """Options that are part of the hash of a run only if they differ from these."""
 
 
@@ -150,12 +150,15 @@ class Comparison:
 
     Args:
         base: options that all rows share. `views`: of the images. `out`: folder for results; runs that are in `out/results.json`
-            are not repeated.
+            are not repeated. `search_views`: of the images of the search, if its splits differ from those of the training.
     """
 
-    def __init__(self, base: TransferConfig, views: Views, classifier: Classifier, out: Path, accelerator: Accelerator) -> None:
+    def __init__(
+        self, base: TransferConfig, views: Views, classifier: Classifier, out: Path, accelerator: Accelerator,
+        search_views: Views | None = None,
+    ) -> None:  # fmt: skip
         self.base, self.views, self.out, self.accelerator = base, views, out, accelerator
-        self.classifier = classifier
+        self.classifier, self.search_views = classifier, search_views or views
         self.features = CachedFeatures(classifier, views, base.batch)
         self._random: Classifier | None = None
         self.done = self._read()
@@ -232,8 +235,8 @@ class Comparison:
         folder = self._search_folder(row.label)
         folder.mkdir(parents=True, exist_ok=True)
         first = dataclasses.replace(config, seed=self.base.seed)
-        features = None if row.scratch else self.features
-        best = search_hyperparameters(first, classifier, self.views, folder, self.accelerator, features)
+        features = self.features if self.search_views is self.views and not row.scratch else None
+        best = search_hyperparameters(first, classifier, self.search_views, folder, self.accelerator, features)
         return dataclasses.replace(config, learning_rate=best.learning_rate, options=best.options)
 
     def searches(self) -> dict[str, list[dict[str, Any]]]:
