@@ -116,8 +116,9 @@ class CompareConfig(OptimizerOptions):
         """The config with the defaults and the settings of its protocol, if it has one."""
         protocol = PROTOCOLS.get(self.protocol)
         defaults = DEFAULTS if protocol is None else protocol.defaults
-        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, **missing, **(protocol.settings if protocol else {}))
+        changes: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        changes |= {} if protocol is None else protocol.settings
+        return dataclasses.replace(self, **changes)
 
     def shared(self) -> TransferConfig:
         """The options that all methods share."""

@@ -17,7 +17,7 @@ from veneer.classification.data.run_data import Views, open_data
 from veneer.classification.models.loading import open_classifier
 from veneer.classification.train import hyperparameter_search
 from veneer.classification.train.hyperparameter_search import candidates, read_search, search_hyperparameters
-from veneer.classification.train.successive_halving import Score, rank, round_sizes, round_steps
+from veneer.classification.train.successive_halving import Score, best, rank, round_sizes, round_steps
 from veneer.training.loop.trainer import Trainer
 
 
@@ -43,6 +43,11 @@ def test_rank_gives_ties_within_a_standard_error_to_the_highest_rate() -> None:
     assert rank(scores, 100) == [1, 0, 2, 3]
     assert rank(scores[1:], 100) == [1, 0, 2], "0.44 is tied with 0.45"
     assert rank(scores, 10_000) == [0, 1, 2, 3], "with a standard error of 0.005 there are no ties"
+
+
+def test_the_last_round_is_decided_by_accuracy_then_loss() -> None:
+    assert best([Score(0.49, 1.0, 0.1), Score(0.50, 1.5, 0.001), Score(0.50, 1.4, 0.001)]) == 2
+    assert best([Score(0.50, 1.0, 0.001), Score(0.50, 1.0, 0.1)]) == 0
 
 
 def test_rank_prefers_the_lower_loss_at_equal_rates() -> None:
@@ -105,11 +110,12 @@ def test_a_diverging_candidate_loses(run: Any, tmp_path: Path, monkeypatch: pyte
         return step(self)
 
     monkeypatch.setattr(Trainer, "_train_step", exploding)
-    best = _search(run, tmp_path, learning_rate=rate)
+    chosen = _search(run, tmp_path, learning_rate=rate)
     trials = read_search(tmp_path)
     assert [t["val_accuracy"] is None for t in trials] == [False, True, False, False, False]
     assert {t["learning_rate"] for t in trials[3:]} == {rate, 0.3 * rate}
-    assert best.rate() in (rate, 0.3 * rate)
+    last = max(trials[3:], key=lambda t: (t["val_accuracy"], -t["val_loss"]))
+    assert chosen.rate() == last["learning_rate"]
 
 
 def test_a_resumed_search_reuses_its_trials(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

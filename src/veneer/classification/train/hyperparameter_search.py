@@ -23,7 +23,7 @@ from ..data.run_data import Views
 from ..models.cached_features import CachedFeatures, reads_features_only
 from ..models.classifier import Classifier
 from .attach_methods import attach_methods
-from .successive_halving import Score, rank, round_sizes, round_steps
+from .successive_halving import Score, best, rank, round_sizes, round_steps
 from .train import ClassifierTrainer
 
 _log = logging.getLogger(__name__)
@@ -75,16 +75,17 @@ def search_hyperparameters(
         message = "--search needs a single process. Search in one process, then pass --learning-rate to the distributed run."
         raise VeneerError(message, where="processes", given=accelerator.num_processes, expected=1)
     search = _Search(config, classifier, views, out, accelerator, features)
-    remaining = search.candidates
+    remaining, chosen = search.candidates, search.candidates[0]
     for number, (size, steps) in enumerate(search.rounds, 1):
         entrants = remaining[:size]
         scores = [search.score(number, steps, candidate) for candidate in entrants]
         order = rank(scores, len(views.data.splits.validation))
-        remaining = [entrants[i] for i in order]
+        remaining, chosen = [entrants[i] for i in order], entrants[best(scores)]
         summary = _summary(entrants, scores, order)
         _log.info("search, round %d of %d, %d steps each: %s", number, len(search.rounds), steps, summary)
     shutil.rmtree(search.folder, ignore_errors=True)
-    return dataclasses.replace(remaining[0], search=config.search)
+    _log.info("search: chose %s", _label(chosen))
+    return dataclasses.replace(chosen, search=config.search)
 
 
 def read_search(out: Path) -> list[dict[str, Any]]:
@@ -145,15 +146,15 @@ class _Search:
             trainer = ClassifierTrainer(
                 self.classifier, attached, self.views, short, self.folder, self.accelerator, features=self.features
             )
-            best = trainer.train().best
+            epoch = trainer.train().best
         except Diverged:
             return None, None
         finally:
             for attachment in reversed(attached):
                 attachment.detach()
-        if best is None:
+        if epoch is None:
             raise KeyboardInterrupt
-        return (best.val_accuracy, best.val_loss) if math.isfinite(best.val_loss) else (None, None)
+        return (epoch.val_accuracy, epoch.val_loss) if math.isfinite(epoch.val_loss) else (None, None)
 
     def _costs(self) -> tuple[bool, bool]:
         """Whether parameters are trained, and whether features are cached."""

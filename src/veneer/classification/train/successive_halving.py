@@ -2,8 +2,8 @@
 
 Source: Jamieson and Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization, AISTATS 2016, algorithm 1.
 Deviations: candidates are trained again from the start in each round, with a complete learning-rate schedule of the round's
-length, because accuracy at the peak of a schedule understates high rates; half of an odd number is rounded up; and scores
-within one standard error are tied.
+length, because accuracy at the peak of a schedule understates high rates; half of an odd number is rounded up; and except in
+the last round, scores within one standard error are tied.
 """
 
 from __future__ import annotations
@@ -52,8 +52,13 @@ def round_steps(candidates: int, budget: int) -> list[int]:
     return [max(1, budget // (size * len(sizes))) for size in sizes]
 
 
+def best(scores: Sequence[Score]) -> int:
+    """Index of the candidate with the highest accuracy, then the lowest loss, then the first: the choice of the last round."""
+    return min(range(len(scores)), key=lambda i: (-scores[i].accuracy, scores[i].loss, i))
+
+
 def rank(scores: Sequence[Score], images: int) -> list[int]:
-    """Indices of the candidates, best first.
+    """Indices of the candidates of an earlier round, best first.
 
     The order is that of the accuracy, in which the candidates within one standard error √(p (1 − p) / n) of the best remaining
     accuracy p are tied. The highest learning rate of a tie is the best, because short runs favor rates that are too low for
@@ -66,9 +71,9 @@ def rank(scores: Sequence[Score], images: int) -> list[int]:
     """
     remaining, order = list(range(len(scores))), list[int]()
     while remaining:
-        best = max(scores[i].accuracy for i in remaining)
-        error = math.sqrt(best * (1 - best) / images)
-        tied = [i for i in remaining if scores[i].accuracy >= best - error]
+        highest = max(scores[i].accuracy for i in remaining)
+        error = math.sqrt(highest * (1 - highest) / images)
+        tied = [i for i in remaining if scores[i].accuracy >= highest - error]
         first = min(tied, key=lambda i: (-scores[i].rate, scores[i].loss, -scores[i].accuracy, i))
         remaining.remove(first)
         order.append(first)
