@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,16 +14,22 @@ from accelerate import Accelerator
 from veneer.atomic_files import write_atomically, write_json
 from veneer.base_models.devices import Precision
 from veneer.classification.config import TransferConfig
-from veneer.classification.data.run_data import Views, open_data
+from veneer.classification.data.run_data import Data, Views, open_data
 from veneer.classification.data.transforms import Augmentation
 from veneer.classification.models.loading import is_clip_name, open_classifier
+from veneer.classification.protocols.benchmark_tasks import COOP, PROTOCOLS, SHOTS, Protocol
+from veneer.classification.protocols.protocol_table import TaskRun, protocol_page, summarize, task_runs
+from veneer.classification.protocols.task_data import open_task
 from veneer.classification.report.comparison_table import summarize_runs, table, verdict, write_accuracy_plot
-from veneer.classification.train.comparison import Comparison, MethodRow, parse_rows
+from veneer.classification.train.comparison import Comparison, MethodRow, RunMetrics, parse_rows
 from veneer.injection import OptionError
 from veneer.training.loop.optimizer_options import OptimizerOptions
 from veneer.training.report.run_folder import discard_unused, new_folder
 
 __all__ = ["CompareConfig", "compare"]
+
+DEFAULTS = {"epochs": 20, "batch": 32, "first_seed": 0}
+"""Values of options that a protocol may set."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,8 @@ class CompareConfig(OptimizerOptions):
     Args:
         data: image folder (`CLASS/IMAGE`, or `train/CLASS/IMAGE` and so on), a CSV of path, label and optionally split, a
             dataset of Hugging Face (folder or hub name) with such files, or `digits` of scikit-learn (default: digits).
+        protocol: `none`, or `vtab-1k`, `fgvc` or `coop` for all tasks of the benchmark in the folder `data`, with its splits,
+            preprocessing and selection.
         model: a timm name or folder, `bundled` (the image encoder of the bundled CLIP), or for methods that use class names,
             such as `coop`, `bundled_clip` or `open_clip:NAME/TAG`, such as `open_clip:ViT-B-32/laion2b_s34b_b79k`.
         weights: a .safetensors file for the model, or `none` for random weights (default: the published weights).
@@ -42,12 +51,12 @@ class CompareConfig(OptimizerOptions):
         baseline: also run the baseline of the table: `linear_probe`, or `zero_shot` for a CLIP.
         lp_ft: LP-FT: initialize a new head with a logistic regression on the frozen features, then fine-tune; best in short
             runs.
-        shots: training images per class (default: all).
+        shots: training images per class (default: all; 1, 2, 4, 8 and 16 with the protocol coop).
         validation: share of the images for the validation split, which selects the epoch, 0 to 1; not used if the data has one.
         test: share of the images for the test split, which is evaluated at the end, 0 to 1; not used if the data has one.
         split_seed: seed of the validation and test splits.
-        epochs: passes over the training images.
-        batch: images per micro-batch.
+        epochs: passes over the training images (default: 20, or the protocol's).
+        batch: images per micro-batch (default: 32, or the protocol's).
         learning_rate: peak learning rate of all rows (default: each method's, such as 0.001 for lora).
         weight_decay: decoupled weight decay of all trained parameters.
         schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`.
@@ -63,16 +72,18 @@ class CompareConfig(OptimizerOptions):
         squash: resize to a square that ignores the aspect ratio, without a crop, as VTAB does.
         size: side of the images in pixels (default: the model's).
         mixed_precision: autocast of the forward pass to this dtype; `no` disables it.
-        search: number of short trial runs per row, with the first seed, that choose learning rate and adapter scale by
-            validation accuracy; 0 disables them.
-        search_epochs: passes over the training images in each trial of `search`.
-        first_seed: the first of the seeds; the others count up.
+        search: candidates of the search for learning rate and adapter scale per row, by successive halving on the validation
+            split with the first seed; 7 are rates of three decades; 0 disables it.
+        search_epochs: passes over the training images per candidate; this budget is shared by all rounds of the search.
+        keep_epoch: epoch whose weights are evaluated: `best` by validation accuracy, or `last`.
+        first_seed: the first of the seeds (default: 0, or 1 with the protocol coop).
         workers: threads that read images; 0 uses one per core.
         out: folder for all results (default: a new one under `runs`). With the folder of an earlier comparison, only its
             missing runs are trained.
     """
 
     data: str | None = None
+    protocol: Literal["none", "vtab-1k", "fgvc", "coop"] = "none"
     model: str = "bundled"
     weights: str | None = None
     methods: str = "lora, adaptformer, vpt, ssf, bitfit"
@@ -83,8 +94,8 @@ class CompareConfig(OptimizerOptions):
     validation: float = 0.1
     test: float = 0.15
     split_seed: int = 0
-    epochs: int = 20
-    batch: int = 32
+    epochs: int | None = None
+    batch: int | None = None
     learning_rate: float | None = None
     weight_decay: float = 1e-4
     schedule: str = "cosine"
@@ -100,19 +111,30 @@ class CompareConfig(OptimizerOptions):
     mixed_precision: Precision = "no"
     search: int = 0
     search_epochs: int = 3
-    first_seed: int = 0
+    keep_epoch: Literal["best", "last"] = "best"
+    first_seed: int | None = None
     workers: int = 0
     out: Path | None = None
+
+    def with_defaults(self) -> CompareConfig:
+        """The config with the defaults and the settings of its protocol, if it has one."""
+        protocol = PROTOCOLS.get(self.protocol)
+        defaults = DEFAULTS if protocol is None else protocol.defaults
+        changes: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        changes |= {} if protocol is None else protocol.settings
+        return dataclasses.replace(self, **changes)
 
     def shared(self) -> TransferConfig:
         """The options that all methods share."""
         names = {f.name for f in dataclasses.fields(TransferConfig)} & {f.name for f in dataclasses.fields(self)}
         shared: dict[str, Any] = {name: getattr(self, name) for name in names - {"out"}}
-        return TransferConfig(method="linear_probe", seed=self.first_seed, resume=True, **shared)
+        return TransferConfig(method="linear_probe", seed=self.first_seed or 0, resume=True, **shared)
 
 
 def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Path:
     """Runs the methods and seeds without results in the folder, and writes `results.json`, `compare.md` and `accuracy.png`.
+
+    With a protocol, these files are in a folder for each task, and `protocol.json` and `protocol.md` have the table of all tasks.
 
     Returns:
         The folder with the results.
@@ -121,35 +143,79 @@ def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Pa
             the interrupted run from its checkpoint.
     """
     accelerator = accelerator or Accelerator(cpu=not torch.accelerator.is_available())
+    config = config.with_defaults()
     if config.seeds < 1:
         raise OptionError(f"seeds is {config.seeds}; expected at least 1.", option="seeds", given=config.seeds, expected=1)
+    if config.shots is not None and config.protocol in ("vtab-1k", "fgvc"):
+        message = f"shots is {config.shots}, but {config.protocol} has its own training images; leave out --shots."
+        raise OptionError(message, option="shots", given=config.shots, expected=None)
     rows = parse_rows(_with_baseline(config))
     out = config.out or new_folder(Path("runs"), f"compare-{Path(config.data).name if config.data else 'digits'}")
     base = config.shared()
     base.check_training_options()
     with discard_unused(out):
-        return _run(config, base, rows, out, accelerator)
+        out.mkdir(parents=True, exist_ok=True)
+        if config.protocol != "none":
+            return _run_protocol(config, PROTOCOLS[config.protocol], rows, out, accelerator)
+        data = open_data(base, out)
+        for note in data.notes:
+            print(f"note: {note}", flush=True)
+        _run(config, rows, out, accelerator, data, data)
+        print((out / "compare.md").read_text(encoding="utf-8"))
+        return out
 
 
-def _run(config: CompareConfig, base: TransferConfig, rows: list[MethodRow], out: Path, accelerator: Accelerator) -> Path:
-    out.mkdir(parents=True, exist_ok=True)
-    data = open_data(base, out)
-    for note in data.notes:
-        print(f"note: {note}", flush=True)
-    classifier = open_classifier(base.model, data.classes, weights=base.weights, size=base.size, seed=base.seed)
-    with Views(data, classifier.data, base.augment, squash=base.squash, workers=base.workers) as views:
-        comparison = Comparison(base, views, classifier, out, accelerator)
-        for seed in range(config.first_seed, config.first_seed + config.seeds):
-            for row in rows:
-                measured = comparison.run(row, seed)
-                print(
-                    f"{row.label}, seed {seed}: test accuracy {measured.test_accuracy:.1%}, validation accuracy "
-                    f"{measured.val_accuracy:.1%}",
-                    flush=True,
-                )
-                _write(config, comparison, out)
-    print((out / "compare.md").read_text(encoding="utf-8"))
+def _run_protocol(config: CompareConfig, protocol: Protocol, rows: list[MethodRow], out: Path, accelerator: Accelerator) -> Path:
+    """Runs the rows on every task of a protocol, and writes the table after each."""
+    about = f"{config.model}, {config.epochs} epochs, batch size {config.batch}, {config.seeds} seeds, test accuracy in %."
+    runs: list[TaskRun] = []
+    for task, folder in protocol.tasks(Path(config.data or ".")).items():
+        for each, name in _task_configs(config, protocol, task):
+            search, data = open_task(protocol, folder, each.shots, each.first_seed or 0)
+            print(f"{name}: {len(data.splits.train):,} training, {len(data.splits.test):,} test images", flush=True)
+            measured = _run(dataclasses.replace(each, data=str(folder)), rows, out / name, accelerator, data, search)
+            runs += task_runs(task, each.shots, measured)
+            records = summarize(protocol, runs)
+            write_json(out / "protocol.json", {"config": asdict(config), "table": records})
+            write_atomically(out / "protocol.md", (protocol_page(protocol, records, about) + "\n").encode())
+    print((out / "protocol.md").read_text(encoding="utf-8"))
     return out
+
+
+def _task_configs(config: CompareConfig, protocol: Protocol, task: str) -> list[tuple[CompareConfig, str]]:
+    """Configs of a task and their folders: one, or one for each number of shots and seed if the seed samples the images."""
+    if protocol is not COOP:
+        return [(config, task)]
+    shots = SHOTS if config.shots is None else (config.shots,)
+    first = config.first_seed or 0
+    return [
+        (dataclasses.replace(config, shots=count, first_seed=seed, seeds=1), f"{task}/{count}-shots-{seed}")
+        for count in shots
+        for seed in range(first, first + config.seeds)
+    ]
+
+
+def _run(
+    config: CompareConfig, rows: list[MethodRow], out: Path, accelerator: Accelerator, data: Data, search_data: Data
+) -> list[RunMetrics]:
+    """Runs the rows on one dataset; the search may have other splits than the training."""
+    base, first, measured = config.shared(), config.first_seed or 0, list[RunMetrics]()
+    out.mkdir(parents=True, exist_ok=True)
+    classifier = open_classifier(base.model, data.classes, weights=base.weights, size=base.size, seed=base.seed)
+    with ExitStack() as stack:
+        views, search_views = (
+            stack.enter_context(Views(each, classifier.data, base.augment, squash=base.squash, workers=base.workers))
+            for each in (data, search_data)
+        )
+        comparison = Comparison(base, views, classifier, out, accelerator, None if search_data is data else search_views)
+        for seed in range(first, first + config.seeds):
+            for row in rows:
+                run = comparison.run(row, seed)
+                measured.append(run)
+                accuracies = f"test accuracy {run.test_accuracy:.1%}, validation accuracy {run.val_accuracy:.1%}"
+                print(f"{row.label}, seed {seed}: {accuracies}", flush=True)
+                _write(config, comparison, out)
+    return measured
 
 
 def _with_baseline(config: CompareConfig) -> str:
@@ -171,6 +237,7 @@ def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:
             "config": asdict(config),
             "data": {"where": data.source.where, "classes": list(data.classes), "split_digest": splits.digest},
             "model": {"name": comparison.classifier.name, "weights": comparison.classifier.weights},
+            "search": comparison.searches(),
             "runs": [asdict(m) for m in runs],
         },
     )

@@ -29,6 +29,18 @@ def test_best_epoch_by_accuracy_then_loss_then_order(tmp_path: Path) -> None:
     assert weight.tolist() == [3, 3]
 
 
+def test_last_epoch(tmp_path: Path) -> None:
+    weight = torch.zeros(1)
+    selection = EpochSelection({"w": weight}, tmp_path, last=True)
+    for number, accuracy in enumerate([0.5, 0.7, 0.6], 1):
+        weight.fill_(number)
+        selection.add(epoch(number, accuracy))
+        weight.fill_(0)
+    assert selection.best.epoch == 3
+    selection.restore()
+    assert weight.item() == 3
+
+
 def test_patience_counts_from_the_best_epoch(tmp_path: Path) -> None:
     selection = EpochSelection({"w": torch.zeros(1)}, tmp_path, patience=2)
     exhausted = []

@@ -257,15 +257,19 @@ def test_a_finished_run_is_not_overwritten(taught: Path, pictures: Path, models:
 
 def test_shots_and_a_search_on_validation(tmp_path: Path, pictures: Path, models: dict[str, Path]) -> None:
     out = transfer(
-        config(pictures, models["vit"], tmp_path / "run", method="adaptformer", shots=4, search=7, search_epochs=1, batch=4)
+        config(pictures, models["vit"], tmp_path / "run", method="adaptformer", shots=4, search=9, search_epochs=1, batch=4)
     )
-    tried = json.loads((out / "search.json").read_text())
-    assert len(tried) == 7
-    assert len({(t["learning_rate"], t["options"].get("adaptformer", {}).get("scale", 0.1)) for t in tried}) == 7
-    best = max(tried, key=lambda t: (t["val_accuracy"], -t["val_loss"]))
-    found = result(out)
-    assert found["config"]["learning_rate"] == best["learning_rate"]
-    assert found["data"]["pictures"] == {"train": 12, "validation": 6, "test": 12}
+    trials = json.loads((out / "search.json").read_text())
+    assert [t["round"] for t in trials] == [1] * 9 + [2] * 5 + [3] * 3 + [4] * 2
+    assert [t["steps"] for t in trials] == [1] * 9 + [1] * 5 + [2] * 3 + [3] * 2, "27 steps of 3 a pass, in 4 equal rounds"
+    tried = [(t["learning_rate"], t["options"].get("adaptformer", {}).get("scale", 0.1)) for t in trials]
+    assert len(set(tried[:9])) == 9, "seven rates, and two at another scale"
+    assert max(tried[:9])[0] == pytest.approx(1000 * min(tried[:9])[0])
+    record = result(out)
+    last = [(t["learning_rate"], t["options"]) for t in trials[-2:]]
+    assert (record["config"]["learning_rate"], record["config"]["options"]) in last
+    assert record["search"] == trials
+    assert record["data"]["pictures"] == {"train": 12, "validation": 6, "test": 12}
     assert not (out / "search").exists()
 
 

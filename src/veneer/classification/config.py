@@ -70,8 +70,10 @@ class TransferConfig(TrainingOptions, SiteOptions):
         size: side of the images in pixels (default: the model's).
         mixed_precision: autocast of the forward pass to this dtype; `no` disables it.
         patience: early stopping after this many epochs without a better validation accuracy; 0 disables it.
-        search: number of short trial runs that choose learning rate and adapter scale by validation accuracy; 0 disables them.
-        search_epochs: passes over the training images in each trial of `search`.
+        search: candidates of the search for learning rate and adapter scale, by successive halving on the validation
+            split; 7 are rates of three decades; 0 disables it.
+        search_epochs: passes over the training images per candidate; this budget is shared by all rounds of the search.
+        keep_epoch: epoch whose weights are evaluated and saved: `best` by validation accuracy, or `last`.
         cache: compute the features of each image once, without augmentation, if only the head and methods on features are
             trained; not with mixup or CutMix.
         seed: seed of all random numbers.
@@ -116,6 +118,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
     patience: int = 0
     search: int = 0
     search_epochs: int = 3
+    keep_epoch: Literal["best", "last"] = "best"
     cache: bool = True
     seed: int = 0
     resume: bool = False
@@ -144,6 +147,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
         self._check("shots", self.shots is None or self.shots >= 1, "at least 1")
         self._check("steps", self.steps is None or self.steps >= 1, "at least 1")
         self._check("learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "finite and above 0")
+        self._check("keep_epoch", self.keep_epoch in ("best", "last"), "best or last")
         self._check("head", self.head in (None, "fresh", "kept"), "fresh or kept")
         self._check("batch_norm", self.batch_norm in (None, "frozen", "moving"), "frozen or moving")
         self._check("size", self.size is None or self.size >= 8, "at least 8")

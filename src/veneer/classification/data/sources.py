@@ -7,6 +7,7 @@ from veneer.hub.names import is_repository
 from veneer.hub.repo_files import download_dataset
 from veneer.training.data.image_io import DataError
 
+from .benchmark_layouts import benchmark_reader
 from .csv_table import metadata_files, read_csv, read_metadata
 from .digits import digits
 from .hf_dataset import read_rows, row_files
@@ -26,6 +27,7 @@ def open_source(data: str | Path | None = None) -> Source:
         data: one of
             - a folder of `CLASS/IMAGE`, or of train, validation and test folders with these: see `read_folder`;
             - a CSV, TSV or text table of path, label and optionally split: see `read_csv`;
+            - a task of VTAB-1k or FGVC, or a dataset with CoOp's splits: see `benchmark_reader`;
             - a folder of the `datasets` library: images with `metadata.csv` or `metadata.jsonl` (`read_metadata`), Parquet files
               or `save_to_disk` (`read_rows`; needs pyarrow);
             - a dataset on the hub, `user/dataset`, that has such files, if there is no such path;
@@ -61,6 +63,9 @@ def _open_path(path: Path) -> Source:
         return read_csv(path)
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder; expected {_EXPECTED}. Check the path.", file=path, given="missing")
+    benchmark = benchmark_reader(path)
+    if benchmark is not None:
+        return benchmark(path)
     tables = metadata_files(path)
     if tables:
         return read_metadata(path, tables)

@@ -20,6 +20,7 @@ from veneer.training.loop.disk_space import writing
 from ..config import TransferConfig
 from ..data.run_data import Data
 from ..models.classifier import Classifier
+from ..train.hyperparameter_search import read_search
 from ..train.train import ClassifierTrainer, TransferResult
 from .metrics import ClassificationMetrics, compute_metrics
 from .plots import write_confusion, write_curves, write_mistakes
@@ -56,7 +57,7 @@ def write_results(
         lambda i: data.source.read(data.source.examples[test_indices[i]]),
         out / "mistakes.png",
     )
-    record = _record(config, data, classifier, attached, result, metrics) | {"stored_bytes": stored}
+    record = _record(config, data, classifier, attached, result, metrics) | {"stored_bytes": stored, "search": read_search(out)}
     assert result.validation is not None
     record["verdict"] = verdict(evidence_of(trainer, (logits, labels), result.validation), config).as_dict()
     with writing(out, "result.json"):

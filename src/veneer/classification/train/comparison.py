@@ -31,7 +31,7 @@ from ..models.cached_features import CachedFeatures
 from ..models.classifier import Classifier
 from ..models.loading import new_head, open_classifier
 from .attach_methods import adapters_disabled, attach_methods
-from .hyperparameter_search import search_hyperparameters
+from .hyperparameter_search import ALGORITHM, read_search, search_hyperparameters
 from .train import ClassifierTrainer
 
 ROW = re.compile(r"\s*([\w+]+)\s*(?:\(([^()]*)\))?\s*")
@@ -141,7 +141,7 @@ class RunMetrics:
     seconds: float
 
 
-DEFAULTS: Mapping[str, Any] = {**IF_SET, "block_lr": {}, "init_from": None}
+DEFAULTS: Mapping[str, Any] = {**IF_SET, "block_lr": {}, "init_from": None, "keep_epoch": "best"}
 """Options that are part of the hash of a run only if they differ from these."""
 
 
@@ -150,12 +150,15 @@ class Comparison:
 
     Args:
         base: options that all rows share. `views`: of the images. `out`: folder for results; runs that are in `out/results.json`
-            are not repeated.
+            are not repeated. `search_views`: of the images of the search, if its splits differ from those of the training.
     """
 
-    def __init__(self, base: TransferConfig, views: Views, classifier: Classifier, out: Path, accelerator: Accelerator) -> None:
+    def __init__(
+        self, base: TransferConfig, views: Views, classifier: Classifier, out: Path, accelerator: Accelerator,
+        search_views: Views | None = None,
+    ) -> None:  # fmt: skip
         self.base, self.views, self.out, self.accelerator = base, views, out, accelerator
-        self.classifier = classifier
+        self.classifier, self.search_views = classifier, search_views or views
         self.features = CachedFeatures(classifier, views, base.batch)
         self._random: Classifier | None = None
         self.done = self._read()
@@ -178,6 +181,7 @@ class Comparison:
         for name in ("data", "weights", "resume", "dry_run", "out", "workers", "tracker", "cache"):
             known.pop(name)
         known = {name: value for name, value in known.items() if name not in DEFAULTS or value != DEFAULTS[name]}
+        known |= {"search_algorithm": ALGORITHM} if config.search else {}
         known |= {"splits": self.views.data.splits.digest, "base": self.classifier.weights, "scratch": row.scratch}
         return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -228,12 +232,20 @@ class Comparison:
         config = dataclasses.replace(self.config(row, seed), resume=True)
         if not config.search:
             return config
-        folder = self.out / "search" / _file_name(row.label)
+        folder = self._search_folder(row.label)
         folder.mkdir(parents=True, exist_ok=True)
         first = dataclasses.replace(config, seed=self.base.seed)
-        features = None if row.scratch else self.features
-        best = search_hyperparameters(first, classifier, self.views, folder, self.accelerator, features)
+        features = self.features if self.search_views is self.views and not row.scratch else None
+        best = search_hyperparameters(first, classifier, self.search_views, folder, self.accelerator, features)
         return dataclasses.replace(config, learning_rate=best.learning_rate, options=best.options)
+
+    def searches(self) -> dict[str, list[dict[str, Any]]]:
+        """Row to the trials of its search, of the rows that have one."""
+        trials = {row: read_search(self._search_folder(row)) for row in dict.fromkeys(m.row for m in self.done)}
+        return {row: of_row for row, of_row in trials.items() if of_row}
+
+    def _search_folder(self, label: str) -> Path:
+        return self.out / "search" / _file_name(label)
 
 
 def step_cost(trainer: ClassifierTrainer, rounds: int = 5) -> tuple[float, int]:

@@ -1,4 +1,4 @@
-"""Selection of the epoch with the best validation accuracy. The test split is not used."""
+"""Selection of the epoch: best validation accuracy, or last. The test split is not used."""
 
 from __future__ import annotations
 
@@ -53,10 +53,11 @@ class EpochSelection:
         named: every tensor that training changes, by name.
         folder: of `curve.json` and `best.safetensors`.
         patience: epochs without improvement until `exhausted`; 0 disables early stopping.
+        last: select the last epoch instead of the best.
     """
 
-    def __init__(self, named: Mapping[str, Tensor], folder: Path, patience: int = 0) -> None:
-        self.named, self.folder, self.patience = dict(named), folder, patience
+    def __init__(self, named: Mapping[str, Tensor], folder: Path, patience: int = 0, *, last: bool = False) -> None:
+        self.named, self.folder, self.patience, self.last = dict(named), folder, patience, last
         self.epochs: list[Epoch] = []
         self._best_tensors: dict[str, Tensor] | None = None
 
@@ -84,7 +85,9 @@ class EpochSelection:
 
     @property
     def best(self) -> Epoch:
-        """The best epoch."""
+        """The selected epoch: the best, or the last."""
+        if self.last:
+            return self.epochs[-1]
         return min(self.epochs, key=lambda e: (-e.val_accuracy, e.val_loss, e.step))
 
     @property
