@@ -48,6 +48,7 @@ ALLOWED = {
     "classification": JOBS,
     "publishing": {*JOBS, "version"},
     "control": JOBS,
+    "captioning": {"extras", "hub", "injection"},
     "config_conversion": {"base_models", "config_file", "injection", "training"},
     "benchmarks": {*JOBS, "testing"},
     "commands": {
@@ -55,7 +56,7 @@ ALLOWED = {
     },
     "cli": {"allocator", "command_line", "commands", "extras", "version"},
     "pipelines": {
-        *JOBS, "adapter_merging", "benchmarks", "classification", "cli", "config_conversion", "config_file", "control", "flags",
+        *JOBS, "adapter_merging", "benchmarks", "captioning", "classification", "cli", "config_conversion", "config_file", "control", "flags",
         "methods", "publishing",
     },
     "apps": {

@@ -13,6 +13,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "veneer transfer",
         "veneer transfer photos/ --model vit_small_patch16_224.augreg_in21k --method lora --epochs 10",
     ),
+    "caption": (
+        "veneer caption photos/ --model Salesforce/blip-image-captioning-base --prefix 'a photo of <toy>, '",
+        "veneer caption photos/ --model SmilingWolf/wd-vit-tagger-v3 --threshold 0.5 --dry-run",
+    ),
     "compare": ("veneer compare photos/ --methods 'lora, ssf, vpt' --seeds 3",),
     "predict": ("veneer predict runs/clothes new-photos/",),
     "export": (
