@@ -56,8 +56,8 @@ ALLOWED = {
     },
     "cli": {"allocator", "command_line", "commands", "extras", "version"},
     "pipelines": {
-        *JOBS, "adapter_merging", "benchmarks", "captioning", "classification", "cli", "config_conversion", "config_file", "control", "flags",
-        "methods", "publishing",
+        *JOBS, "adapter_merging", "benchmarks", "captioning", "classification", "cli", "config_conversion", "config_file",
+        "control", "flags", "methods", "publishing",
     },
     "apps": {
         *JOBS, "adapter_merging", "allocator", "classification", "cli", "control", "flags", "full_size_models", "method_catalog",

@@ -135,7 +135,7 @@ def _wd_tagger(folder: Path, device: str, threshold: float) -> Captioner:
     from timm.data.config import resolve_model_data_config
     from timm.data.transforms_factory import create_transform
 
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(device)
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(device)
     preprocess: Any = create_transform(**resolve_model_data_config(model))
     tags = _read_tags(folder / TAGS_FILE, model.num_classes)
 
