@@ -118,7 +118,7 @@ def is_diffusion_adapter(path: Path) -> bool:
     return "" not in native_header(path).get("base", {})
 
 
-def concepts_of(path: Path) -> dict[str, str]:
+def concepts_in_file(path: Path) -> dict[str, str]:
     """Every trigger token or word in the metadata of a native file, with its class word or ""."""
     provenance = native_header(path).get("provenance", {})
     one = {provenance["concept"]: provenance.get("class_word")} if isinstance(provenance.get("concept"), str) else {}
@@ -128,7 +128,7 @@ def concepts_of(path: Path) -> dict[str, str]:
 
 def words_for_base(path: Path) -> dict[str, str]:
     """Replacements of a native file's trained tokens in prompts for the base model, such as `{"<toy>": "toy"}`."""
-    return {token: word for token, word in concepts_of(path).items() if word}
+    return {token: word for token, word in concepts_in_file(path).items() if word}
 
 
 def _truncated(kind: Family, prompt: str) -> str:

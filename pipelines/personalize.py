@@ -22,6 +22,7 @@ from veneer.training.block_learning_rates import with_block_rates
 from veneer.training.concepts.concept import concepts_of, rename_concepts, token_options
 from veneer.training.data.class_images import base_digest
 from veneer.training.data.dataset import PhotoDataset
+from veneer.training.data.photo_checks.findings import dataset_findings
 from veneer.training.data.photo_folder import Photo
 from veneer.training.data.run_photos import RunPhotos, check_mentions, read_photos
 from veneer.training.encoder_offload import offload_encoders
@@ -190,7 +191,9 @@ def _preflight(
         previews=run.previews(loop.steps),
         sampling=run.settings(1),
         loading=data.report.elapsed,
+        findings=dataset_findings(dataset, data.model.multiple) if data.accelerator.is_main_process else (),
     )
+    run.extra["preflight"] = [concern.as_dict() for concern in checks.concerns]
     if config.eval == "auto" and checks.estimate is not None:
         cost, count = checks.estimate, len(run.concepts)
         chosen = affordable_plan(run.evaluation, cost.seconds * cost.steps, cost.image_seconds, count)

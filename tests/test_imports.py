@@ -48,6 +48,7 @@ ALLOWED = {
     "classification": JOBS,
     "publishing": {*JOBS, "version"},
     "control": JOBS,
+    "captioning": {"extras", "hub", "injection"},
     "config_conversion": {"base_models", "config_file", "injection", "training"},
     "benchmarks": {*JOBS, "testing"},
     "commands": {
@@ -56,8 +57,8 @@ ALLOWED = {
     },
     "cli": {"allocator", "command_line", "commands", "extras", "version"},
     "pipelines": {
-        *JOBS, "adapter_merging", "benchmarks", "classification", "cli", "config_conversion", "config_file", "control", "flags",
-        "methods", "publishing",
+        *JOBS, "adapter_merging", "benchmarks", "captioning", "classification", "cli", "config_conversion", "config_file",
+        "control", "flags", "methods", "publishing",
     },
     "apps": {
         *JOBS, "adapter_merging", "allocator", "classification", "cli", "control", "flags", "full_size_models", "method_catalog",

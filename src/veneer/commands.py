@@ -214,6 +214,10 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
         "fine-tune a timm or open_clip model for image classification",
         _training_command("transfer", "TransferConfig", "data"),
     ),
+    "caption": (
+        "write captions of photos by a captioning model or tagger",
+        _config_command("caption", "caption", "CaptionConfig", ("folder",), True),
+    ),
     "compare": (
         "compare methods on a classification dataset, over several seeds",
         _config_command("compare", "compare", "CompareConfig", ("data",), grouped=True),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from veneer.pipelines.generate import concepts_of, words_for_base
+from veneer.pipelines.generate import concepts_in_file, words_for_base
 from veneer.pipelines.personalize import PersonalizeConfig, personalize
 
 from tests.raising import raises
@@ -91,7 +91,7 @@ def test_two_concepts_are_trained_and_saved_in_one_file(base: str, folders: Any,
     attached = load_all(pipe, out / "adapter.safetensors")
     assert {a.method.name for a in attached} == {"lora", "textual_inversion"}
     assert {"<toy>", "<cup>"} <= pipe.tokenizer.get_vocab().keys()
-    assert concepts_of(out) == {"<toy>": "cat", "<cup>": "dog"}
+    assert concepts_in_file(out) == {"<toy>": "cat", "<cup>": "dog"}
     assert words_for_base(out) == {"<toy>": "cat", "<cup>": "dog"}
 
     record = json.loads((out / "result.json").read_text())
@@ -187,7 +187,7 @@ def test_ordinary_words_get_placeholders_in_their_own_captions(base: str, folder
     )
     out = run(base, folders, tmp_path / "out", method="textual_inversion", datasets=own)
     assert load_file(out / "learned_embeds.safetensors").keys() == {"<dog>", "<vase>"}
-    assert concepts_of(out) == {"<dog>": "animal", "<vase>": "vase"}
+    assert concepts_in_file(out) == {"<dog>": "animal", "<vase>": "vase"}
     shown = capsys.readouterr().out
     assert "token is <dog>" in shown
     assert "token is <vase>" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import warnings
@@ -12,8 +13,10 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from veneer import base_models
+from veneer.training.data.buckets import BucketPlan
 from veneer.training.data.caption_files import read_captions
 from veneer.training.data.image_io import DataWarning
+from veneer.training.data.photo_checks.findings import check_photos
 from veneer.training.data.photo_folder import find_photos
 
 from ...uploads import photo_limits, store_photos
@@ -36,7 +39,7 @@ class PhotoReport:
 
 
 def inspect_photos(paths: Sequence[str], resolution: int) -> PhotoReport:
-    """Decodes photos within the limits and reports problems: unreadable, duplicate or too small.
+    """Decodes photos within the limits and reports problems: unreadable, duplicate, too small, or a finding of `check_photos`.
 
     Args:
         resolution: training resolution in pixels.
@@ -56,8 +59,10 @@ def inspect_photos(paths: Sequence[str], resolution: int) -> PhotoReport:
 def _concerns(folder: Path, resolution: int) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DataWarning)
-        find_photos(folder, limits=photo_limits(), resolution=resolution)
-    return [str(each.message).replace(f"{folder}/", "").replace(str(folder), "the photos") for each in caught]
+        photos = find_photos(folder, limits=photo_limits(), resolution=resolution)
+    problems = [str(each.message).replace(f"{folder}/", "").replace(str(folder), "the photos") for each in caught]
+    plan = BucketPlan(resolution, math.gcd(resolution, 8))
+    return problems + [str(each) for each in check_photos([(plan.choose(p.size), p) for p in photos], photo_limits())]
 
 
 def _open(path: Path) -> Image.Image:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer.pipelines.generate import concepts_of
+from veneer.pipelines.generate import concepts_in_file
 
 from veneer.injection import VeneerError
 
@@ -66,6 +66,6 @@ def find_missing(workspace: Workspace, prompt: str, selected: Sequence[str], usa
 
 def _concepts(file: Any) -> tuple[str, ...]:
     try:
-        return tuple(concepts_of(file))
+        return tuple(concepts_in_file(file))
     except (VeneerError, OSError):
         return ()

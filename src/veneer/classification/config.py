@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from veneer.base_models.devices import Precision
 from veneer.injection import methods
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
-from veneer.training.loop.config import TrainConfig
+from veneer.training.loop.config import TrainConfig, loop_config, run_identity
 from veneer.training.loop.optimizer_step import AUTOCAST
 from veneer.training.method_names import split_methods
 from veneer.training.report.run_folder import new_folder
@@ -208,18 +207,15 @@ class TransferConfig(TrainingOptions, SiteOptions):
 
     def loop(self, per_epoch: int, steps: int) -> TrainConfig:
         """Configuration of the training loop: a checkpoint and a validation pass after every epoch."""
-        names = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(self)}
-        shared = {name: getattr(self, name) for name in names - {"learning_rate", "warmup", "steps"}}
-        return TrainConfig(
+        return loop_config(
+            self,
             steps=steps,
             learning_rate=self.rate(),
             warmup=round(self.warmup * steps),
             checkpoint_every=per_epoch,
             preview_every=per_epoch,
-            **shared,
         )
 
     def identity(self) -> dict[str, Any]:
         """Options that a resumed run must share, beyond those of the training loop and the hashes of the images."""
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in WITHOUT_EFFECT and not hasattr(TrainConfig, k)}
-        return dict(json.loads(json.dumps(fields, default=str, sort_keys=True)))
+        return run_identity(self, WITHOUT_EFFECT)

@@ -26,6 +26,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "veneer predict runs/clothes new-photos/",
         "veneer predict runs/clothes new-photos/ --top 1 --format csv",
     ),
+    "caption": (
+        "veneer caption photos/ --model Salesforce/blip-image-captioning-base --prefix 'a photo of <toy>, '",
+        "veneer caption photos/ --model SmilingWolf/wd-vit-tagger-v3 --threshold 0.5 --dry-run",
+    ),
     "export": (
         "veneer export runs/clothes --to timm --out clothes-timm",
         "veneer export runs/clothes --to onnx --include-normalization --out clothes.onnx",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
 from veneer.training.attach_methods import check_options
 from veneer.training.data.buckets import Crop
-from veneer.training.loop.config import TrainConfig, check_dtypes, check_sharding
+from veneer.training.loop.config import TrainConfig, check_dtypes, check_sharding, loop_config, run_identity
 from veneer.training.objective.objectives import ObjectiveOptions
 from veneer.training.objective.timestep_sampling import Density
 from veneer.training.report.feature_models import check_features
@@ -231,8 +230,7 @@ class ControlConfig(DiffusionTrainingOptions):
 
     def loop(self) -> TrainConfig:
         """Configuration of the training loop."""
-        names = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(self)}
-        return TrainConfig(**{name: getattr(self, name) for name in names})
+        return loop_config(self)
 
     def objective(self) -> ObjectiveOptions:
         """Options of the objective."""
@@ -240,5 +238,4 @@ class ControlConfig(DiffusionTrainingOptions):
 
     def identity(self) -> dict[str, Any]:
         """Settings that must match on resume, besides those of the loop and the digests of the images."""
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in WITHOUT_EFFECT and not hasattr(TrainConfig, k)}
-        return dict(json.loads(json.dumps(fields, default=str, sort_keys=True)))
+        return run_identity(self, WITHOUT_EFFECT)

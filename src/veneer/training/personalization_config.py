@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from .data.buckets import Crop
 from .data.dataset_fields import DatasetFields
 from .evaluation.fields import EvaluationFields
 from .initial_adapter import trigger_words
-from .loop.config import TrainConfig, check_dtypes, check_sharding
+from .loop.config import TrainConfig, check_dtypes, check_sharding, loop_config, run_identity
 from .method_names import split_methods
 from .objective.loss_weighting import LossWeighting
 from .objective.losses import LossKind
@@ -272,9 +271,7 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
 
     def loop(self) -> TrainConfig:
         """Configuration of the training loop."""
-        names = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(self)}
-        shared = {name: getattr(self, name) for name in names if name != "learning_rate"}
-        return TrainConfig(learning_rate=self.main_rate(), **shared)
+        return loop_config(self, learning_rate=self.main_rate())
 
     def objective(self) -> ObjectiveOptions:
         """Options of the objective."""
@@ -284,9 +281,8 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
 
     def identity(self) -> dict[str, Any]:
         """Settings that must match on resume, besides those of the loop and the digests of the images."""
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in WITHOUT_EFFECT and not hasattr(TrainConfig, k)}
-        fields["datasets"] = [{k: v for k, v in table.items() if k != "path"} for table in self.datasets]
-        return json.loads(json.dumps(fields, default=str, sort_keys=True))
+        kept = run_identity(self, {*WITHOUT_EFFECT} - {"datasets"})
+        return {**kept, "datasets": [{k: v for k, v in table.items() if k != "path"} for table in kept["datasets"]]}
 
     def noise(self) -> NoiseOptions:
         """Options of the noise."""

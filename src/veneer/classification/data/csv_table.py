@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from veneer.training.data.caption_files import read_utf8
 from veneer.training.data.image_io import DataError
 
 from .image_folder import is_image, reader, visible
@@ -126,7 +127,7 @@ def _resolve_path(line: _Line, folder: Path, root: Path) -> tuple[DataError | No
 
 
 def _csv_lines(path: Path) -> Iterator[_Line]:
-    text = _text(path)
+    text = read_utf8(path)
     separator = _separator(text)
     table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     columns: tuple[int, int, int | None] | None = None
@@ -166,7 +167,7 @@ def _separator(text: str) -> str:
 
 
 def _jsonl_lines(path: Path) -> Iterator[_Line]:
-    for number, text in enumerate(_text(path).splitlines(), 1):
+    for number, text in enumerate(read_utf8(path).splitlines(), 1):
         if not text.strip():
             continue
         try:
@@ -184,7 +185,7 @@ def _jsonl_lines(path: Path) -> Iterator[_Line]:
 
 def _has_labels(path: Path) -> bool:
     """Whether a metadata table has a label column; a table of captions has none."""
-    first = next((line for line in _text(path).splitlines() if line.strip()), "")
+    first = next((line for line in read_utf8(path).splitlines() if line.strip()), "")
     if path.suffix == ".csv":
         words = [word.strip().strip('"').lower() for word in first.split(_separator(first))]
     else:
@@ -193,14 +194,3 @@ def _has_labels(path: Path) -> bool:
         except (json.JSONDecodeError, TypeError):
             return True  # the reader raises the error
     return any(word in _LABELS for word in words)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        message = f"{path}: not UTF-8 text (byte {error.start}); expected {_COLUMNS}. Save it as UTF-8."
-        raise DataError(message, file=path, where=f"byte {error.start}", expected="UTF-8") from error
-    except OSError as error:
-        message = f"{path}: cannot be read ({error.strerror}). Check the path and permissions."
-        raise DataError(message, file=path, given="unreadable") from error

@@ -39,7 +39,7 @@ def read_captions(folder: Path, photos: Sequence[Path], extension: str = ".txt")
         beside = photo.with_suffix(extension)
         text, source = table.get(photo, (None, ""))
         if beside.is_file():
-            own = " ".join(_utf8(beside).split())
+            own = " ".join(read_utf8(beside).split())
             if text is not None and text != own:
                 message = f"{photo}: captions in {beside.name} and {source} differ; {beside.name} is used"
                 warnings.warn(DataWarning(message, file=photo, given=(own, text)), stacklevel=2)
@@ -74,7 +74,7 @@ def _metadata(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Number, object and text of each line of a JSON Lines file."""
-    for number, line in enumerate(_utf8(path).split("\n"), start=1):
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"line {number}"
@@ -88,7 +88,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Number, columns and text of each row of a CSV file with a header."""
-    reader = csv.DictReader(_utf8(path).splitlines())
+    reader = csv.DictReader(read_utf8(path).splitlines())
     try:
         for entry in reader:
             yield f"line {reader.line_num}", entry, ", ".join(f"{name}={value}" for name, value in entry.items())
@@ -106,12 +106,17 @@ def _entry(entry: dict[str, Any], path: Path, where: str, shown: str) -> tuple[s
     return name.removeprefix("./"), " ".join(text.split())
 
 
-def _utf8(path: Path) -> str:
+def read_utf8(path: Path) -> str:
+    """The text of a file, without a byte order mark.
+
+    Raises:
+        DataError: not UTF-8, with the position of the first wrong byte, or not readable.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         message = f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8."
         raise DataError(message, file=path, where=f"byte {error.start}", expected="UTF-8") from error
     except OSError as error:
-        message = f"{path}: cannot be read ({error.strerror}). Check permissions."
+        message = f"{path}: cannot be read ({error.strerror}). Check the path and permissions."
         raise DataError(message, file=path, given="unreadable") from error

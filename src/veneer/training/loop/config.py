@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
 from veneer.base_models.devices import Dtype
@@ -107,10 +108,32 @@ class TrainConfig(OptimizerOptions):
 
     def identity(self) -> dict[str, Any]:
         """The fields that must match on resume. `steps` is one of them only if the schedule depends on it."""
-        fields = {name: value for name, value in asdict(self).items() if name not in WITHOUT_EFFECT}
+        kept = {name: value for name, value in asdict(self).items() if name not in WITHOUT_EFFECT}
         if self.schedule in CONSTANT:
-            del fields["steps"]
-        return {name: value for name, value in fields.items() if name not in IF_SET or value != IF_SET[name]}
+            del kept["steps"]
+        return {name: value for name, value in kept.items() if name not in IF_SET or value != IF_SET[name]}
+
+
+def loop_config(config: Any, **settings: Any) -> TrainConfig:
+    """Configuration of the training loop of a run: the fields that the run's config shares with it, and over them `settings`.
+
+    Args:
+        config: a dataclass.
+    Raises:
+        TrainError: an invalid value.
+    """
+    names = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(config)}
+    return TrainConfig(**{**{name: getattr(config, name) for name in names}, **settings})
+
+
+def run_identity(config: Any, without: Collection[str]) -> dict[str, Any]:
+    """Fields of a run's config that must match on resume, as JSON values: those that the loop does not have.
+
+    Args:
+        config: a dataclass. `without`: fields that may differ.
+    """
+    kept = {k: v for k, v in asdict(config).items() if k not in without and not hasattr(TrainConfig, k)}
+    return dict(json.loads(json.dumps(kept, default=str, sort_keys=True)))
 
 
 def check_dtypes(dtype: str | None, mixed_precision: str, save_dtype: str) -> None:

@@ -119,7 +119,7 @@ class Trainer:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Context manager that uses the EMA weights, or the weights for evaluation of a Schedule-Free optimizer."""
-        return self.ema.swapped() if self.ema else optimizers.evaluation_mode(self.optimizer, self.parameters)
+        return self.ema.swapped() if self.ema else optimizers.evaluation_weights(self.optimizer, self.parameters)
 
     def fit(self, resume: bool = False, accept: Collection[str] = ()) -> TrainResult:
         """Trains to the last step, or until SIGINT, SIGTERM or `stop`, which finish the step and write a checkpoint.

@@ -19,7 +19,7 @@ from ..data.photo_folder import Photo
 from ..data.photo_source import PhotoSource
 from ..loop.optimizer_step import AUTOCAST
 from ..loop.seeds import mix
-from ..report.previews import evaluation_mode
+from ..report.previews import sampling_mode
 from .denoising_loss import DenoisingLoss
 from .objectives import Flow, Objective
 
@@ -81,7 +81,7 @@ class ValidationLoss:
         """
         losses_of: dict[str, list[float]] = {}
         autocast = torch.autocast(self.family.device.type, self.dtype, enabled=self.dtype is not None)
-        with evaluation_mode(self.family.pipe), torch.no_grad(), autocast:
+        with sampling_mode(self.family.pipe), torch.no_grad(), autocast:
             for concept, example in self._examples:
                 timesteps = fixed_timesteps(self.loss.objective)
                 losses = [self.loss.losses(level, [example], t.reshape(1)) for level, t in enumerate(timesteps)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.injection.sites import VocabularySite
 
+from ..data.photo_checks.findings import PhotoFinding
 from ..data.photo_folder import Photo
 from ..data.photo_folder import photo_warnings as photo_warnings
 from ..loop.config import TrainConfig
@@ -39,14 +40,21 @@ class Concern:
         about: `photos`, `concept`, `prompt`, `learning rate`, `steps`, `resolution`, `sites`, `memory` or `disk`.
         message: what was found and what to do.
         severity: `error` if the run cannot work, `warning` for a probable mistake, `note` for information.
+        finding: what was measured, of a concern about a single photo.
     """
 
     about: str
     message: str
     severity: Literal["error", "warning", "note"] = "warning"
+    finding: PhotoFinding | None = None
 
     def __str__(self) -> str:
         return f"{self.severity}: {self.about}: {self.message}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The concern as JSON values."""
+        measured = {"finding": self.finding.as_dict()} if self.finding else {}
+        return {"about": self.about, "severity": self.severity, "message": self.message, **measured}
 
 
 def sites(attachments: Sequence[Attachment]) -> Iterator[Concern]:
@@ -128,6 +136,11 @@ def images(photos: Sequence[Photo], resolution: int, concept: str) -> Iterator[C
             f"times, so the model learns blur: {names}. Use larger photos, or a lower resolution.",
         )
     yield from (Concern("photos", str(text)) for text in photo_warnings(own, None, concept or None))
+
+
+def findings(measured: Iterable[PhotoFinding]) -> Iterator[Concern]:
+    """Warnings about single photos: blur, exposure, near duplicates, and what the crop keeps."""
+    yield from (Concern("photos", str(finding), finding=finding) for finding in measured)
 
 
 def side(resolution: int, family: Family) -> Iterator[Concern]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from torch import nn
 from veneer.injection.errors import VeneerError
 
 from ..data.captions import Captions
+from ..data.photo_checks.findings import PhotoFinding
 from ..data.photo_folder import Photo
 from ..loop.config import TrainConfig
 from ..loop.disk_space import free_bytes
@@ -97,6 +98,7 @@ def preflight(
     previews: int = 0,
     sampling: PreviewSettings | None = None,
     loading: float = 0.0,
+    findings: Sequence[PhotoFinding] = (),
 ) -> Preflight:
     """Checks a run and estimates its cost. Weights, gradients and the random state are restored.
 
@@ -110,42 +112,48 @@ def preflight(
         processes: number of processes. `folder`: folder of checkpoints, for the check of disk space.
         measure: measure two passes of a micro-batch; if False, estimate from shapes and the speed of a matrix product.
         images, previews: number of images for evaluation and previews. `sampling`: their settings.
-        loading: seconds since the start of the run.
+        loading: seconds since the start of the run. `findings`: of `check_photos`, which become warnings.
     """
     side = resolution or family.resolution
     default = "" if any(photo.concept for photo in photos) else concept
     concepts = list(dict.fromkeys(photo.concept for photo in photos if photo.concept)) or [concept]
     texts = [*concepts, *_captions(photos, default), *(prompts or ())]
-    found = [
+    concerns = [
         *checks.sites(attachments),
         *checks.learning_rates(attachments, config, groups, default_rates),
         *checks.steps(config, photos),
         *checks.images(photos, side, default),
+        *checks.findings(findings),
         *checks.side(side, family),
         *(each for word in concepts for each in checks.concept_word(attachments, family, word, photos)),
         *checks.prompts(family, texts),
     ]
-    cost = None
-    if not any(concern.severity == "error" for concern in found):
+
+    def measured() -> Estimate:
         factor = 2 if any(photo.is_prior for photo in photos) else 1
-        rows = math.ceil(config.batch / processes) * factor
-        try:
-            samples = math.ceil(config.samples / processes) * factor
-            cost = estimate(
-                attachments, config, family, side, rows, samples, texts, measure, images=images, previews=previews,
-                sampling=sampling, loading=loading,
-            )  # fmt: skip
-        except torch.OutOfMemoryError as error:
-            found.append(Concern("memory", f"a trial step ran out of memory: {str(error).splitlines()[0]}", "error"))
-        else:
-            found += _check_capacity(cost, config, family.tower, folder)
+        rows, samples = (math.ceil(count / processes) * factor for count in (config.batch, config.samples))
+        return estimate(
+            attachments, config, family, side, rows, samples, texts, measure, images=images, previews=previews, sampling=sampling,
+            loading=loading,
+        )  # fmt: skip
+
+    cost, capacity = _cost(concerns, measured, config, family.tower, folder)
     order = ("error", "warning", "note")
-    return Preflight(
-        tuple(a.report() for a in attachments),
-        _photo_summary(photos, side, config),
-        cost,
-        tuple(sorted(found, key=lambda concern: order.index(concern.severity))),
-    )
+    concerns = sorted([*concerns, *capacity], key=lambda concern: order.index(concern.severity))
+    return Preflight(tuple(a.report() for a in attachments), _photo_summary(photos, side, config), cost, tuple(concerns))
+
+
+def _cost(
+    concerns: Sequence[Concern], measured: Callable[[], Estimate], config: TrainConfig, tower: nn.Module, folder: Path | None
+) -> tuple[Estimate | None, list[Concern]]:
+    """The cost of a run, None if errors or too little memory prevent a trial step, and concerns about memory and disk space."""
+    if any(concern.severity == "error" for concern in concerns):
+        return None, []
+    try:
+        cost = measured()
+    except torch.OutOfMemoryError as error:
+        return None, [Concern("memory", f"a trial step ran out of memory: {str(error).splitlines()[0]}", "error")]
+    return cost, list(_check_capacity(cost, config, tower, folder))
 
 
 def _captions(photos: Sequence[Photo], concept: str) -> list[str]:

@@ -176,7 +176,7 @@ def _generate(
 ) -> list[Preview]:
     accepts = set(inspect.signature(pipe.__call__).parameters)
     found: list[Preview] = []
-    with evaluation_mode(pipe), restore_encoders(pipe), torch.no_grad():  # not inference mode, in which optimum-quanto fails
+    with sampling_mode(pipe), restore_encoders(pipe), torch.no_grad():  # not inference mode, in which optimum-quanto fails
         scheduler = other_scheduler(pipe.scheduler, settings.scheduler)
         for start in range(0, len(jobs), settings.batch):
             part = jobs[start : start + settings.batch]
@@ -196,7 +196,7 @@ def replace_words(prompt: str, words: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def evaluation_mode(pipe: Any) -> Iterator[None]:
+def sampling_mode(pipe: Any) -> Iterator[None]:
     """Context with all modules in `eval` and without progress bar; restores modes, scheduler, bar and torch's random state."""
     modules = [m for c in pipe.components.values() if isinstance(c, nn.Module) for m in c.modules()]
     modes = [m.training for m in modules]

@@ -27,7 +27,7 @@ def end_training(optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextmanager
-def evaluation_mode(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Iterator[None]:
+def evaluation_weights(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Iterator[None]:
     """Context manager: the parameters have the weights for evaluation. On exit they are restored bitwise.
 
     Nested use has no effect.
