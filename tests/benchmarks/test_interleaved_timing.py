@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -74,3 +75,10 @@ def test_table_of_ratios_and_single_values() -> None:
     assert "**row**: what is timed." in page
     assert "cores 2" in page
     assert "a note." in page
+
+
+def test_objects_that_the_caller_has_frozen_stay_frozen() -> None:
+    gc.freeze()
+    before = gc.get_freeze_count()
+    interleave(Contest("row", "what", (Contender("a", lambda _: None),), ()), rounds=1)
+    assert gc.get_freeze_count() >= before > 0

@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import zlib
-from typing import Any
-
 import pytest
 
+from tests.matrix.selection import EVERYWHERE, REPRESENTATIVES, case_of, hosts_of, select
 from veneer.injection.registry import hosts, methods
 from veneer.testing import Check, parametrize_with_checks
 from veneer.testing.case import Case, usable_sites
-from veneer.testing.checks_run import one_graph
-from veneer.testing.suite import METHOD_AXIS, METHOD_CHECKS
+from veneer.testing.checks_run import one_graph, site_kind
+from veneer.testing.suite import METHOD_AXIS, METHOD_CHECKS, method_checks
 
-EVERYWHERE = {"every_site_live", "detach_restores", "merge_equals_explicit_change"}
-"""What is asked on every small model of every host; the other checks on one of each host, another one for each method."""
-
-COMPILED = "compiles_to_one_graph"
-"""A check that takes seconds: each method on up to `COMPILED_HOSTS` hosts, others for another method."""
-COMPILED_HOSTS = 3
+CHECKS = [check for name in methods.names() for check in method_checks(name)]
+SELECTED = select(CHECKS)
 
 
-def _with_few_compiled(mark: Any) -> Any:
-    """The marked checks, with those named `COMPILED` on some of each method's hosts."""
-    kept, places = [], dict[str, int]()
-    for param in mark.args[1]:
-        check = param.values[0]
-        if check.name == COMPILED:
-            place = places[check.method] = places.get(check.method, -1) + 1
-            count = sum(1 for p in mark.args[1] if (p.values[0].method, p.values[0].name) == (check.method, COMPILED))
-            if (place + zlib.crc32(check.method.encode())) % count >= COMPILED_HOSTS:
-                continue
-        kept.append(param)
-    return pytest.mark.parametrize("check", kept)
-
-
-METHODS = _with_few_compiled(
-    parametrize_with_checks(methods.names(), once=[c.__name__ for c in METHOD_CHECKS if c.__name__ not in EVERYWHERE])
-)
-
-
-@METHODS
+@pytest.mark.parametrize("check", [pytest.param(check, id=check.id) for check in SELECTED])
 def test_method(check: Check) -> None:
     check()
 
@@ -59,16 +34,42 @@ def test_a_unet_adapted_everywhere_is_one_graph() -> None:
     one_graph(Case(config, host, "sd1", sites, other))
 
 
-def test_every_method_and_every_host_is_in_the_matrix() -> None:
-    checks = [param.values[0] for param in METHODS.args[1]]
-    assert {check.method for check in checks} == set(methods.names())
-    assert {check.host for check in checks} == set(hosts.names())
-    pairs = {(check.method, check.host) for check in checks}
-    for method, host in pairs:
-        names = {c.name for c in checks if (c.method, c.host) == (method, host)}
-        assert names | METHOD_AXIS | {COMPILED} == {c.__name__ for c in METHOD_CHECKS}
+def test_every_check_of_a_method_runs_on_hosts_in_turn() -> None:
+    pairs = {(check.method, check.host) for check in CHECKS}
+    assert {method for method, _ in pairs} == {*methods.names()}
+    assert {host for _, host in pairs} == {*hosts.names()}
     for method in methods.names():
-        assert sorted(c.name for c in checks if c.method == method and c.name in METHOD_AXIS) == sorted(METHOD_AXIS)
-        compiled = [c.host for c in checks if (c.method, c.name) == (method, COMPILED)]
-        assert len(compiled) == min(COMPILED_HOSTS, sum(m == method for m, _ in pairs))
-    assert {c.host for c in checks if c.name == COMPILED} == set(hosts.names())
+        among = sum(m == method for m, _ in pairs)
+        for name in (body.__name__ for body in METHOD_CHECKS):
+            ran = [check for check in SELECTED if (check.method, check.name) == (method, name)]
+            at = {check.host for check in ran}
+            if name in METHOD_AXIS:
+                assert len(ran) == 1
+            elif name in EVERYWHERE:
+                assert len(at) == among
+            else:
+                assert len(at) == len(ran) == hosts_of(ran[0], among)
+
+
+def test_every_check_runs_on_every_host_with_several_methods() -> None:
+    """The sites of one host are compiled, merged, saved and so on with some of the methods."""
+    for name in {body.__name__ for body in METHOD_CHECKS} - METHOD_AXIS:
+        for host in hosts.names():
+            assert len({c.method for c in SELECTED if (c.name, c.host) == (name, host)}) > 2, (name, host)
+
+
+def test_the_representatives_adapt_every_site_that_a_method_can_use() -> None:
+    cases = [case_of(check) for check in CHECKS if check.name == "every_site_live"]
+    sites = {(c.host.name, c.model, site) for c in cases for site in c.sites}
+    adapted = {(c.host.name, c.model, site) for c in cases if c.method.name in REPRESENTATIVES for site in c.sites}
+    assert sites == adapted
+
+
+def test_every_method_meets_every_kind_of_site_that_it_can_use() -> None:
+    for name in EVERYWHERE:
+        for method in methods.names():
+            every, ran = (
+                {site_kind(site) for check in several for site in case_of(check).sites}
+                for several in ([c for c in among if (c.method, c.name) == (method, name)] for among in (CHECKS, SELECTED))
+            )
+            assert every == ran, method

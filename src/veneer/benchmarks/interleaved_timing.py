@@ -122,6 +122,7 @@ def interleave(contest: Contest, rounds: int, warmup: int = 1, clock: Callable[[
         peaks = tuple(Sample(each.name, 0, _peak_memory(each)) for each in contest.contenders)
         return ContestResult(contest.name, contest.what, peaks, contest.pairs, contest.unit)
     samples = []
+    frozen = gc.get_freeze_count()
     gc.collect()
     gc.freeze()  # excludes millions of objects of imported libraries from the collection before each timing
     try:
@@ -132,7 +133,8 @@ def interleave(contest: Contest, rounds: int, warmup: int = 1, clock: Callable[[
                 if number >= 0:
                     samples.append(Sample(contender.name, number, seconds))
     finally:
-        gc.unfreeze()
+        if not frozen:  # else what the caller has frozen would be collected again
+            gc.unfreeze()
     return ContestResult(contest.name, contest.what, tuple(samples), contest.pairs)
 
 

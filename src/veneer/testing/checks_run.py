@@ -105,10 +105,14 @@ def one_of_each(case: Case) -> Case:
     """The case at one site of each kind that seams or adapters may treat differently."""
     kinds: dict[tuple[Any, ...], Site] = {}
     for site in case.sites:
-        facts = [getattr(site, name, None) for name in ("called", "kind", "kernel", "stride", "groups", "channel_dim")]
-        sliced = getattr(site, "rows", None) is not None
-        kinds.setdefault((type(site), sliced, type(case.method.build(site)), *facts), site)
+        kinds.setdefault((type(case.method.build(site)), *site_kind(site)), site)
     return dataclasses.replace(case, sites=tuple(kinds.values()))
+
+
+def site_kind(site: Site) -> tuple[Any, ...]:
+    """What seams or adapters may treat differently: the type of a site, whether it is called, its kernel and so on."""
+    facts = [getattr(site, name, None) for name in ("called", "kind", "kernel", "stride", "groups", "channel_dim")]
+    return (type(site), getattr(site, "rows", None) is not None, *facts)
 
 
 @contextlib.contextmanager
