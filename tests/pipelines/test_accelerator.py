@@ -32,10 +32,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(base: Path, photos: Path, out: Path, device: str = "cpu", **settings: Any) -> dict[str, Tensor]:
-    """The tensors of the adapter file after training."""
+    """The tensors of the adapter file after training, by default without images."""
     config: dict[str, Any] = {
-        "steps": 2, "eval_seeds": 1, "features": "bundled", "tracker": "none", "prompts": ("a {concept}",),
-        "drift_prompts": ("a house",),
+        "steps": 2, "eval": "none", "tracker": "none", "prompts": ("a {concept}",), "drift_prompts": ("a house",),
         "class_word": "cat", "template": ("a {concept}",), "concept": "<toy>", "dtype": "float32", "method": "lora",
         "optimizer": "sgd", "learning_rate": 0.1,  # AdamW's first steps have one size, however small the gradient
     }  # fmt: skip
@@ -49,7 +48,8 @@ def train(base: Path, photos: Path, out: Path, device: str = "cpu", **settings: 
 @pytest.mark.parametrize("kind", sorted({*FAMILIES} - {"sd2"}))  # which is `sd` with another objective
 def test_a_run_equals_that_on_the_cpu(kind: str, bases: Path, photos: Path, tmp_path: Path) -> None:
     method = "lora" if kind in ("dit", "pixart") else "pivotal"
-    settings: dict[str, Any] = {"method": method, "eval_seeds": 0 if kind == "flux" else 1}  # its images take most of a minute
+    seeds = 0 if kind == "flux" else 1  # its images take most of a minute
+    settings: dict[str, Any] = {"method": method, "eval": "full", "eval_seeds": seeds, "features": "bundled"}
     expected = train(bases / kind, photos, tmp_path / "cpu", **settings)
     with simulated_accelerator() as accelerator:
         got = train(bases / kind, photos, tmp_path / "device", DEVICE, **settings)
@@ -63,7 +63,7 @@ def test_the_host_waits_a_few_times_in_each_step(bases: Path, photos: Path, tmp_
     counts = []
     for steps in (2, 5):
         with simulated_accelerator() as accelerator:
-            train(bases / "sd", photos, tmp_path / str(steps), DEVICE, steps=steps, eval_seeds=0)
+            train(bases / "sd", photos, tmp_path / str(steps), DEVICE, steps=steps)
         counts.append(accelerator.synchronizations.total())
     assert counts[1] - counts[0] <= 3 * SYNCHRONIZATIONS
 
@@ -102,7 +102,7 @@ def test_encoders_stay_where_their_outputs_are_not_cached(
     if reason == "memory":
         monkeypatch.setattr("veneer.training.personalization_data.Cache", lambda folder: Cache(folder, memory=100))
     with simulated_accelerator():
-        train(bases / "sd", photos, tmp_path / "out", DEVICE, steps=1, eval_seeds=0, **settings)
+        train(bases / "sd", photos, tmp_path / "out", DEVICE, steps=1, **settings)
     assert (tmp_path / "out" / "adapter.safetensors").is_file()
     assert not moved
 
@@ -125,7 +125,7 @@ def _held(base: Path, photos: Path, out: Path, offload: bool) -> int:
             return losses(self, step, rows)
 
         patch.setattr(DenoisingLoss, "__call__", watched)
-        train(base, photos, out, DEVICE, steps=1, eval_seeds=0, offload_encoders=offload)
+        train(base, photos, out, DEVICE, steps=1, offload_encoders=offload)
     return sizes[0]
 
 
