@@ -31,8 +31,8 @@ METHOD_HELP = (
 )
 
 
-def build(context: Context) -> None:
-    """Builds the page."""
+def build(context: Context) -> JobView:
+    """Builds the page; returns the view of its runs."""
     classifiers = ClassifierCache()
     with gr.Row():
         with gr.Column(min_width=300):
@@ -61,6 +61,7 @@ def build(context: Context) -> None:
     model.change(show_errors(supported_methods), [model, methods], methods, queue=False, **private)
     inputs = [source, file, folder, view.choice, model, methods, epochs, *more]
     start.click(show_errors(handle_start), inputs, view.choice, api_visibility="private")
+    return view
 
 
 def _data_fields() -> tuple[gr.Radio, gr.File, gr.Textbox, gr.HTML]:

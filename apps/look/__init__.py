@@ -1,0 +1,1 @@
+"""Look of the app: theme, style sheet and scripts."""
