@@ -156,7 +156,8 @@ def build(context: Context) -> gr.Blocks:
             built: dict[str, Any] = {}
             for each in pages():
                 with gr.Tab(each.name, id=each.slug):
-                    gr.Markdown(each.about, elem_classes="about")
+                    if each.about:
+                        gr.Markdown(each.about, elem_classes="about")
                     built[each.slug] = each.build(context)
         connect_runs(context, tabs, built)
         connect_gallery(context, tabs, built)

@@ -23,6 +23,7 @@ from ..shared.adapter_lists import refresh_on_change
 from ..shared.events import GENERATION, QUIET
 from ..shared.generation_fields import Fields, fields
 from ..shared.generation_request import MAX_STRENGTH, parse_request
+from ..shared.html import section, step
 from ..shared.images import gallery, photo_input, sketchpad
 from ..shared.job_view import ADAPTER, JobView, Results, copy_for_download, grid_image, job_view, open_image, select_job
 from ..shared.time_estimates import REFERENCE, duration
@@ -58,6 +59,7 @@ def build(context: Context) -> JobView:
     """Builds the page; returns the view of its runs."""
     with gr.Row():
         with gr.Column(min_width=300):
+            gr.HTML(step(1, "Sketch or photo", "that the image follows"))
             choice = gr.Dropdown(
                 [],
                 label="Control adapter",
@@ -80,6 +82,7 @@ def build(context: Context) -> JobView:
                 start = gr.Slider(0, 1, value=0.0, step=0.05, label="Start", info="0: first step", min_width=230)
                 end = gr.Slider(0, 1, value=1.0, step=0.05, label="End", info="1: last step", min_width=230)
         with gr.Column(min_width=300):
+            gr.HTML(step(2, "Prompt"))
             fields_ = fields("control", "an apple")
             with gr.Row(elem_classes="action"):
                 go = gr.Button("Generate", variant="primary", min_width=130, elem_id="control-draw")
@@ -96,7 +99,10 @@ def build(context: Context) -> JobView:
         (pictures, state),
         (sketch_column, photo_column),
     )
-    gr.Markdown("## Train a control adapter", elem_id="control-train")
+    gr.HTML(
+        section("Train a control adapter", "Without photos, the base model generates the training images."),
+        elem_id="control-train",
+    )
     with gr.Column():  # keeps the main button in view within the form
         return _training_form(context)
 

@@ -68,7 +68,7 @@ def _result_image(job: Job) -> Image.Image | None:
 
 def _run_caption(job: Job) -> str:
     verdict: Any = read_result(job).get("verdict")
-    outcome = OUTCOMES.get(verdict.get("outcome")) if isinstance(verdict, dict) else None
+    outcome = OUTCOMES.get(str(verdict.get("outcome"))) if isinstance(verdict, dict) else None
     return " · ".join([printable(job.title), job.created, *([outcome[0]] if outcome else [])])
 
 

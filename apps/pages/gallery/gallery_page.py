@@ -24,7 +24,8 @@ PER_PAGE = 24
 """Images of a page."""
 INTERVAL = 5.0
 """Seconds between checks for new images and runs."""
-NO_IMAGES = "No image yet. Images from the pages Generate and Control are kept here, with their prompt, seed and adapters."
+NO_IMAGES = "No image yet. Images are kept here with their prompt, seed and adapters."
+ABOUT = "From the pages Generate and Control. Select one to see its settings, to download it or to use it again."
 NO_RUNS = "No finished run yet."
 CONFIRM_DELETE = """(name, page) => { if (!confirm("Delete this image?")) throw new Error("kept"); return [name, page] }"""
 
@@ -73,7 +74,9 @@ def show_image(workspace: Workspace, name: str) -> list[Any]:
 
 def build(context: Context) -> GalleryView:
     """Builds the page."""
-    gr.HTML(section("Images"))
+    gr.HTML(
+        section("Images", "From the pages Generate and Control. Select one for its settings, to download it or to use it again.")
+    )
     position = gr.Markdown(NO_IMAGES, elem_id="gallery-position")
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
@@ -176,4 +179,4 @@ def connect_gallery(context: Context, tabs: gr.Tabs, built: Mapping[str, Any]) -
     view.runs.select(show_errors(open_run), [view.run_names], [tabs, *(each.choice for each in views.values())], **QUIET)
 
 
-PAGE = Page("Gallery", "gallery", "Everything you have generated and trained.", build)
+PAGE = Page("Gallery", "gallery", "", build)

@@ -25,6 +25,7 @@ from ..shared.images import gallery, photo_input
 from ..shared.job_view import ADAPTER
 from ..shared.trigger_tokens import find_missing
 from ..shared.verdict import read_result
+from ..showcase.showcase import prompt_examples
 from .generation import MODES, generate, read_image_settings, text_adapters
 
 EXAMPLES = 4
@@ -47,12 +48,14 @@ def build(context: Context) -> GenerateForm:
         with gr.Column(min_width=300):
             state = gr.Markdown("No image yet. Write a prompt and press *Generate*, or try an example.", elem_id="generate-state")
             pointer = _pointer()
+            examples_shown = gr.HTML(prompt_examples(), elem_id="generate-examples")
             pictures = gallery("Images", 2, buttons=["download", "fullscreen"], elem_id="generate-gallery")
             reuse = gr.Button("Reuse the settings of the selected image", size="sm", visible=False, elem_id="generate-again")
             with gr.Accordion("Reuse the settings of an image file", open=False):
                 upload = photo_input("A PNG that was generated here", height=180, elem_id="generate-brought")
     paths_state, chosen = gr.State(list[str]()), gr.State(0)
     buttons = [(go, None), *((button, text) for text, button in examples)]
+    paths_state.change(lambda paths: gr.HTML(visible=not paths), [paths_state], [examples_shown], **QUIET)
     _wire(context, fields_, (choice, rows), mode, buttons, stop, (pictures, state, paths_state), pointer)
     _wire_settings(context, fields_, (choice, rows), (pictures, reuse, upload), (state, paths_state, chosen))
     return GenerateForm([*fields_.all(), choice, *rows, state])
@@ -216,4 +219,4 @@ def _wire_settings(context: Context, fields_: Fields, adapters: Any, parts: Any,
     upload.upload(show_errors(fill_settings), [upload], outputs, **QUIET)
 
 
-PAGE = Page("Generate", "generate", "Generate images from a prompt, with one or more adapters.", build)
+PAGE = Page("Generate", "generate", "", build)

@@ -25,7 +25,7 @@ from ..shared.images import gallery
 from ..shared.job_view import Results, job_view, select_job
 from ..shared.photo_upload import Rows, example_photos, inspect_photos, save_photos
 from ..shared.training_result import export_kohya
-from ..showcase.showcase import showcase
+from ..showcase.showcase import showcase, subject_strip
 from .estimates import estimate_text, preset_radio
 from .request import (
     DEFAULT_METHOD,
@@ -47,7 +47,7 @@ KIND = "train"
 SHORT: dict[str, Any] = {"max_length": LIMITS.text, "min_width": 140}
 """Layout of a short text field."""
 EMPTY = "**No run yet.** Progress and previews appear here; then the images before and after, a verdict and the files."
-NO_PHOTOS = f"Drop 3 to 20 photos of one subject or style (at most {LIMITS.photos}), or use the example photos."
+NO_PHOTOS = f"Drop your photos (at most {LIMITS.photos}), or use the example photos."
 PRESET_FIELDS = ("steps", "batch", "learning_rate", "schedule", "seed", "preview_every", "checkpoint_every", "eval_seeds")
 """Settings that depend on the preset."""
 FALLBACK_SIDE = 512
@@ -155,12 +155,14 @@ class _Form:
 
     def __init__(self, context: Context) -> None:
         self.context = context
+        gr.HTML(subject_strip())
         gr.HTML(step(1, "Photos", "3 to 20 of one subject or style"))
         self.files = gr.File(
-            label="Photos", file_count="multiple", file_types=sorted(READ), height=130, elem_id="train-photos", interactive=True
+            label="Photos", file_count="multiple", file_types=sorted(READ), height=120, elem_id="train-photos", interactive=True
         )
-        self.notes = gr.Markdown(NO_PHOTOS, elem_id="train-notes")
-        self.example_photos = gr.Button("Example photos", size="sm", elem_id="train-example")
+        with gr.Row(elem_classes="notes"):
+            self.notes = gr.Markdown(NO_PHOTOS, elem_id="train-notes")
+            self.example_photos = gr.Button("Example photos", size="sm", scale=0, min_width=140, elem_id="train-example")
         self.thumbs = gallery("Your photos", 5, visible=False, buttons=[])
         gr.HTML(step(2, "Subject", "the name that prompts use"))
         self._subject()
@@ -286,4 +288,4 @@ def _layout(field: Field) -> dict[str, Any]:
     return {"min_width": 200, "elem_id": f"train-{field.name.replace('_', '-')}"}
 
 
-PAGE = Page("Train", "train", "Train a subject or a style from a few photos.", build)
+PAGE = Page("Train", "train", "", build)

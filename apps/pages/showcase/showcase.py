@@ -46,14 +46,14 @@ def showcase() -> Showcase:
     with gr.Column(elem_id="showcase") as column:
         with gr.Column(elem_classes="card"):
             gr.HTML(subject_card())
-            train = gr.Button("Try it: train on these photos", variant="primary", elem_id="showcase-train")
+            train = gr.Button("Try it: train on these photos", elem_id="showcase-train")
         with gr.Row():
             with gr.Column(elem_classes="card", min_width=260):
                 gr.HTML(control_card())
-                control = gr.Button("Try it: train a control adapter", elem_id="showcase-control")
+                control = gr.Button("Try it: train one", elem_id="showcase-control")
             with gr.Column(elem_classes="card", min_width=260):
                 gr.HTML(classify_card())
-                classify = gr.Button("Try it: train a classifier", elem_id="showcase-classify")
+                classify = gr.Button("Try it: train one", elem_id="showcase-classify")
     return Showcase(column, train, {"control": control, "classify": classify})
 
 
@@ -79,6 +79,23 @@ def subject_card() -> str:
 
 
 @functools.cache
+def subject_strip() -> str:
+    """Two of the example photos and two images with the trained adapter, for the top of a narrow window."""
+    photos = [_open(path) for path in sorted(base_models.examples().glob("*.png"))][:2]
+    after = [_open(IMAGES / f"subject-after-{i}.webp") for i in range(2)]
+    parts = [_figure(photos, "A few photos", ""), _figure(after, "Images by prompt", "")]
+    return f'<div class="images narrow">{"".join(parts)}</div>'
+
+
+@functools.cache
+def prompt_examples() -> str:
+    """Images of the bundled model for the example prompts of the page Generate."""
+    prompts = base_models.preset("bundled").unrelated[:4]
+    images = [_open(IMAGES / f"example-{i}.webp") for i in range(len(prompts))]
+    return f'<div class="images">{_figure(images, "The four examples, by the bundled model, seed 0", "large", prompts)}</div>'
+
+
+@functools.cache
 def control_card() -> str:
     """Maps of edges and the images that follow them."""
     maps, images = ([_open(IMAGES / f"control-{name}-{kind}.webp") for name in CONTROLLED] for kind in ("map", "image"))
@@ -89,7 +106,7 @@ def control_card() -> str:
 @functools.cache
 def classify_card() -> str:
     """The built-in digits with their classes."""
-    parts = [_figure(digit_images(), "Built in: 1,797 images in ten classes", "small", [str(n) for n in range(10)])]
+    parts = [_figure(digit_images(), "Built in: 1,797 images in ten classes", "tiny", [str(n) for n in range(10)])]
     return _card("An image classifier", "Compare methods on labeled images, with accuracy and mistakes.", parts)
 
 
