@@ -35,21 +35,22 @@ METHOD_HELP = (
 def build(context: Context) -> JobView:
     """Builds the page; returns the view of its runs."""
     classifiers = ClassifierCache()
-    with gr.Row():
-        with gr.Column(min_width=300):
-            gr.HTML(step(1, "Images", "labeled by folder"))
-            source, file, folder, sample = _data_fields()
-        with gr.Column(min_width=300):
-            gr.HTML(step(2, "Model and methods"))
-            model = gr.Dropdown(MODELS, value=DEFAULTS.model, label="Model", info=MODEL_HELP, allow_custom_value=True)
-            methods = gr.Dropdown(
-                compatible_methods(DEFAULTS.model), value=DEFAULT_METHODS, multiselect=True, allow_custom_value=True,
-                label="Methods", info=METHOD_HELP, elem_id="classify-methods",
-            )  # fmt: skip
-            epochs = gr.Slider(1, 100, DEFAULTS.epochs, step=1, label="Epochs", info="Passes over the training images.")
-    more = _settings()
-    with gr.Row(elem_classes="action"):
-        start = gr.Button("Train", variant="primary", elem_id="classify-start")
+    with gr.Column():  # keeps the main button in view within the form
+        with gr.Row():
+            with gr.Column(min_width=300):
+                gr.HTML(step(1, "Images", "labeled by folder"))
+                source, file, folder, sample = _data_fields()
+            with gr.Column(min_width=300):
+                gr.HTML(step(2, "Model and methods"))
+                model = gr.Dropdown(MODELS, value=DEFAULTS.model, label="Model", info=MODEL_HELP, allow_custom_value=True)
+                methods = gr.Dropdown(
+                    compatible_methods(DEFAULTS.model), value=DEFAULT_METHODS, multiselect=True, allow_custom_value=True,
+                    label="Methods", info=METHOD_HELP, elem_id="classify-methods",
+                )  # fmt: skip
+                epochs = gr.Slider(1, 100, DEFAULTS.epochs, step=1, label="Epochs", info="Passes over the training images.")
+        more = _settings()
+        with gr.Row(elem_classes="action"):
+            start = gr.Button("Train", variant="primary", elem_id="classify-start")
     view = job_view(context, KIND, Results(lambda: result_components(_trial), _view_values, stamp), EMPTY)
     _wire_trial(context, classifiers, view)
 
