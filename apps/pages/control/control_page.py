@@ -85,8 +85,8 @@ def build(context: Context) -> JobView:
             gr.HTML(step(2, "Prompt"))
             fields_ = fields("control", "an apple")
             with gr.Row(elem_classes="action"):
-                go = gr.Button("Generate", variant="primary", min_width=130, elem_id="control-draw")
-                stop = gr.Button("Stop", min_width=80, elem_id="control-draw-stop")
+                go = gr.Button("Generate", variant="primary", scale=3, min_width=130, elem_id="control-draw")
+                stop = gr.Button("Stop", scale=1, min_width=80, elem_id="control-draw-stop")
             state = gr.Markdown(NONE_YET, elem_id="control-said")
             pictures = gallery("Map, without and with control", 3, buttons=["download", "fullscreen"], elem_id="control-gallery")
     condition_inputs = [choice, condition, source, sketch, inputs]

@@ -43,8 +43,8 @@ def build(context: Context) -> GenerateForm:
             fields_ = fields("generate", below=lambda: parts.extend(_adapters()))
             choice, rows, mode = parts
             with gr.Row(elem_classes="action"):
-                go = gr.Button("Generate", variant="primary", min_width=130, elem_id="generate-draw")
-                stop = gr.Button("Stop", min_width=80, elem_id="generate-stop")
+                go = gr.Button("Generate", variant="primary", scale=3, min_width=130, elem_id="generate-draw")
+                stop = gr.Button("Stop", scale=1, min_width=80, elem_id="generate-stop")
         with gr.Column(min_width=300):
             state = gr.Markdown("No image yet. Write a prompt and press *Generate*, or try an example.", elem_id="generate-state")
             pointer = _pointer()

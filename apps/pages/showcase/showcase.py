@@ -46,14 +46,14 @@ def showcase() -> Showcase:
     with gr.Column(elem_id="showcase") as column:
         with gr.Column(elem_classes="card"):
             gr.HTML(subject_card())
-            train = gr.Button("Try it: train on these photos", elem_id="showcase-train")
+            train = gr.Button("Train on these photos", size="md", elem_id="showcase-train")
         with gr.Row():
             with gr.Column(elem_classes="card", min_width=260):
                 gr.HTML(control_card())
-                control = gr.Button("Try it: train one", elem_id="showcase-control")
+                control = gr.Button("Train a ControlNet", size="md", elem_id="showcase-control")
             with gr.Column(elem_classes="card", min_width=260):
                 gr.HTML(classify_card())
-                classify = gr.Button("Try it: train one", elem_id="showcase-classify")
+                classify = gr.Button("Train a classifier", size="md", elem_id="showcase-classify")
     return Showcase(column, train, {"control": control, "classify": classify})
 
 
