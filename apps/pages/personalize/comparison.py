@@ -19,7 +19,7 @@ def comparison_html(job: Job) -> str:
     records = read_result(job).get("samples")
     pairs = [_pair(job.run, each) for each in records[:MOST]] if isinstance(records, list) else []
     found = "".join(pairs)
-    return f'<h3>Before and after</h3><div class="pairs">{found}</div>' if found else ""
+    return f'<section class="card"><h3>Before and after</h3><div class="pairs">{found}</div></section>' if found else ""
 
 
 def _pair(run: Path, record: object) -> str:

@@ -47,7 +47,7 @@ def result_components() -> list[Any]:
     """Components in the order of `result_values`; on the page: verdict, link, images, files, metrics."""
     verdict = gr.HTML(visible=False, elem_id="train-verdict")
     link = gr.Button("Generate with it", variant="primary", visible=False, elem_id="train-generate")
-    pairs = gr.HTML(visible=False, elem_id="train-pairs", elem_classes="card")
+    pairs = gr.HTML(visible=False, elem_id="train-pairs")
     with gr.Column(visible=False, elem_classes="card") as card:
         purposes = gr.HTML()
         files = gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="train-files")
