@@ -28,6 +28,7 @@ from ..shared.images import gallery, photo_input, sketchpad
 from ..shared.job_view import ADAPTER, JobView, Results, copy_for_download, grid_image, job_view, open_image, select_job
 from ..shared.time_estimates import REFERENCE, duration
 from ..shared.verdict import read_result, verdict_html
+from ..showcase.showcase import control_examples
 from .generation import SOURCES, ConditionInput, condition_image, control_adapter, control_adapters, generate, output_size
 from .training import (
     MAX_IMAGES,
@@ -88,6 +89,7 @@ def build(context: Context) -> JobView:
                 go = gr.Button("Generate", variant="primary", scale=3, min_width=130, elem_id="control-draw")
                 stop = gr.Button("Stop", scale=1, min_width=80, elem_id="control-draw-stop")
             state = gr.Markdown(NONE_YET, elem_id="control-said")
+            examples = gr.HTML(control_examples(), elem_id="control-examples")
             pictures = gallery("Map, without and with control", 3, buttons=["download", "fullscreen"], elem_id="control-gallery")
     condition_inputs = [choice, condition, source, sketch, inputs]
     _wire(
@@ -99,6 +101,7 @@ def build(context: Context) -> JobView:
         (pictures, state),
         (sketch_column, photo_column),
     )
+    pictures.change(lambda: gr.HTML(visible=False), None, examples, **QUIET)
     gr.HTML(
         section("Train a control adapter", "Without photos, the base model generates the training images."),
         elem_id="control-train",

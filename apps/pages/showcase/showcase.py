@@ -75,7 +75,7 @@ def subject_card() -> str:
         _figure(before, "Before: the bundled model", "large", SUBJECT_PROMPTS),
         _figure(after, "After 300 steps, minutes on a CPU", "large", SUBJECT_PROMPTS),
     ]
-    return _card("Your subject or style, from a few photos", "Train, then place it in new images by a prompt.", parts)
+    return _card("Your subject or style, from a few photos", "Train, then place it in new images by a prompt.", _group(parts))
 
 
 @functools.cache
@@ -96,18 +96,23 @@ def prompt_examples() -> str:
 
 
 @functools.cache
-def control_card() -> str:
+def control_examples() -> str:
     """Maps of edges and the images that follow them."""
     maps, images = ([_open(IMAGES / f"control-{name}-{kind}.webp") for name in CONTROLLED] for kind in ("map", "image"))
     parts = [_figure(maps, "Lines", "", CONTROLLED), _figure(images, "Images that follow them", "", CONTROLLED)]
-    return _card("Images that follow a sketch", "A ControlNet for edges, depth, poses and more.", parts)
+    return _group(parts)
+
+
+def control_card() -> str:
+    """What a control adapter does."""
+    return _card("Images that follow a sketch", "A ControlNet for edges, depth, poses and more.", control_examples())
 
 
 @functools.cache
 def classify_card() -> str:
     """The built-in digits with their classes."""
     parts = [_figure(digit_images(), "Built in: 1,797 images in ten classes", "tiny", [str(n) for n in range(10)])]
-    return _card("An image classifier", "Compare methods on labeled images, with accuracy and mistakes.", parts)
+    return _card("An image classifier", "Compare methods on labeled images, with accuracy and mistakes.", _group(parts))
 
 
 def _open(path: Path) -> Image.Image:
@@ -115,8 +120,12 @@ def _open(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def _card(title: str, about: str, parts: Sequence[str]) -> str:
-    return f'<h3>{escape(title)}</h3><p class="about">{escape(about)}</p><div class="images">{"".join(parts)}</div>'
+def _card(title: str, about: str, images: str) -> str:
+    return f'<h3>{escape(title)}</h3><p class="about">{escape(about)}</p>{images}'
+
+
+def _group(figures: Sequence[str]) -> str:
+    return f'<div class="images">{"".join(figures)}</div>'
 
 
 def _figure(images: Sequence[Image.Image], caption: str, kind: str, names: Sequence[str] = ()) -> str:
