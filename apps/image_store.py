@@ -79,9 +79,9 @@ class ImageStore:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if shutil.disk_usage(self.folder).free < self.limits.disk_free:
             return
-        hidden = self.folder / f".{time.time_ns():020d}"
-        shutil.copyfile(path, hidden)
-        os.replace(hidden, hidden.with_name(f"{time.time_ns():020d}.png"))
+        temporary = self.folder / f".{time.time_ns():020d}"
+        shutil.copyfile(path, temporary)
+        os.replace(temporary, temporary.with_name(f"{time.time_ns():020d}.png"))
         self._prune()
 
     def delete(self, name: str) -> None:
@@ -104,11 +104,11 @@ class ImageStore:
 
 def store_images(workspace: Workspace, updates: Updates) -> Iterator[tuple[list[tuple[str, str]], str]]:
     """Passes on the updates of a generation, and stores each image as soon as it is there."""
-    store, known = ImageStore.of(workspace), set[str]()
+    store, stored_paths = ImageStore.of(workspace), set[str]()
     for items, progress in updates:
         for path, _ in items:
-            if path not in known:
-                known.add(path)
+            if path not in stored_paths:
+                stored_paths.add(path)
                 store.add(Path(path))
         yield items, progress
 

@@ -17,9 +17,9 @@ from starlette.middleware import Middleware
 from veneer.injection import OptionError
 
 from . import components
+from .appearance.theme import HEAD, STYLE, brand, theme
 from .context import Context
 from .limits import LIMITS
-from .look.theme import HEAD, STYLE, brand, theme
 from .pages import pages
 from .pages.gallery.gallery_page import connect_gallery
 from .pages.generate.generate_page import connect_runs

@@ -120,8 +120,8 @@ def _wire(context: Context, fields_: Fields, condition_inputs: Any, ranges: Any,
         name, kind, *inputs = form_values[count : count + 5]
         adapter = control_adapter(context.workspace(request), name, kind)
         generation = parse_request(*form_values[:count])
-        made = generate(context, adapter, name, generation, ConditionInput(*inputs), *form_values[count + 5 :])
-        for items, progress in store_images(context.workspace(request), made):
+        updates = generate(context, adapter, name, generation, ConditionInput(*inputs), *form_values[count + 5 :])
+        for items, progress in store_images(context.workspace(request), updates):
             yield [items, progress]
 
     def show_condition(request: gr.Request, *form_values: Any) -> list[Any]:

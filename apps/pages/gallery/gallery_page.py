@@ -109,24 +109,24 @@ def _wire_images(context: Context, page_outputs: list[Any], details_outputs: lis
     images, names, number, *_ = page_outputs
     *_, details, selected = details_outputs
 
-    def handle_newer(request: gr.Request, shown: int) -> list[Any]:
-        return show_page(context.workspace(request), shown - 1)
+    def handle_newer(request: gr.Request, page: int) -> list[Any]:
+        return show_page(context.workspace(request), page - 1)
 
-    def handle_older(request: gr.Request, shown: int) -> list[Any]:
-        return show_page(context.workspace(request), shown + 1)
+    def handle_older(request: gr.Request, page: int) -> list[Any]:
+        return show_page(context.workspace(request), page + 1)
 
-    def select(request: gr.Request, listed: list[str], event: gr.SelectData) -> list[Any]:
-        return show_image(context.workspace(request), listed[event.index] if event.index < len(listed) else "")
+    def select(request: gr.Request, image_names: list[str], event: gr.SelectData) -> list[Any]:
+        return show_image(context.workspace(request), image_names[event.index] if event.index < len(image_names) else "")
 
-    def handle_delete(request: gr.Request, name: str, shown: int) -> list[Any]:
+    def handle_delete(request: gr.Request, name: str, page: int) -> list[Any]:
         workspace = context.workspace(request)
         ImageStore.of(workspace).delete(name)
-        return [*show_page(workspace, shown), gr.Column(visible=False), ""]
+        return [*show_page(workspace, page), gr.Column(visible=False), ""]
 
     newer.click(show_errors(handle_newer), [number], page_outputs, **QUIET)
     older.click(show_errors(handle_older), [number], page_outputs, **QUIET)
-    chosen = images.select(show_errors(select), [names], details_outputs, **QUIET)
-    chosen.success(None, js="() => reveal('gallery-details')", **QUIET)
+    event = images.select(show_errors(select), [names], details_outputs, **QUIET)
+    event.success(None, js="() => reveal('gallery-details')", **QUIET)
     delete.click(show_errors(handle_delete), [selected, number], [*page_outputs, details, selected], js=CONFIRM_DELETE, **QUIET)
 
 
@@ -135,20 +135,20 @@ def _wire_updates(context: Context, page_outputs: list[Any], run_outputs: list[A
     known = gr.State(list[Any]())
     number = page_outputs[2]
 
-    def refresh(request: gr.Request, shown: int, previous: list[Any] | None) -> list[Any]:
+    def refresh(request: gr.Request, page: int, previous: list[Any] | None) -> list[Any]:
         workspace = context.workspace(request)
         jobs = finished_runs(workspace)
         now = [[file.name for file in ImageStore.of(workspace).files()], [job.name for job in jobs]]
         old = previous or [None, None]
-        pages = show_page(workspace, shown) if now[0] != old[0] else [gr.skip()] * len(page_outputs)
-        listed = [gr.skip()] * len(run_outputs)
+        pages = show_page(workspace, page) if now[0] != old[0] else [gr.skip()] * len(page_outputs)
+        run_values = [gr.skip()] * len(run_outputs)
         if now[1] != old[1]:
             keys = [[job.kind, job.name] for job in jobs]
-            listed = [gr.Gallery(run_thumbnails(jobs), visible=bool(jobs)), keys, "" if jobs else NO_RUNS]
-        return [*pages, *listed, now if now != previous else gr.skip()]
+            run_values = [gr.Gallery(run_thumbnails(jobs), visible=bool(jobs)), keys, "" if jobs else NO_RUNS]
+        return [*pages, *run_values, now if now != previous else gr.skip()]
 
-    def load(request: gr.Request, shown: int) -> list[Any]:
-        return refresh(request, shown, None)
+    def load(request: gr.Request, page: int) -> list[Any]:
+        return refresh(request, page, None)
 
     outputs = [*page_outputs, *run_outputs, known]
     gr.on(None, show_errors(load), [number], outputs, **QUIET)
@@ -172,8 +172,8 @@ def connect_gallery(context: Context, tabs: gr.Tabs, built: Mapping[str, Any]) -
     def open_run(request: gr.Request, keys: list[list[str]], event: gr.SelectData) -> list[Any]:
         kind, name = keys[event.index]
         workspace = context.workspace(request)
-        chosen = select_job(workspace, kind, workspace.job(name))
-        return [gr.Tabs(selected=kind), *(chosen if each == kind else gr.skip() for each in views)]
+        choice = select_job(workspace, kind, workspace.job(name))
+        return [gr.Tabs(selected=kind), *(choice if each == kind else gr.skip() for each in views)]
 
     view.again.click(show_errors(use_again), [view.selected], [tabs, *form.outputs], **QUIET)
     view.runs.select(show_errors(open_run), [view.run_names], [tabs, *(each.choice for each in views.values())], **QUIET)

@@ -105,8 +105,8 @@ def form_for_image(workspace: Workspace, path: str | None) -> list[Any]:
     strength_of = {name: strength for name, strength in strength_of.items() if name in choices}
     strengths = [gr.Slider(value=s, visible=True, label=f"Strength of {n}") for n, s in strength_of.items()]
     hidden = [gr.Slider(visible=False)] * (LIMITS.adapters - len(strengths))
-    chosen = gr.Dropdown(choices=choices, value=list(strength_of), multiselect=True)
-    return [*values(generation), chosen, *strengths, *hidden, note]
+    dropdown = gr.Dropdown(choices=choices, value=list(strength_of), multiselect=True)
+    return [*values(generation), dropdown, *strengths, *hidden, note]
 
 
 def connect_runs(context: Context, tabs: gr.Tabs, built: Mapping[str, Any]) -> None:
@@ -171,8 +171,8 @@ def _wire(
     def run_anyway(request: gr.Request, *given: Any) -> Iterator[list[Any]]:
         names, mode, strengths = given[count] or [], given[count + 1], given[count + 2 :]
         workspace = context.workspace(request)
-        made = generate(context, workspace, parse_request(*given[:count]), names, strengths, mode)
-        for items, progress in store_images(workspace, made):
+        updates = generate(context, workspace, parse_request(*given[:count]), names, strengths, mode)
+        for items, progress in store_images(workspace, updates):
             yield [items, progress, [path for path, _ in items], gr.Row(visible=False), []]
 
     def select_missing(request: gr.Request, names: list[str] | None, more: list[str]) -> Any:

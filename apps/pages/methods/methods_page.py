@@ -87,8 +87,8 @@ def render_methods(
     matches = rank_methods(with_use(matches, use) if use else matches, query)
     trained = count_parameters(model, progress) if model else None
     if sort == "use" and not query:
-        chosen = next((each for each in USES if each.key == use), None)
-        groups = [(chosen, matches)] if chosen else group_by_use(matches)
+        selected_use = next((each for each in USES if each.key == use), None)
+        groups = [(selected_use, matches)] if selected_use else group_by_use(matches)
         return method_list(groups, trained, model, start=not kind and not use)
     if sort == "name":
         matches = sorted(matches, key=lambda m: m.name)

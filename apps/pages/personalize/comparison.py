@@ -18,8 +18,8 @@ def comparison_html(job: Job) -> str:
     """Pairs of images in HTML, each from the same noise; empty for a run without them."""
     records = read_result(job).get("samples")
     pairs = [_pair(job.run, each) for each in records[:MOST]] if isinstance(records, list) else []
-    found = "".join(pairs)
-    return f'<section class="card"><h3>Before and after</h3><div class="pairs">{found}</div></section>' if found else ""
+    content = "".join(pairs)
+    return f'<section class="card"><h3>Before and after</h3><div class="pairs">{content}</div></section>' if content else ""
 
 
 def _pair(run: Path, record: object) -> str:

@@ -278,8 +278,8 @@ class _Form:
         subject = [self.files, self.captions, self.concept, self.word]
         inputs = [*subject, *parts, filled_for, *setting_components, *self.slots.components]
         self.start.click(show_errors(start), inputs, choice, **hidden_api).success(None, js="() => reveal('train-runs')", **QUIET)
-        filled = try_button.click(show_errors(show_example), [self.base], examples, **hidden_api)
-        filled.success(show_errors(start), inputs, choice, **hidden_api).success(None, js="() => reveal('train-runs')", **QUIET)
+        example = try_button.click(show_errors(show_example), [self.base], examples, **hidden_api)
+        example.success(show_errors(start), inputs, choice, **hidden_api).success(None, js="() => reveal('train-runs')", **QUIET)
         single: dict[str, Any] = {"concurrency_id": "check", "concurrency_limit": 1, **hidden_api}
         self.check.click(show_errors(try_step), inputs, self.dry_run, **single)
 

@@ -52,14 +52,14 @@ def result_components() -> list[Any]:
         purposes = gr.HTML()
         files = gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="train-files")
         export = gr.Button("Export for ComfyUI and A1111", visible=False, elem_id="train-kohya")
-        exported = gr.File(
+        export_file = gr.File(
             label="For ComfyUI and A1111: copy the LoRA to models/loras, the embedding to embeddings (trigger: its file name)",
             file_count="multiple",
             interactive=False,
             visible=False,
             elem_id="train-kohya-file",
         )
-    with gr.Accordion("All images and metrics on one sheet", open=False, visible=False, elem_id="train-all") as sheet:
+    with gr.Accordion("All images and metrics in one image grid", open=False, visible=False, elem_id="train-all") as sheet:
         grid = grid_image("Before and after", elem_id="train-sheet")
     metrics = gr.Markdown(visible=False, elem_id="train-metrics")
-    return [grid, metrics, files, export, exported, pairs, sheet, purposes, card, verdict, link]
+    return [grid, metrics, files, export, export_file, pairs, sheet, purposes, card, verdict, link]

@@ -61,8 +61,8 @@ def connect_showcase(tabs: gr.Tabs, cards: Showcase) -> None:
     """Connects the buttons of other pages: each opens its page and presses the page's button *Train*."""
     starts = {"control": "control-train-start", "classify": "classify-start"}
     for slug, button in cards.others.items():
-        opened = button.click(lambda slug=slug: gr.Tabs(selected=slug), None, tabs, **QUIET)
-        opened.then(None, js=f"() => pressWhenReady('{starts[slug]}')", **QUIET)
+        event = button.click(lambda slug=slug: gr.Tabs(selected=slug), None, tabs, **QUIET)
+        event.then(None, js=f"() => pressWhenReady('{starts[slug]}')", **QUIET)
 
 
 @functools.cache
@@ -130,8 +130,8 @@ def _group(figures: Sequence[str]) -> str:
 
 def _figure(images: Sequence[Image.Image], caption: str, kind: str, names: Sequence[str] = ()) -> str:
     """A row of images with a caption below; `kind`: CSS class of their size."""
-    shown = "".join(
+    content = "".join(
         inline_image(ImageOps.fit(image, (192, 192)), f"{caption}: {names[i] if i < len(names) else i + 1}")
         for i, image in enumerate(images)
     )
-    return f'<figure class="{kind}"><div class="row">{shown}</div><figcaption>{escape(caption)}</figcaption></figure>'
+    return f'<figure class="{kind}"><div class="row">{content}</div><figcaption>{escape(caption)}</figcaption></figure>'

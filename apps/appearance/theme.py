@@ -1,6 +1,6 @@
-"""Theme of the app: one accent color, warm grays, system fonts, and a scale of sizes, for light and dark.
+"""Theme of the app: one accent color, warm grays, system fonts and a type scale, in light and dark.
 
-The style sheet `style.css` uses the variables that this theme sets, and no colors besides those of outcomes.
+`style.css` uses the variables of this theme, and has no colors besides those of outcomes.
 """
 
 from __future__ import annotations

@@ -1,1 +1,0 @@
-"""Look of the app: theme, style sheet and scripts."""
