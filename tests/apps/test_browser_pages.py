@@ -226,6 +226,7 @@ def test_image_from_the_gallery_is_used_again(app: App, page: Any, tmp_path: Pat
     page.locator("#generate-state").get_by_text("1 of 1").wait_for()
     page.locator("#generate-prompt textarea").fill("something else")
     go(page, "Gallery")
+    page.locator("#gallery-images").get_by_text("seed 11").wait_for()  # the newest image comes with the next update
     page.locator("#gallery-images .gallery-item button, #gallery-images button.gallery-item").first.click()
     page.locator("#gallery-about").get_by_text("a dog, center, green background").wait_for()
     with page.expect_download() as told:
