@@ -21,6 +21,7 @@ class Limits:
         sketches: uploaded but not yet used, over all users. `sketch_bytes`, `layers`: of one sketch.
         text: characters of a prompt, a caption or a name.
         adapters: active at once.
+        stored_images: generated images kept per user. `stored_bytes`: their total size.
         images: generated per request. `side`: of an image, in pixels. `steps`: sampling steps.
         epochs: of classifier training. `batch`: its batch size.
         check_seconds: timeout of the check before a run.
@@ -44,6 +45,8 @@ class Limits:
     layers: int = 8
     text: int = 1000
     adapters: int = 8
+    stored_images: int = 500
+    stored_bytes: int = 1024 * MIB
     images: int = 16
     side: int = 1024
     steps: int = 100

@@ -17,23 +17,19 @@ from starlette.middleware import Middleware
 from veneer.injection import OptionError
 
 from . import components
+from .appearance.theme import HEAD, STYLE, brand, theme
 from .context import Context
 from .limits import LIMITS
 from .pages import pages
+from .pages.gallery.gallery_page import connect_gallery
 from .pages.generate.generate_page import connect_runs
+from .pages.showcase.showcase import connect_showcase
 from .request_limits import LimitsMiddleware
 
-THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
-    body_text_color_subdued="*neutral_600",
-    button_primary_background_fill="*primary_600",
-    button_primary_background_fill_hover="*primary_700",
-)
-"""System fonts, so that nothing is downloaded, and colors with sufficient contrast."""
 FILE_LIFETIME = 24 * 3600
 """Seconds for which uploaded and displayed files are kept."""
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 """Names of the loopback address."""
-STYLE, HEAD = (Path(__file__).with_name(name) for name in ("style.css", "head.html"))
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ def app(config: AppConfig) -> None:
         state_session_capacity=LIMITS.sessions,
         ssr_mode=False,
         footer_links=[],
-        theme=THEME,
+        theme=theme(),
         css_paths=[STYLE],
         head_paths=[HEAD],
         enable_monitoring=False,
@@ -156,17 +152,17 @@ def build(context: Context) -> gr.Blocks:
     """Builds the interface with all tabs."""
     components.install_limits()
     with components.AppBlocks(title="veneer", analytics_enabled=False, delete_cache=(3600, FILE_LIFETIME)) as page:
-        gr.Markdown(
-            "# veneer\nParameter-efficient fine-tuning for vision and diffusion models: train, generate, control, classify.",
-            elem_id="head",
-        )
+        gr.HTML(brand(), elem_id="head")
         with gr.Tabs() as tabs:
             built: dict[str, Any] = {}
             for each in pages():
                 with gr.Tab(each.name, id=each.slug):
-                    gr.Markdown(each.about, elem_classes="about")
+                    if each.about:
+                        gr.Markdown(each.about, elem_classes="about")
                     built[each.slug] = each.build(context)
         connect_runs(context, tabs, built)
+        connect_gallery(context, tabs, built)
+        connect_showcase(tabs, built["train"][2])
     page.queue(max_size=LIMITS.waiting, api_open=False)
     return page
 

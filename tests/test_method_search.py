@@ -6,7 +6,7 @@ import pytest
 
 from veneer.injection import methods
 from veneer.method_catalog import MethodEntry, catalog
-from veneer.method_search import SUGGESTIONS, USES, group_by_use, rank_methods
+from veneer.method_search import USES, group_by_use, rank_methods, with_use
 
 
 def found(query: str) -> list[str]:
@@ -39,11 +39,33 @@ def test_empty_query_and_no_match() -> None:
     assert rank_methods([], "lora") == []
 
 
-def test_each_method_has_one_use() -> None:
-    listed = [name for use in USES for name in use.methods]
-    assert len(listed) == len(set(listed))
-    assert set(listed) == {name for name in methods.names() if methods.source(name) == "veneer"}
-    assert {name for _, names in SUGGESTIONS for name in names} <= set(listed)
+KEYS = {use.key for use in USES}
+
+
+@pytest.mark.parametrize("name", [name for name in methods.names() if methods.source(name) == "veneer"])
+def test_each_method_declares_its_uses(name: str) -> None:
+    """In its own class, so that a subclass of another method does not inherit its uses."""
+    method = methods.get(name)
+    assert vars(method)["uses"]
+    assert set(method.uses) <= KEYS
+    assert set(vars(method).get("recommended_for", ())) <= set(method.uses)
+
+
+def test_each_use_has_a_recommended_method_first() -> None:
+    every = catalog()
+    for use in USES:
+        members = with_use(every, use.key)
+        assert len(members) > 1, use.key
+        assert use.key in members[0].recommended_for, use.key
+        first = [use.key in method.recommended_for for method in members]
+        assert first == sorted(first, reverse=True), use.key
+
+
+def test_a_method_is_under_its_main_use_once() -> None:
+    groups = group_by_use(catalog())
+    assert sorted(method.name for _, members in groups for method in members) == methods.names()
+    assert all(method.uses[0] == use.key for use, members in groups for method in members if use.key)
+    assert "ip_adapter" in [method.name for method in with_use(catalog(), "style")], "also in a second use"
 
 
 def test_a_method_of_another_package_has_a_group() -> None:

@@ -14,7 +14,7 @@ class Page:
     """A page of the app.
 
     Args:
-        name: label of its tab. `slug`: identifier in the interface. `about`: one sentence shown below the tab.
+        name: label of its tab. `slug`: identifier in the interface. `about`: one sentence shown below the tab, or empty.
         build: creates the components inside the tab; the return value lets pages link to one another.
     """
 

@@ -66,6 +66,7 @@ class MethodEntry:
         needs: sites that it needs, as a phrase.
         conditions: inputs that it is conditioned on.
         options: its fields.
+        uses: keys of `method_search.USES`, the main use first. `recommended_for`: those in which it is a good first choice.
     """
 
     name: str
@@ -78,6 +79,8 @@ class MethodEntry:
     needs: str
     conditions: tuple[str, ...]
     options: tuple[Option, ...]
+    uses: tuple[str, ...] = ()
+    recommended_for: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ def _entry(name: str) -> MethodEntry:
         needs=" or ".join(dict.fromkeys(map(_needed_site, method.needs))),
         conditions=tuple(method.conditions),
         options=tuple(_options(method)),
+        uses=tuple(method.uses),
+        recommended_for=tuple(method.recommended_for),
     )
 
 

@@ -12,18 +12,18 @@ from veneer.method_catalog import MethodEntry
 
 @dataclass(frozen=True)
 class Use:
-    """A group of methods with the same use.
+    """A group of methods with the same use; its members are the methods that name its key in `Method.uses`.
 
     Args:
+        key: as in `Method.uses`.
         title: heading of the group.
         about: how to choose among the methods.
-        methods: method names, recommended ones first.
         words: search terms that the docstrings do not have.
     """
 
+    key: str
     title: str
     about: str
-    methods: tuple[str, ...]
     words: str
 
 
@@ -31,75 +31,50 @@ DIFFUSION = "diffusion stable sd sdxl sd3 flux generate generation text-to-image
 CLASSES = "classification classify classifier labels recognition vit"
 USES = (
     Use(
+        "few_photos",
         "A subject or a style from a few photos",
         "For Stable Diffusion, FLUX and other diffusion models. Start with lora; add textual_inversion for a trigger token.",
-        (
-            "lora",
-            "textual_inversion",
-            "dora",
-            "loha",
-            "lokr",
-            "oft",
-            "boft",
-            "svdiff",
-            "diffusekrona",
-            "ia3",
-            "glora",
-            "vera",
-            "adalora",
-            "lora_fa",
-        ),
         f"{DIFFUSION} subject style artist face faces person people character object pet toy photo photos concept dreambooth "
         "personalize personalization trigger token embedding lycoris pivotal",
     ),
     Use(
+        "style",
+        "A style",
+        "Weight updates of all attention layers, or a reference image at generation.",
+        f"{DIFFUSION} style artist look",
+    ),
+    Use(
+        "control",
         "Control by a map or an image",
         "The result follows edges, depth, a sketch or another image. Start with controlnet; ip_adapter for a reference image.",
-        ("controlnet", "t2i_adapter", "controlnext", "ip_adapter"),
         f"{DIFFUSION} control condition conditioning edges canny depth pose sketch lines map reference image prompt composition",
     ),
     Use(
+        "classification",
         "Image classification",
         "For vision transformers and convolutional networks. Start with linear_probe; then lora, vpt or adaptformer.",
-        (
-            "linear_probe",
-            "vpt",
-            "adaptformer",
-            "ssf",
-            "bitfit",
-            "norm_tuning",
-            "convpass",
-            "repadapter",
-            "fact",
-            "adapter_plus",
-            "pfeiffer",
-            "houlsby",
-            "full",
-        ),
         f"{CLASSES} fine-tuning finetuning transfer vision transformer dataset accuracy",
     ),
     Use(
+        "few_labels",
         "CLIP with few images per class",
         "Class names and a few labeled images are enough. Start with tip_adapter, which trains in seconds.",
-        ("tip_adapter", "coop", "cocoop", "clip_adapter"),
         f"{CLASSES} clip few shot few-shot zero-shot open_clip class names prompts",
     ),
     Use(
+        "low_memory",
         "Classification with little memory, or without access to the layers",
         "Side networks need no gradients in the frozen model; pixel prompts change only its input.",
-        ("lst", "dtl", "evp", "ilm_vp", "dam_vp"),
         f"{CLASSES} memory side network black box visual prompt pixels border frame",
     ),
+    Use(
+        "smallest_file",
+        "The smallest file",
+        "Kilobytes instead of megabytes: token embeddings, biases, scales and shared factors.",
+        "small smallest tiny file size kilobytes storage",
+    ),
 )
-OTHERS = Use("From other packages", "", (), "")
-SUGGESTIONS = (
-    ("A subject or a style from your photos", ("lora", "textual_inversion")),
-    ("Images that follow a sketch, edges or depth", ("controlnet",)),
-    ("Images in the style of a reference image", ("ip_adapter",)),
-    ("Classes of images, with a labeled folder", ("linear_probe", "lora", "vpt")),
-    ("Classes of images, with a few images each", ("tip_adapter", "coop")),
-)
-"""Task to the methods that are recommended first."""
+OTHERS = Use("", "From other packages", "", "")
 ANYWHERE = 20
 """Score of a method with the search terms anywhere in its docstring."""
 
@@ -119,18 +94,34 @@ def rank_methods(methods: Sequence[MethodEntry], query: str) -> list[MethodEntry
     if not terms:
         return list(methods)
     scored = [(_score(method, terms), method) for method in methods]
-    order = {name: i for i, name in enumerate(name for use in USES for name in use.methods)}
     matching = [(score, method) for score, method in scored if score]
-    matching.sort(key=lambda pair: (-pair[0], order.get(pair[1].name, len(order)), pair[1].name))
+    matching.sort(key=lambda pair: (-pair[0], _position(pair[1])))
     return [method for _, method in matching] or _similar(methods, "".join(terms))
 
 
 def group_by_use(methods: Iterable[MethodEntry]) -> list[tuple[Use, list[MethodEntry]]]:
-    """The methods by use, recommended ones first; uses without a method are left out."""
-    by_name = {method.name: method for method in methods}
-    groups = [(use, [by_name.pop(name) for name in use.methods if name in by_name]) for use in USES]
-    groups.append((OTHERS, [*by_name.values()]))
-    return [(use, members) for use, members in groups if members]
+    """The methods by their main use, recommended ones first; uses without a method are left out."""
+    groups: dict[str, list[MethodEntry]] = {use.key: [] for use in (*USES, OTHERS)}
+    for method in sorted(methods, key=_position):
+        groups[_main_use(method)].append(method)
+    return [(use, groups[use.key]) for use in (*USES, OTHERS) if groups[use.key]]
+
+
+def with_use(methods: Iterable[MethodEntry], key: str) -> list[MethodEntry]:
+    """The methods that have a use, recommended ones first; a method may have several uses."""
+    having = [method for method in methods if key in method.uses]
+    return sorted(having, key=lambda method: (key not in method.recommended_for, key != method.uses[0], _position(method)))
+
+
+def _main_use(method: MethodEntry) -> str:
+    known = {use.key for use in USES}
+    return next((key for key in method.uses if key in known), OTHERS.key)
+
+
+def _position(method: MethodEntry) -> tuple[int, bool, str]:
+    """Sort key: by main use, recommended ones first, then by name."""
+    keys, main = [use.key for use in USES], _main_use(method)
+    return keys.index(main) if main in keys else len(keys), main not in method.recommended_for, method.name
 
 
 def _score(method: MethodEntry, terms: list[str]) -> int:
@@ -146,9 +137,9 @@ def _score(method: MethodEntry, terms: list[str]) -> int:
         return 60
     if _has_all(f"{method.about} {method.paper}", terms):
         return 50
-    if set(terms) <= set(_terms(_uses(method.name))):
+    if set(terms) <= set(_terms(_uses(method))):
         return 40
-    return ANYWHERE if _has_all(f"{method.name} {method.about} {method.paper} {method.text} {_uses(method.name)}", terms) else 0
+    return ANYWHERE if _has_all(f"{method.name} {method.about} {method.paper} {method.text} {_uses(method)}", terms) else 0
 
 
 def _has_all(text: str, terms: list[str]) -> bool:
@@ -156,8 +147,8 @@ def _has_all(text: str, terms: list[str]) -> bool:
     return all(term in text for term in terms)
 
 
-def _uses(name: str) -> str:
-    return " ".join(f"{use.title} {use.words}" for use in USES if name in use.methods)
+def _uses(method: MethodEntry) -> str:
+    return " ".join(f"{use.title} {use.words}" for use in USES if use.key in method.uses)
 
 
 def _similar(methods: Sequence[MethodEntry], name: str) -> list[MethodEntry]:

@@ -40,7 +40,7 @@ def test_placeholder_contrast_and_visible_main_buttons(app: App, chromium: Brows
         go(page, name)
         page.wait_for_timeout(500)
         found += [(name, *each) for each in page.evaluate(CONTRAST)]
-        if button := {"Train": "#train-start", "Generate": "#generate-draw"}.get(name):
+        if button := {"Train": "#train-start", "Generate": "#generate-draw", "Classify": "#classify-start"}.get(name):
             box = page.locator(button).bounding_box()
             assert box["y"] + box["height"] <= size[1], f"{button} is below the fold"
     page.context.close()

@@ -55,6 +55,12 @@ def test_train_on_four_photos(app: App, page: Any, chromium: Browser, tmp_path: 
     other.locator("#generate-state").get_by_text("1 of 1").wait_for()
     other.context.close()
     state.get_by_text("100 steps in").wait_for()
+    pairs = page.locator("#train-pairs img")
+    assert pairs.first.bounding_box()["width"] > 120, "large enough to be seen"
+    assert pairs.evaluate_all("all => all.map(each => each.alt)")[:2] == [
+        f"{each}: a <octopus>, center, white background" for each in ("Base model", "With the adapter")
+    ]
+    page.locator("#train-all button").first.click()
     page.locator("#train-sheet img").wait_for()
     figures = page.locator("#train-verdict").inner_text()
     with_it, without = map(float, re.search(r"photos is ([\d.-]+) with the adapter and ([\d.-]+) without", figures).groups())
@@ -209,6 +215,35 @@ def test_keyboard_navigation(page: Any) -> None:
     tab_to("#generate-draw")
     page.keyboard.press("Enter")
     page.locator("#generate-state").get_by_text("1 of 1").wait_for()
+
+
+def test_image_from_the_gallery_is_used_again(app: App, page: Any, tmp_path: Path) -> None:
+    """Its settings, its file with the settings in it, the form that it fills, and its deletion."""
+    go(page, "Generate")
+    page.locator("#generate-prompt textarea").fill("a dog, center, green background")
+    page.locator("#generate-seed input").fill("11")
+    page.locator("#generate-draw").click()
+    page.locator("#generate-state").get_by_text("1 of 1").wait_for()
+    page.locator("#generate-prompt textarea").fill("something else")
+    go(page, "Gallery")
+    page.locator("#gallery-images").get_by_text("seed 11").wait_for()  # the newest image comes with the next update
+    page.locator("#gallery-images .gallery-item button, #gallery-images button.gallery-item").first.click()
+    page.locator("#gallery-about").get_by_text("a dog, center, green background").wait_for()
+    with page.expect_download() as told:
+        page.locator("#gallery-download").click()
+    told.value.save_as(tmp_path / "again.png")
+    assert read_settings(tmp_path / "again.png")["seed"] == 11
+    assert not findings(page)
+    page.locator("#gallery-again").click()
+    page.locator("#generate-state").get_by_text("The settings are filled in").wait_for()
+    assert page.locator("#generate-prompt textarea").input_value() == "a dog, center, green background"
+    assert page.locator("#generate-seed input").input_value() == "11"
+    go(page, "Gallery")
+    page.on("dialog", lambda dialog: dialog.accept())
+    before = len([*app.workspace.glob("*/images/*.png")])
+    page.locator("#gallery-delete").click()
+    page.locator("#gallery-details").wait_for(state="hidden")
+    assert len([*app.workspace.glob("*/images/*.png")]) == before - 1
 
 
 def test_search_methods(page: Any) -> None:

@@ -62,12 +62,25 @@ def test_grouping_by_use_with_recommendations() -> None:
     html = page.render_methods("", "", "", "use", "")
     assert sorted(names(html)) == veneer.methods.names(), "each once"
     assert "Start here" in html
-    assert [*re.findall(r'<h2 class="use">([^<]*)<', html)] == [use.title for use in USES]
+    main = {method.uses[0] for method in catalog()}
+    assert [*re.findall(r'<h2 class="use">([^<]*)<', html)] == [use.title for use in USES if use.key in main]
     assert set(re.findall(r"getElementById\('([^']*)'\)", html)) <= set(re.findall(r'id="([^"]*)"', html))
     vision = page.render_methods("", "vision", "", "use", "")
     assert set(names(vision)) == methods_for("vision")
     assert "controlnet" not in vision.partition("Start here")[2].partition("</section>")[0]
     assert names(page.render_methods("ip adapter", "", "", "use", ""))[0] == "ip_adapter"
+
+
+def test_filter_by_use() -> None:
+    """Also by a second use; recommended ones are first and marked."""
+    html = page.render_methods("", "", "", "use", "", use="smallest_file")
+    assert {"bitfit", "ia3", "textual_inversion"} <= set(names(html))
+    assert "lora" not in names(html)
+    marked = re.findall(r'<summary><code>([^<]*)</code> <span>[^<]*</span><span class="mark">', html)
+    assert marked == names(html)[:2] == ["textual_inversion", "linear_probe"]
+    assert names(page.render_methods("biases", "", "", "use", "", use="smallest_file"))[0] == "bitfit"
+    with raises(OptionError, option="use", given="anything"):
+        page.render_methods("", "", "", "use", "", use="anything")
 
 
 def test_filter_by_area() -> None:

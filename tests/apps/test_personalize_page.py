@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 import time
 from collections.abc import Sequence
@@ -29,7 +28,8 @@ from veneer.apps.pages.personalize.request import (
 from veneer.apps.pages.shared.config_form import Slots, fields_of, flags_of
 from veneer.apps.pages.shared.dry_run import dry_run
 from veneer.apps.pages.shared.photo_upload import inspect_photos, save_photos
-from veneer.apps.pages.shared.training_result import export_kohya, summarize
+from veneer.apps.pages.shared.training_result import export_kohya
+from veneer.apps.pages.shared.verdict import read_result
 
 from tests.methods.controls import picture
 from tests.raising import raises, warns
@@ -206,7 +206,7 @@ def test_train_on_the_example_photos(tmp_path: Path) -> None:
     until_ended(context, job)
     assert job.state == "done", job.log()
     assert len(job.previews()) == 2
-    sheet, said, offered, button, _, _, onward = personalize_page.result_values(job)
+    sheet, said, offered, button, _, pairs, sheet_part, purposes, card, _, onward = personalize_page.result_values(job)
     assert onward.visible, "Generate with it"
     filled = generate_page.form_for_job(workspace, job)
     assert filled[0] == base
@@ -215,7 +215,10 @@ def test_train_on_the_example_photos(tmp_path: Path) -> None:
     assert sheet.visible
     assert button.visible
     assert "4 steps in" in said.value
-    assert "pytorch_lora_weights.safetensors (for diffusers)" in html.unescape(summarize(job))
+    assert pairs.value.count('class="pair"') == len(read_result(job)["samples"]) > 0, "before and after of each prompt"
+    assert (sheet_part.visible, sheet_part.open) == (True, False), "the pairs are shown instead"
+    assert card.visible
+    assert "<dt>pytorch_lora_weights.safetensors</dt><dd>for diffusers" in purposes.value
     (kohya,) = export_kohya(workspace, job.name)
     assert Path(kohya).name == "octopus-lora-comfyui-a1111.safetensors"
     assert isinstance(formats.format_of(formats.read(kohya)), formats.formats.get("kohya"))

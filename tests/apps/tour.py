@@ -51,7 +51,7 @@ def prepare(page: Any, control: Path) -> None:
 def train(page: Any) -> None:
     page.locator("#train-example").click()
     page.locator("#train-notes").get_by_text("5 photos").wait_for()
-    page.locator("#train-sheet img").wait_for()
+    page.locator("#train-pairs img").first.wait_for()
 
 
 def generate(page: Any) -> None:
@@ -62,6 +62,11 @@ def generate(page: Any) -> None:
     page.locator("#generate-count input[type=number]").fill("2")
     page.locator("#generate-draw").click()
     page.locator("#generate-state").get_by_text("4 of 4").wait_for()
+
+
+def gallery(page: Any) -> None:
+    page.locator("#gallery-images .gallery-item button, #gallery-images button.gallery-item").first.click()
+    page.locator("#gallery-about dd").first.wait_for()
 
 
 def control(page: Any) -> None:
@@ -102,17 +107,27 @@ def methods(page: Any) -> None:
 
 
 FILLED: dict[str, Callable[[Any], None]] = {
-    "Train": train, "Generate": generate, "Control": control, "Classify": classify, "Adapters": adapters, "Methods": methods,
+    "Train": train, "Generate": generate, "Gallery": gallery, "Control": control,
+    "Classify": classify, "Adapters": adapters, "Methods": methods,
 }  # fmt: skip
 
 
 def shoot(page: Any, path: Path, whole: bool = True) -> None:
-    """Saves a screenshot of a page at rest, without the effects of mouse and cursor."""
+    """Saves a screenshot of a page at rest, without the effects of mouse and cursor.
+
+    Args:
+        whole: in a window as high as the page, so that the bars at the bottom of the window are at the end of their forms.
+    """
+    window = page.viewport_size
+    if whole:
+        high = page.evaluate("document.documentElement.scrollHeight")
+        page.set_viewport_size({"width": window["width"], "height": max(window["height"], high)})
     page.mouse.move(0, 0)
     page.evaluate("document.activeElement?.blur()")
     page.wait_for_timeout(1500)
     with Image.open(io.BytesIO(page.screenshot(full_page=whole))) as image:
         image.convert("RGB").save(path, quality=70, optimize=True, progressive=True)
+    page.set_viewport_size(window)
     print(path, flush=True)
 
 

@@ -17,6 +17,7 @@ from ...uploads import load_image
 from ...workspace import Workspace
 from ..page import Page
 from ..shared.example_images import digits
+from ..shared.html import step
 from ..shared.job_view import JobView, Results, job_view, select_job
 from .request import AUGMENT, DEFAULTS, DIGITS, FOLDER, KIND, SOURCES, ZIP, ClassifyRequest, submit_jobs
 from .results import CLASSIFIER_FILES, result_components, result_values, stamp
@@ -31,21 +32,25 @@ METHOD_HELP = (
 )
 
 
-def build(context: Context) -> None:
-    """Builds the page."""
+def build(context: Context) -> JobView:
+    """Builds the page; returns the view of its runs."""
     classifiers = ClassifierCache()
-    with gr.Row():
-        with gr.Column(min_width=300):
-            source, file, folder, sample = _data_fields()
-        with gr.Column(min_width=300):
-            model = gr.Dropdown(MODELS, value=DEFAULTS.model, label="Model", info=MODEL_HELP, allow_custom_value=True)
-            methods = gr.Dropdown(
-                compatible_methods(DEFAULTS.model), value=DEFAULT_METHODS, multiselect=True, allow_custom_value=True,
-                label="Methods", info=METHOD_HELP, elem_id="classify-methods",
-            )  # fmt: skip
-            epochs = gr.Slider(1, 100, DEFAULTS.epochs, step=1, label="Epochs", info="Passes over the training images.")
-    more = _settings()
-    start = gr.Button("Train", variant="primary", elem_id="classify-start")
+    with gr.Column():  # keeps the main button in view within the form
+        with gr.Row():
+            with gr.Column(min_width=300):
+                gr.HTML(step(1, "Images", "labeled by folder"))
+                source, file, folder, sample = _data_fields()
+            with gr.Column(min_width=300):
+                gr.HTML(step(2, "Model and methods"))
+                model = gr.Dropdown(MODELS, value=DEFAULTS.model, label="Model", info=MODEL_HELP, allow_custom_value=True)
+                methods = gr.Dropdown(
+                    compatible_methods(DEFAULTS.model), value=DEFAULT_METHODS, multiselect=True, allow_custom_value=True,
+                    label="Methods", info=METHOD_HELP, elem_id="classify-methods",
+                )  # fmt: skip
+                epochs = gr.Slider(1, 100, DEFAULTS.epochs, step=1, label="Epochs", info="Passes over the training images.")
+        more = _settings()
+        with gr.Row(elem_classes="action"):
+            start = gr.Button("Train", variant="primary", elem_id="classify-start")
     view = job_view(context, KIND, Results(lambda: result_components(_trial), _view_values, stamp), EMPTY)
     _wire_trial(context, classifiers, view)
 
@@ -61,6 +66,7 @@ def build(context: Context) -> None:
     model.change(show_errors(supported_methods), [model, methods], methods, queue=False, **private)
     inputs = [source, file, folder, view.choice, model, methods, epochs, *more]
     start.click(show_errors(handle_start), inputs, view.choice, api_visibility="private")
+    return view
 
 
 def _data_fields() -> tuple[gr.Radio, gr.File, gr.Textbox, gr.HTML]:

@@ -14,6 +14,7 @@ from veneer.control.maps.maps import computed
 from veneer.injection import VeneerError
 
 from ...context import Context, escape_markup, show_errors
+from ...image_store import store_images
 from ...jobs import Job
 from ...limits import LIMITS
 from ...workspace import Workspace
@@ -22,10 +23,12 @@ from ..shared.adapter_lists import refresh_on_change
 from ..shared.events import GENERATION, QUIET
 from ..shared.generation_fields import Fields, fields
 from ..shared.generation_request import MAX_STRENGTH, parse_request
+from ..shared.html import section, step
 from ..shared.images import gallery, photo_input, sketchpad
-from ..shared.job_view import ADAPTER, Results, copy_for_download, grid_image, job_view, open_image, select_job
+from ..shared.job_view import ADAPTER, JobView, Results, copy_for_download, grid_image, job_view, open_image, select_job
 from ..shared.time_estimates import REFERENCE, duration
 from ..shared.verdict import read_result, verdict_html
+from ..showcase.showcase import control_examples
 from .generation import SOURCES, ConditionInput, condition_image, control_adapter, control_adapters, generate, output_size
 from .training import (
     MAX_IMAGES,
@@ -53,10 +56,11 @@ ABOUT = {
 FOLLOWED = [(f"{name}: {maps.get(name).description}", name) for name in computed()]
 
 
-def build(context: Context) -> None:
-    """Builds the page."""
+def build(context: Context) -> JobView:
+    """Builds the page; returns the view of its runs."""
     with gr.Row():
         with gr.Column(min_width=300):
+            gr.HTML(step(1, "Sketch or photo", "that the image follows"))
             choice = gr.Dropdown(
                 [],
                 label="Control adapter",
@@ -79,11 +83,13 @@ def build(context: Context) -> None:
                 start = gr.Slider(0, 1, value=0.0, step=0.05, label="Start", info="0: first step", min_width=230)
                 end = gr.Slider(0, 1, value=1.0, step=0.05, label="End", info="1: last step", min_width=230)
         with gr.Column(min_width=300):
+            gr.HTML(step(2, "Prompt"))
             fields_ = fields("control", "an apple")
             with gr.Row(elem_classes="action"):
-                go = gr.Button("Generate", variant="primary", min_width=130, elem_id="control-draw")
-                stop = gr.Button("Stop", min_width=80, elem_id="control-draw-stop")
+                go = gr.Button("Generate", variant="primary", scale=3, min_width=130, elem_id="control-draw")
+                stop = gr.Button("Stop", scale=1, min_width=80, elem_id="control-draw-stop")
             state = gr.Markdown(NONE_YET, elem_id="control-said")
+            examples = gr.HTML(control_examples(), elem_id="control-examples")
             pictures = gallery("Map, without and with control", 3, buttons=["download", "fullscreen"], elem_id="control-gallery")
     condition_inputs = [choice, condition, source, sketch, inputs]
     _wire(
@@ -95,9 +101,13 @@ def build(context: Context) -> None:
         (pictures, state),
         (sketch_column, photo_column),
     )
-    gr.Markdown("## Train a control adapter", elem_id="control-train")
+    pictures.change(lambda: gr.HTML(visible=False), None, examples, **QUIET)
+    gr.HTML(
+        section("Train a control adapter", "Without photos, the base model generates the training images."),
+        elem_id="control-train",
+    )
     with gr.Column():  # keeps the main button in view within the form
-        _training_form(context)
+        return _training_form(context)
 
 
 def _wire(context: Context, fields_: Fields, condition_inputs: Any, ranges: Any, buttons: Any, outputs_: Any, sides: Any) -> None:
@@ -109,9 +119,9 @@ def _wire(context: Context, fields_: Fields, condition_inputs: Any, ranges: Any,
     def run(request: gr.Request, *form_values: Any) -> Iterator[list[Any]]:
         name, kind, *inputs = form_values[count : count + 5]
         adapter = control_adapter(context.workspace(request), name, kind)
-        for items, progress in generate(
-            context, adapter, name, parse_request(*form_values[:count]), ConditionInput(*inputs), *form_values[count + 5 :]
-        ):
+        generation = parse_request(*form_values[:count])
+        updates = generate(context, adapter, name, generation, ConditionInput(*inputs), *form_values[count + 5 :])
+        for items, progress in store_images(context.workspace(request), updates):
             yield [items, progress]
 
     def show_condition(request: gr.Request, *form_values: Any) -> list[Any]:
@@ -152,8 +162,8 @@ def _enlarge(image: Image.Image, least: int = 256) -> Image.Image:
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
-def _training_form(context: Context) -> None:
-    """Training form and job view."""
+def _training_form(context: Context) -> JobView:
+    """Training form and job view; returns the view."""
     default = control_methods()[0]
     with gr.Row():
         method = gr.Dropdown(
@@ -227,6 +237,7 @@ def _training_form(context: Context) -> None:
     preset.input(show_errors(fill_preset), [preset, method, base], [steps, count], **QUIET)
     for when in (None, [method.change, base.change, steps.change, count.change]):
         gr.on(when, show_errors(update_estimate), [method, base, steps, count], [estimate, preset], **QUIET)
+    return view
 
 
 def estimate_text(workspace: Workspace | None, method: str, base: str, steps: Any, images: Any) -> str:

@@ -12,6 +12,7 @@ from veneer import base_models
 from veneer.injection import StateError
 
 from ...context import Context, escape_markup, show_errors
+from ...image_store import store_images
 from ...jobs import Job
 from ...limits import LIMITS
 from ...workspace import Workspace, printable
@@ -24,6 +25,7 @@ from ..shared.images import gallery, photo_input
 from ..shared.job_view import ADAPTER
 from ..shared.trigger_tokens import find_missing
 from ..shared.verdict import read_result
+from ..showcase.showcase import prompt_examples
 from .generation import MODES, generate, read_image_settings, text_adapters
 
 EXAMPLES = 4
@@ -41,17 +43,19 @@ def build(context: Context) -> GenerateForm:
             fields_ = fields("generate", below=lambda: parts.extend(_adapters()))
             choice, rows, mode = parts
             with gr.Row(elem_classes="action"):
-                go = gr.Button("Generate", variant="primary", min_width=130, elem_id="generate-draw")
-                stop = gr.Button("Stop", min_width=80, elem_id="generate-stop")
+                go = gr.Button("Generate", variant="primary", scale=3, min_width=130, elem_id="generate-draw")
+                stop = gr.Button("Stop", scale=1, min_width=80, elem_id="generate-stop")
         with gr.Column(min_width=300):
             state = gr.Markdown("No image yet. Write a prompt and press *Generate*, or try an example.", elem_id="generate-state")
             pointer = _pointer()
+            examples_shown = gr.HTML(prompt_examples(), elem_id="generate-examples")
             pictures = gallery("Images", 2, buttons=["download", "fullscreen"], elem_id="generate-gallery")
             reuse = gr.Button("Reuse the settings of the selected image", size="sm", visible=False, elem_id="generate-again")
             with gr.Accordion("Reuse the settings of an image file", open=False):
                 upload = photo_input("A PNG that was generated here", height=180, elem_id="generate-brought")
     paths_state, chosen = gr.State(list[str]()), gr.State(0)
     buttons = [(go, None), *((button, text) for text, button in examples)]
+    paths_state.change(lambda paths: gr.HTML(visible=not paths), [paths_state], [examples_shown], **QUIET)
     _wire(context, fields_, (choice, rows), mode, buttons, stop, (pictures, state, paths_state), pointer)
     _wire_settings(context, fields_, (choice, rows), (pictures, reuse, upload), (state, paths_state, chosen))
     return GenerateForm([*fields_.all(), choice, *rows, state])
@@ -87,18 +91,36 @@ def form_for_job(workspace: Workspace, job: Job) -> list[Any]:
     return [*values(generation), gr.Dropdown(choices=text_adapters(workspace), value=[name], multiselect=True), *sliders, note]
 
 
+def form_for_image(workspace: Workspace, path: str | None) -> list[Any]:
+    """Values of `GenerateForm.outputs` for the settings saved in an image.
+
+    Raises:
+        VeneerError: not an image with settings, see `read_image_settings`.
+    """
+    generation, strength_of, note = read_image_settings(workspace, path)
+    choices = text_adapters(workspace)
+    if control := [name for name in strength_of if name not in choices]:
+        names = ", ".join(map(escape_markup, control))
+        note = f"{note} Made on the page *Control* with {names}, whose map is not part of the settings."
+    strength_of = {name: strength for name, strength in strength_of.items() if name in choices}
+    strengths = [gr.Slider(value=s, visible=True, label=f"Strength of {n}") for n, s in strength_of.items()]
+    hidden = [gr.Slider(visible=False)] * (LIMITS.adapters - len(strengths))
+    dropdown = gr.Dropdown(choices=choices, value=list(strength_of), multiselect=True)
+    return [*values(generation), dropdown, *strengths, *hidden, note]
+
+
 def connect_runs(context: Context, tabs: gr.Tabs, built: Mapping[str, Any]) -> None:
     """Connects the button of a finished run to this page.
 
     Args:
-        built: return values of the pages by slug: a `GenerateForm` for this page, a `JobView` and a button for Train.
+        built: return values of the pages by slug: a `GenerateForm` for this page, a `JobView`, a button and more for Train.
     """
 
     def open_with(request: gr.Request, name: str | None) -> list[Any]:
         workspace = context.workspace(request)
         return [gr.Tabs(selected=PAGE.slug), *form_for_job(workspace, workspace.job(str(name)))]
 
-    view, button = built["train"]
+    view, button, *_ = built["train"]
     form: GenerateForm = built[PAGE.slug]
     button.click(show_errors(open_with), [view.choice], [tabs, *form.outputs], **QUIET)
 
@@ -148,9 +170,9 @@ def _wire(
 
     def run_anyway(request: gr.Request, *given: Any) -> Iterator[list[Any]]:
         names, mode, strengths = given[count] or [], given[count + 1], given[count + 2 :]
-        for items, progress in generate(
-            context, context.workspace(request), parse_request(*given[:count]), names, strengths, mode
-        ):
+        workspace = context.workspace(request)
+        updates = generate(context, workspace, parse_request(*given[:count]), names, strengths, mode)
+        for items, progress in store_images(workspace, updates):
             yield [items, progress, [path for path, _ in items], gr.Row(visible=False), []]
 
     def select_missing(request: gr.Request, names: list[str] | None, more: list[str]) -> Any:
@@ -183,17 +205,7 @@ def _wire_settings(context: Context, fields_: Fields, adapters: Any, parts: Any,
     outputs = [*fields_.all(), choice, *rows, state]
 
     def fill_settings(request: gr.Request, path: str | None) -> list[Any]:
-        generation, strength_of, note = read_image_settings(context.workspace(request), path)
-        choices = text_adapters(context.workspace(request))
-        strengths = [gr.Slider(value=s, visible=True, label=f"Strength of {n}") for n, s in strength_of.items()]
-        hidden = [gr.Slider(visible=False)] * (LIMITS.adapters - len(strengths))
-        return [
-            *values(generation),
-            gr.Dropdown(choices=choices, value=list(strength_of), multiselect=True),
-            *strengths,
-            *hidden,
-            note,
-        ]
+        return form_for_image(context.workspace(request), path)
 
     def from_gallery(request: gr.Request, paths: list[str], index: int) -> list[Any]:
         return fill_settings(request, paths[index] if 0 <= index < len(paths) else None)
@@ -207,4 +219,4 @@ def _wire_settings(context: Context, fields_: Fields, adapters: Any, parts: Any,
     upload.upload(show_errors(fill_settings), [upload], outputs, **QUIET)
 
 
-PAGE = Page("Generate", "generate", "Generate images from a prompt, with one or more adapters.", build)
+PAGE = Page("Generate", "generate", "", build)

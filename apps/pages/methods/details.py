@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from veneer.method_catalog import MethodEntry, ParameterCount
-from veneer.method_search import SUGGESTIONS, Use
+from veneer.method_search import USES, Use
 
 from ..shared.html import facts, table
 
@@ -24,29 +24,29 @@ def method_list(groups: Groups, counts: Mapping[str, ParameterCount | None] | No
     """Collapsible list of methods, optionally grouped under headings and with parameter counts for a model.
 
     Args:
-        start: prepend recommended methods by task.
+        start: prepend recommended methods by use.
     """
     count = sum(len(entries) for _, entries in groups)
     if not count:
         return NO_MATCH
     parts = [f'<p role="status">{count} method{"s" if count > 1 else ""}. Open one for details.</p>']
-    parts += [_start({method.name for _, entries in groups for method in entries})] if start else []
+    parts += [_start([method for _, entries in groups for method in entries])] if start else []
     for use, entries in groups:
         parts += [f'<h2 class="use">{escape(use.title)}</h2><p class="about">{escape(use.about)}</p>'] if use else []
-        parts += [_method(method, _counted(counts, method.name), model) for method in entries]
+        parts += [_method(method, _counted(counts, method.name), model, use) for method in entries]
     return "".join(parts)
 
 
-def _start(known: set[str]) -> str:
-    """Recommended methods by task, as buttons that open their entries."""
+def _start(entries: Sequence[MethodEntry]) -> str:
+    """Recommended methods by use, as buttons that open their entries."""
     rows = []
-    for task, names in SUGGESTIONS:
+    for use in USES:
         links = ", ".join(
-            f'<button type="button" class="link" onclick="{OPEN_METHOD.format(name)}"><code>{name}</code></button>'
-            for name in names
-            if name in known
+            f'<button type="button" class="link" onclick="{OPEN_METHOD.format(method.name)}"><code>{method.name}</code></button>'
+            for method in entries
+            if use.key in method.recommended_for
         )
-        rows += [f"<dt>{escape(task)}</dt><dd>{links}</dd>"] if links else []
+        rows += [f"<dt>{escape(use.title)}</dt><dd>{links}</dd>"] if links else []
     return f'<section class="start" aria-label="Start here"><h2>Start here</h2><dl class="facts">{"".join(rows)}</dl></section>'
 
 
@@ -57,10 +57,13 @@ def _counted(counts: Mapping[str, ParameterCount | None] | None, name: str) -> s
     return "not supported" if count is None else f"{short_count(count.trainable)} trainable"
 
 
-def _method(method: MethodEntry, counted: str, model: str) -> str:
+def _method(method: MethodEntry, counted: str, model: str, group: Use | None) -> str:
+    """One entry. `group`: the use under whose heading it is."""
     small = f'<span class="counted">{escape(counted)}</span>' if counted else ""
+    mark = '<span class="mark">start here</span>' if group is not None and group.key in method.recommended_for else ""
     pairs = [
         ("Formula", method.formula),
+        ("Used for", ", ".join(use.title for use in USES if use.key in method.uses)),
         ("Attaches to", method.needs),
         ("Kind", method.kind),
         ("Conditioning", ", ".join(CONDITIONS.get(c, c) for c in method.conditions) or "nothing"),
@@ -70,7 +73,7 @@ def _method(method: MethodEntry, counted: str, model: str) -> str:
     ]
     rows = [(o.name, o.type, o.default, o.about) for o in method.options]
     options = table(f"Options of {method.name}", ("Option", "Type", "Default", "What it does"), rows) if rows else ""
-    line = f"<code>{escape(method.name)}</code> <span>{escape(method.about)}</span>{small}"
+    line = f"<code>{escape(method.name)}</code> <span>{escape(method.about)}</span>{mark}{small}"
     inside = (
         facts([(k, v) for k, v in pairs if v]) + options + f'<h3>Documentation</h3><pre tabindex="0">{escape(method.text)}</pre>'
     )

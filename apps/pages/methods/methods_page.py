@@ -11,7 +11,7 @@ import gradio as gr
 from veneer.full_size_models import MODELS
 from veneer.injection import OptionError, methods
 from veneer.method_catalog import MethodEntry, ParameterCount, catalog, count_parameters, methods_for
-from veneer.method_search import group_by_use, rank_methods
+from veneer.method_search import USES, group_by_use, rank_methods, with_use
 
 from ...context import Context, show_errors
 from ...workspace import check_text
@@ -27,6 +27,9 @@ KINDS = {
     "hybrid": "Hybrid: several of these",
 }
 SORTS = [("By use, or by relevance to the search", "use"), ("By name", "name"), ("Fewest trainable parameters first", "trained")]
+
+
+USE_CHOICES = [("Everything", ""), *((use.title, use.key) for use in USES)]
 
 
 def all_methods() -> list[MethodEntry]:
@@ -46,7 +49,13 @@ def kinds() -> list[tuple[str, str]]:
 
 
 def render_methods(
-    query_text: str, area: str, kind: str, sort: str, model: str, progress: Callable[[int, int], None] | None = None
+    query_text: str,
+    area: str,
+    kind: str,
+    sort: str,
+    model: str,
+    progress: Callable[[int, int], None] | None = None,
+    use: str = "",
 ) -> str:
     """Renders the matching methods as HTML.
 
@@ -54,6 +63,7 @@ def render_methods(
         words: search text; with `sort="use"` the best match is first, see `rank_methods`.
         area: `diffusion`, `vision` or "" for both. `kind`: of method, or "" for all. `sort`: `use`, `name` or `trained`.
         model: for parameter counts, or "" for none. `progress`: callback of done and total.
+        use: key of the use that the methods have, or "" for all.
     Raises:
         VeneerError: an unknown filter, or a search text that is too long.
     """
@@ -63,6 +73,7 @@ def render_methods(
         ("kind", kind, kinds()),
         ("sort", sort, SORTS),
         ("model", model, models),
+        ("use", use, USE_CHOICES),
     ):
         allowed = tuple(each for _, each in choices)
         if value not in allowed:
@@ -73,10 +84,12 @@ def render_methods(
     if area:
         supported = methods_for(area)
         matches = [m for m in matches if m.name in supported]
-    matches = rank_methods(matches, query)
+    matches = rank_methods(with_use(matches, use) if use else matches, query)
     trained = count_parameters(model, progress) if model else None
     if sort == "use" and not query:
-        return method_list(group_by_use(matches), trained, model, start=not kind)
+        selected_use = next((each for each in USES if each.key == use), None)
+        groups = [(selected_use, matches)] if selected_use else group_by_use(matches)
+        return method_list(groups, trained, model, start=not kind and not use)
     if sort == "name":
         matches = sorted(matches, key=lambda m: m.name)
     if sort == "trained":
@@ -94,6 +107,7 @@ def _fewest_first(matches: Sequence[MethodEntry], trained: Mapping[str, Paramete
 
 def build(context: Context) -> None:
     """Builds the page."""
+    use = gr.Radio(USE_CHOICES, value="", label="What for", elem_id="methods-use")
     with gr.Row():
         query_text = gr.Textbox(
             label="Search", placeholder="such as: faces, few images, rank, vpt", elem_id="methods-search", min_width=240
@@ -108,15 +122,24 @@ def build(context: Context) -> None:
         )
         sort = gr.Dropdown(SORTS, value="use", label="Order", info="Sorting by parameters needs a model.", min_width=240)
     page = gr.HTML(render_methods("", "", "", "use", ""), elem_id="methods-list", label="Methods")
-    filters: list[Any] = [query_text, area, kind, sort, model]
+    filters: list[Any] = [query_text, area, kind, sort, model, use]
     settings: dict[str, Any] = {"concurrency_id": "methods", "concurrency_limit": 1, "api_visibility": "private"}
     gr.on([each.change for each in filters], show_errors(_handle_change), filters, page, **settings, trigger_mode="always_last")
 
 
-def _handle_change(query_text: str, area: str, kind: str, sort: str, model: str, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
-    return render_methods(
-        query_text, area, kind, sort, model, lambda done, all_: progress((done, all_), desc=f"Counting on {model}")
-    )
+def _handle_change(
+    query_text: str,
+    area: str,
+    kind: str,
+    sort: str,
+    model: str,
+    use: str,
+    progress: gr.Progress = gr.Progress(),  # noqa: B008
+) -> str:
+    def report(done: int, total: int) -> None:
+        progress((done, total), desc=f"Counting on {model}")
+
+    return render_methods(query_text, area, kind, sort, model, report, use)
 
 
 PAGE = Page(

@@ -20,11 +20,13 @@ from ..page import Page
 from ..shared.config_form import Field, Slots, component_of, fields_of
 from ..shared.dry_run import dry_run
 from ..shared.events import GENERATION, QUIET
-from ..shared.example_images import photos
+from ..shared.html import section, step
 from ..shared.images import gallery
-from ..shared.job_view import JobView, Results, job_view, select_job
+from ..shared.job_view import Results, job_view, select_job
 from ..shared.photo_upload import Rows, example_photos, inspect_photos, save_photos
 from ..shared.training_result import export_kohya
+from ..showcase.showcase import showcase, subject_strip
+from .estimates import estimate_text, preset_radio
 from .request import (
     DEFAULT_METHOD,
     MAIN,
@@ -33,7 +35,6 @@ from .request import (
     check_base,
     command,
     default_options,
-    estimate,
     main_method,
     method_names,
     options_of,
@@ -45,11 +46,8 @@ from .results import KOHYA, result_components, result_values, stamp
 KIND = "train"
 SHORT: dict[str, Any] = {"max_length": LIMITS.text, "min_width": 140}
 """Layout of a short text field."""
-EMPTY = """<div class="empty"><p><strong>No run yet.</strong></p><ol>
-<li>Press <em>Example photos</em>, or drop a few photos of one subject and name it.</li>
-<li>Press <em>Train</em>. Previews appear here during training; then metrics, a verdict and the files.</li>
-<li>Press <em>Generate with it</em>, and write prompts with its trigger token.</li></ol></div>"""
-NO_PHOTOS = f"Drop 3 to 20 photos of one subject or style (at most {LIMITS.photos}), or use the example photos."
+EMPTY = "**No run yet.** Progress and previews appear here; then the images before and after, a verdict and the files."
+NO_PHOTOS = f"Drop your photos (at most {LIMITS.photos}), or use the example photos."
 PRESET_FIELDS = ("steps", "batch", "learning_rate", "schedule", "seed", "preview_every", "checkpoint_every", "eval_seeds")
 """Settings that depend on the preset."""
 FALLBACK_SIDE = 512
@@ -129,21 +127,27 @@ def start_job(
     return context.submit(workspace, KIND, title, command(request, folder))
 
 
-def build(context: Context) -> tuple[JobView, gr.Button]:
-    """Builds the page; returns its job view and the button that opens the page Generate."""
+def build(context: Context) -> Any:
+    """Builds the page; returns its job view, the button that opens the page Generate, and the cards of the first screen."""
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             form = _Form(context)
         with gr.Column(scale=1, min_width=320):
-            gr.Markdown("### Runs", elem_id="train-runs")
-            view = job_view(context, KIND, Results(result_components, result_values, stamp), f"{EMPTY}\n\n{photos()}")
-    form.connect(view.choice)
+            cards = showcase()
+            gr.HTML(section("Runs"), elem_id="train-runs")
+            results = Results(
+                lambda: [*result_components(), cards.column],
+                lambda job: [*result_values(job), gr.Column(visible=job is None)],
+                stamp,
+            )
+            view = job_view(context, KIND, results, EMPTY)
+    form.connect(view.choice, cards.train)
 
     def kohya(name: str, request: gr.Request) -> Any:
         return gr.File(export_kohya(context.workspace(request), name), visible=True)
 
     view.extra[KOHYA].click(show_errors(kohya), [view.choice], view.extra[KOHYA + 1], **GENERATION)
-    return view, view.extra[-1]
+    return view, view.extra[-2], cards
 
 
 class _Form:
@@ -151,13 +155,18 @@ class _Form:
 
     def __init__(self, context: Context) -> None:
         self.context = context
+        gr.HTML(subject_strip())
+        gr.HTML(step(1, "Photos", "3 to 20 of one subject or style"))
         self.files = gr.File(
-            label="Photos", file_count="multiple", file_types=sorted(READ), height=140, elem_id="train-photos", interactive=True
+            label="Photos", file_count="multiple", file_types=sorted(READ), height=120, elem_id="train-photos", interactive=True
         )
-        self.notes = gr.Markdown(NO_PHOTOS, elem_id="train-notes")
-        self.example_photos = gr.Button("Example photos", size="sm", elem_id="train-example")
+        with gr.Row(elem_classes="notes"):
+            self.notes = gr.Markdown(NO_PHOTOS, elem_id="train-notes")
+            self.example_photos = gr.Button("Example photos", size="sm", scale=0, min_width=140, elem_id="train-example")
         self.thumbs = gallery("Your photos", 5, visible=False, buttons=[])
+        gr.HTML(step(2, "Subject", "the name that prompts use"))
         self._subject()
+        gr.HTML(step(3, "Training"))
         self.preset = gr.Radio(
             preset_choices("bundled", DEFAULT_METHOD), value="quick", label="Preset", elem_id="train-preset",
             info="Longer training makes the images more similar to the photos.",
@@ -219,8 +228,8 @@ class _Form:
         with gr.Row(elem_classes="action"):
             self.start = gr.Button("Train", variant="primary", elem_id="train-start", min_width=120)
 
-    def connect(self, choice: Any) -> None:
-        """Connects the events; a started job is selected in `choice`."""
+    def connect(self, choice: Any, try_button: gr.Button) -> None:
+        """Connects the events; a started job is selected in `choice`. `try_button` trains on the example photos."""
         context, photo_outputs = self.context, [self.thumbs, self.crops, self.notes, self.captions]
         setting_components = [self.settings[field.name] for field in SETTINGS]
 
@@ -269,6 +278,8 @@ class _Form:
         subject = [self.files, self.captions, self.concept, self.word]
         inputs = [*subject, *parts, filled_for, *setting_components, *self.slots.components]
         self.start.click(show_errors(start), inputs, choice, **hidden_api).success(None, js="() => reveal('train-runs')", **QUIET)
+        example = try_button.click(show_errors(show_example), [self.base], examples, **hidden_api)
+        example.success(show_errors(start), inputs, choice, **hidden_api).success(None, js="() => reveal('train-runs')", **QUIET)
         single: dict[str, Any] = {"concurrency_id": "check", "concurrency_limit": 1, **hidden_api}
         self.check.click(show_errors(try_step), inputs, self.dry_run, **single)
 
@@ -277,20 +288,4 @@ def _layout(field: Field) -> dict[str, Any]:
     return {"min_width": 200, "elem_id": f"train-{field.name.replace('_', '-')}"}
 
 
-def estimate_text(workspace: Workspace | None, *args: str, **kwargs: str) -> str:
-    """Estimate in Markdown (see `estimate`); empty while the base model is incomplete or unknown."""
-    try:
-        return escape_markup(estimate(workspace, *args, **kwargs))
-    except VeneerError:
-        return ""
-
-
-def preset_radio(workspace: Workspace, base: str, method: str) -> Any:
-    """Presets with time estimates; unchanged while the base model or method is incomplete or unknown."""
-    try:
-        return gr.Radio(choices=preset_choices(base, method, workspace))
-    except VeneerError:
-        return gr.skip()
-
-
-PAGE = Page("Train", "train", "Train a subject or a style from a few photos.", build)
+PAGE = Page("Train", "train", "", build)

@@ -10,30 +10,22 @@ from html import escape
 
 from PIL import Image, ImageOps
 
-from veneer import base_models
-
 SIDE, GAP = 104, 8
 """Side of an image and gap between images, in pixels."""
 
 
 @functools.cache
-def photos() -> str:
-    """HTML of the five example photos of the bundled model."""
-    images = []
-    for path in sorted(base_models.examples().glob("*.png")):
-        with Image.open(path) as image:
-            images.append(image.convert("RGB"))
-    return image_strip(images, "The example photos: five photos of a toy octopus", "A few photos like these are enough.")
-
-
-@functools.cache
 def digits() -> str:
     """HTML of ten built-in handwritten digits."""
+    return image_strip(digit_images(), "Handwritten digits from 0 to 9", "Built in: 1,797 handwritten digits in ten classes.")
+
+
+def digit_images() -> list[Image.Image]:
+    """The first image of each built-in digit."""
     from sklearn.datasets import load_digits
 
     dataset = load_digits()
-    images = [Image.fromarray((dataset.images[list(dataset.target).index(n)] * 15).astype("uint8")) for n in range(10)]
-    return image_strip(images, "Handwritten digits from 0 to 9", "Built in: 1,797 handwritten digits in ten classes.")
+    return [Image.fromarray((dataset.images[list(dataset.target).index(n)] * 15).astype("uint8")) for n in range(10)]
 
 
 def image_strip(images: Sequence[Image.Image], alt: str, caption: str) -> str:

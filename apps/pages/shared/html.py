@@ -42,6 +42,17 @@ def note(text: str, kind: str = "") -> str:
     return f'<div class="note {kind}" role="status">{mark}{escape(text)}</div>' if text else ""
 
 
+def step(number: int, title: str, hint: str = "") -> str:
+    """Heading of one step of a form."""
+    small = f"<small>{escape(hint)}</small>" if hint else ""
+    return f'<h2 class="step"><span class="number">{number}</span>{escape(title)} {small}</h2>'
+
+
+def section(title: str, about: str = "") -> str:
+    """Heading of a part of a page, and a sentence about it."""
+    return f'<h2 class="section">{escape(title)}</h2>' + (f'<p class="about">{escape(about)}</p>' if about else "")
+
+
 def _cell(value: object) -> str:
     number = isinstance(value, (int, float))
     text = f"{value:,}" if number else str(value)

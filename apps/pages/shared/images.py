@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import shutil
 import tempfile
 import time
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +99,16 @@ def _read_bounded(path: Path) -> bytes:
         message = f"the sketch has more than {LIMITS.photo_bytes:,} bytes. Sketch it again."
         raise VeneerError(message, where="photo_bytes", expected=LIMITS.photo_bytes)
     return data
+
+
+def inline_image(image: Image.Image, alt: str, side: int = 384) -> str:
+    """HTML of an image with its data in it, no larger than `side` pixels."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    data = io.BytesIO()
+    small.save(data, "WEBP", quality=88)
+    source = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return f'<img src="{source}" alt="{escape(alt)}" width="{small.width}" height="{small.height}">'
 
 
 def new_folder() -> Path:

@@ -14,13 +14,14 @@ from veneer.training.report.progress import clock
 from ...context import escape_markup
 from ...jobs import Job
 from ...workspace import Workspace, safe_name
+from .html import facts
 from .job_view import ADAPTER
 from .verdict import read_result
 
 FILES = {
-    "adapter.safetensors": "for veneer, with all settings",
-    "pytorch_lora_weights.safetensors": "for diffusers",
-    "learned_embeds.safetensors": "the token embedding, for diffusers and others",
+    "adapter.safetensors": "for veneer: the page Generate, and veneer.load; with all settings",
+    "pytorch_lora_weights.safetensors": "for diffusers: pipeline.load_lora_weights",
+    "learned_embeds.safetensors": "the trigger token, for diffusers and others: pipeline.load_textual_inversion",
 }
 
 
@@ -40,8 +41,13 @@ def summarize(job: Job) -> str:
     if "verdict" not in result:  # the reasons of a verdict include the metrics
         lines += _similarity(metrics) + _prompt(metrics, result.get("config") or {}) + _drift(metrics)
     lines += [f"Note: {escape_markup(str(warning))}" for warning in training.get("warnings") or []]
-    names = [f"{escape_markup(_download_name(job, path))} ({FILES[path.name]})" for path in result_files(job)]
-    return "\n".join(f"- {line}" for line in [*lines, f"Files: {', '.join(names)}."])
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def describe_files(job: Job) -> str:
+    """What each result file is for, in HTML; empty without files."""
+    pairs = [(_download_name(job, path), FILES[path.name]) for path in result_files(job)]
+    return f"<h3>Files</h3>{facts(pairs)}" if pairs else ""
 
 
 def _download_name(job: Job, path: Path) -> str:

@@ -116,6 +116,8 @@ class Method(ABC):
         name: stem of the module's file, the short name in the paper.
         paper: authors, title or venue and year, for the catalog.
         needs: the kinds of site that it supports; a site must match one of them.
+        uses: what it is used for, the main use first, by the keys of `method_search.USES`; for the catalog.
+        recommended_for: those of its uses for which it is a good first choice.
         default: selection used without a `where`; patterns of it that match nothing are ignored.
         fallback: selection for models without any site of `default`, such as convolutional networks, which have no attention.
         identity_at_start: True if a fresh adapter leaves the output bitwise unchanged.
@@ -135,6 +137,8 @@ class Method(ABC):
     paper: ClassVar[str]
     needs: ClassVar[tuple[Need, ...]]
     default: ClassVar[tuple[str, ...]]
+    uses: ClassVar[tuple[str, ...]] = ()
+    recommended_for: ClassVar[tuple[str, ...]] = ()
     fallback: ClassVar[tuple[str, ...]] = ("mlp", "conv")
     identity_at_start: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-3

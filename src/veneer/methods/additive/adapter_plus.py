@@ -44,6 +44,7 @@ class AdapterPlus(Method):
     """
 
     name: ClassVar[str] = "adapter_plus"
+    uses: ClassVar[tuple[str, ...]] = ("classification",)
     paper: ClassVar[str] = "Steitz, Roth, Adapters Strike Back, CVPR 2024"
     needs: ClassVar[tuple[Need, ...]] = (Need(StreamSite),)
     default: ClassVar[tuple[str, ...]] = ("block",)

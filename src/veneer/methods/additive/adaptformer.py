@@ -30,6 +30,7 @@ class AdaptFormer(Method):
     """
 
     name: ClassVar[str] = "adaptformer"
+    uses: ClassVar[tuple[str, ...]] = ("classification",)
     paper: ClassVar[str] = "Chen et al., AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition, NeurIPS 2022"
     needs: ClassVar[tuple[Need, ...]] = (Need(BranchSite),)
     default: ClassVar[tuple[str, ...]] = ("mlp",)

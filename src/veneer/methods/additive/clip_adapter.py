@@ -40,6 +40,7 @@ class CLIPAdapter(Method):
     """
 
     name: ClassVar[str] = "clip_adapter"
+    uses: ClassVar[tuple[str, ...]] = ("few_labels",)
     paper: ClassVar[str] = "Gao et al., CLIP-Adapter: Better Vision-Language Models with Feature Adapters, IJCV 2024"
     needs: ClassVar[tuple[Need, ...]] = (Need(FeatureSite, roles=("features",)),)
     default: ClassVar[tuple[str, ...]] = ("vision/features",)

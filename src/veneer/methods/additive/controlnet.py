@@ -42,6 +42,8 @@ class ControlNet(Controlled):
     """
 
     name: ClassVar[str] = "controlnet"
+    uses: ClassVar[tuple[str, ...]] = ("control",)
+    recommended_for: ClassVar[tuple[str, ...]] = ("control",)
     paper: ClassVar[str] = "Zhang, Rao, Agrawala, Adding Conditional Control to Text-to-Image Diffusion Models, ICCV 2023"
     conditions: ClassVar[tuple[str, ...]] = ("image", "guess")
     learning_rate: ClassVar[float] = 1e-5

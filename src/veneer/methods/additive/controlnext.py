@@ -46,6 +46,7 @@ class ControlNeXt(Controlled):
     """
 
     name: ClassVar[str] = "controlnext"
+    uses: ClassVar[tuple[str, ...]] = ("control",)
     paper: ClassVar[str] = "Peng et al., ControlNeXt: Powerful and Efficient Control for Image and Video Generation, 2024"
     identity_at_start: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-5

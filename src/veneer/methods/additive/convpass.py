@@ -83,6 +83,7 @@ class Convpass(Method):
     """
 
     name: ClassVar[str] = "convpass"
+    uses: ClassVar[tuple[str, ...]] = ("classification",)
     paper: ClassVar[str] = "Jie, Deng, Convolutional Bypasses Are Better Vision Transformer Adapters, 2022"
     needs: ClassVar[tuple[Need, ...]] = (
         Need(BranchSite, where={"normed": ..., "layout": "NLC", "grid": ...}),

@@ -140,6 +140,7 @@ class DTL(Method):
     """
 
     name: ClassVar[str] = "dtl"
+    uses: ClassVar[tuple[str, ...]] = ("low_memory", "classification")
     paper: ClassVar[str] = "Fu, Zhu, Wu, DTL: Disentangled Transfer Learning for Visual Recognition, AAAI 2024"
     needs: ClassVar[tuple[Need, ...]] = (Need(StreamSite, roles=("block",), where={"resamples": False, "d_in": 0}),)
     default: ClassVar[tuple[str, ...]] = ("block",)

@@ -27,6 +27,7 @@ class Houlsby(Method):
     """
 
     name: ClassVar[str] = "houlsby"
+    uses: ClassVar[tuple[str, ...]] = ("classification",)
     paper: ClassVar[str] = "Houlsby et al., Parameter-Efficient Transfer Learning for NLP, ICML 2019"
     needs: ClassVar[tuple[Need, ...]] = (Need(BranchSite),)
     default: ClassVar[tuple[str, ...]] = ("attn", "mlp")

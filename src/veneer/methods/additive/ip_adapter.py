@@ -45,6 +45,8 @@ class IPAdapter(Method):
     """
 
     name: ClassVar[str] = "ip_adapter"
+    uses: ClassVar[tuple[str, ...]] = ("control", "style")
+    recommended_for: ClassVar[tuple[str, ...]] = ("style", "control")
     paper: ClassVar[str] = "Ye et al., IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models, 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(AttentionSite, where={"cross": True}),)
     default: ClassVar[tuple[str, ...]] = ("xattn.processor",)

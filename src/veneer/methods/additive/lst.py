@@ -131,6 +131,8 @@ class LST(Method):
     """
 
     name: ClassVar[str] = "lst"
+    uses: ClassVar[tuple[str, ...]] = ("low_memory", "classification")
+    recommended_for: ClassVar[tuple[str, ...]] = ("low_memory",)
     paper: ClassVar[str] = "Sung, Cho, Bansal, LST: Ladder Side-Tuning, NeurIPS 2022"
     needs: ClassVar[tuple[Need, ...]] = (
         Need(StreamSite, roles=("block",), where={"resamples": False, "layout": "NLC", "stage": None}),

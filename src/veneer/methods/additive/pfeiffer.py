@@ -43,6 +43,7 @@ class Pfeiffer(Method):
     """
 
     name: ClassVar[str] = "pfeiffer"
+    uses: ClassVar[tuple[str, ...]] = ("classification",)
     paper: ClassVar[str] = "Pfeiffer et al., AdapterFusion, EACL 2021; MAD-X, EMNLP 2020"
     needs: ClassVar[tuple[Need, ...]] = (Need(BranchSite),)
     default: ClassVar[tuple[str, ...]] = ("mlp",)

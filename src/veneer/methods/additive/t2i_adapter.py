@@ -38,6 +38,7 @@ class T2IAdapter(Controlled):
     """
 
     name: ClassVar[str] = "t2i_adapter"
+    uses: ClassVar[tuple[str, ...]] = ("control",)
     paper: ClassVar[str] = "Mou et al., T2I-Adapter: Learning Adapters to Dig out More Controllable Ability, AAAI 2024"
     learning_rate: ClassVar[float] = 1e-5
 

@@ -126,6 +126,8 @@ class TipAdapter(Method):
     """
 
     name: ClassVar[str] = "tip_adapter"
+    uses: ClassVar[tuple[str, ...]] = ("few_labels",)
+    recommended_for: ClassVar[tuple[str, ...]] = ("few_labels",)
     paper: ClassVar[str] = "Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, ECCV 2022"
     needs: ClassVar[tuple[Need, ...]] = (Need(FeatureSite, roles=("logits",)),)
     default: ClassVar[tuple[str, ...]] = ("logits",)

@@ -44,6 +44,7 @@ class CoCoOp(Method):
     """
 
     name: ClassVar[str] = "cocoop"
+    uses: ClassVar[tuple[str, ...]] = ("few_labels",)
     paper: ClassVar[str] = "Zhou et al., Conditional Prompt Learning for Vision-Language Models, CVPR 2022"
     needs: ClassVar[tuple[Need, ...]] = (Need(PromptSite),)
     default: ClassVar[tuple[str, ...]] = ("prompts",)

@@ -42,6 +42,8 @@ class CoOp(Method):
     """
 
     name: ClassVar[str] = "coop"
+    uses: ClassVar[tuple[str, ...]] = ("few_labels", "smallest_file")
+    recommended_for: ClassVar[tuple[str, ...]] = ("few_labels",)
     paper: ClassVar[str] = "Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022"
     needs: ClassVar[tuple[Need, ...]] = (Need(PromptSite),)
     default: ClassVar[tuple[str, ...]] = ("prompts",)

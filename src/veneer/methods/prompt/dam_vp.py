@@ -106,6 +106,7 @@ class DAMVP(Method):
     """
 
     name: ClassVar[str] = "dam_vp"
+    uses: ClassVar[tuple[str, ...]] = ("low_memory",)
     paper: ClassVar[str] = "Huang et al., Diversity-Aware Meta Visual Prompting, CVPR 2023"
     needs: ClassVar[tuple[Need, ...]] = (
         Need(PixelSite, where={"tower": "vision"}),

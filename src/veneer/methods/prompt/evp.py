@@ -77,6 +77,7 @@ class EVP(Method):
     """
 
     name: ClassVar[str] = "evp"
+    uses: ClassVar[tuple[str, ...]] = ("low_memory",)
     paper: ClassVar[str] = "Wu et al., Unleashing the Power of Visual Prompting at the Pixel Level, TMLR 2024"
     needs: ClassVar[tuple[Need, ...]] = (Need(PixelSite), Need(FeatureSite, roles=("logits",)))
     default: ClassVar[tuple[str, ...]] = ("pixels", "logits")

@@ -51,6 +51,7 @@ class ILMVP(Method):
     """
 
     name: ClassVar[str] = "ilm_vp"
+    uses: ClassVar[tuple[str, ...]] = ("low_memory",)
     paper: ClassVar[str] = "Chen et al., Understanding and Improving Visual Prompting: A Label-Mapping Perspective, CVPR 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(PixelSite), Need(FeatureSite, roles=("logits",)))
     default: ClassVar[tuple[str, ...]] = ("pixels", "logits")

@@ -132,6 +132,8 @@ class TextualInversion(Method):
     """
 
     name: ClassVar[str] = "textual_inversion"
+    uses: ClassVar[tuple[str, ...]] = ("few_photos", "smallest_file")
+    recommended_for: ClassVar[tuple[str, ...]] = ("few_photos", "smallest_file")
     paper: ClassVar[str] = "Gal et al., An Image is Worth One Word, ICLR 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(VocabularySite),)
     default: ClassVar[tuple[str, ...]] = ("*/vocabulary",)

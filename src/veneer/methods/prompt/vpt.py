@@ -80,6 +80,8 @@ class VPT(Method):
     """
 
     name: ClassVar[str] = "vpt"
+    uses: ClassVar[tuple[str, ...]] = ("classification",)
+    recommended_for: ClassVar[tuple[str, ...]] = ("classification",)
     paper: ClassVar[str] = "Jia et al., Visual Prompt Tuning, ECCV 2022"
     needs: ClassVar[tuple[Need, ...]] = (Need(TokenSite, where={"can_insert": True}),)
     default: ClassVar[tuple[str, ...]] = ("tokens.block",)

@@ -133,6 +133,7 @@ class AdaLoRA(Method):
     """
 
     name: ClassVar[str] = "adalora"
+    uses: ClassVar[tuple[str, ...]] = ("few_photos",)
     paper: ClassVar[str] = "Zhang et al., AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, ICLR 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn", "mlp")

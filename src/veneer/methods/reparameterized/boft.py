@@ -67,6 +67,7 @@ class BOFT(Method):
     """
 
     name: ClassVar[str] = "boft"
+    uses: ClassVar[tuple[str, ...]] = ("few_photos",)
     paper: ClassVar[str] = "Liu et al., Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, ICLR 2024"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn")

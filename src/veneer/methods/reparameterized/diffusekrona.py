@@ -68,6 +68,7 @@ class DiffuseKronA(Method):
     """
 
     name: ClassVar[str] = "diffusekrona"
+    uses: ClassVar[tuple[str, ...]] = ("few_photos", "smallest_file")
     paper: ClassVar[str] = (
         "Marjit et al., DiffuseKronA: A Parameter Efficient Fine-Tuning Method for Personalized Diffusion Models, WACV 2025"
     )

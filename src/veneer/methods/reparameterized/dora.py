@@ -140,6 +140,7 @@ class DoRA(Method):
     """
 
     name: ClassVar[str] = "dora"
+    uses: ClassVar[tuple[str, ...]] = ("few_photos", "style", "classification")
     paper: ClassVar[str] = "Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, ICML 2024"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn")

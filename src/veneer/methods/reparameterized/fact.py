@@ -139,6 +139,7 @@ class FacT(Method):
     """
 
     name: ClassVar[str] = "fact"
+    uses: ClassVar[tuple[str, ...]] = ("classification", "smallest_file")
     paper: ClassVar[str] = "Jie and Deng, FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer, AAAI 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn", "mlp")

@@ -88,6 +88,7 @@ class GLoRA(Method):
     """
 
     name: ClassVar[str] = "glora"
+    uses: ClassVar[tuple[str, ...]] = ("few_photos",)
     paper: ClassVar[str] = "Chavan et al., One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning, 2023"
     needs: ClassVar[tuple[Need, ...]] = (
         Need(WeightSite, where={"kind": ("linear", "conv")}),

@@ -76,6 +76,7 @@ class IA3(Method):
     """
 
     name: ClassVar[str] = "ia3"
+    uses: ClassVar[tuple[str, ...]] = ("few_photos", "classification", "smallest_file")
     paper: ClassVar[str] = "Liu et al., Few-Shot PEFT is Better and Cheaper than In-Context Learning, NeurIPS 2022"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn.{k,v}", "xattn.{k,v}", "mlp.out")

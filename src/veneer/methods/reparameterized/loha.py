@@ -118,6 +118,7 @@ class LoHa(Method):
     """
 
     name: ClassVar[str] = "loha"
+    uses: ClassVar[tuple[str, ...]] = ("few_photos", "style")
     paper: ClassVar[str] = (
         "Yeh et al., Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation, ICLR 2024; "
         "Hyeon-Woo et al., FedPara, ICLR 2022"

@@ -169,6 +169,7 @@ class LoKr(Method):
     """
 
     name: ClassVar[str] = "lokr"
+    uses: ClassVar[tuple[str, ...]] = ("few_photos", "style")
     paper: ClassVar[str] = (
         "Yeh et al., Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation, ICLR 2024"
     )

@@ -50,6 +50,8 @@ class LoRA(Method):
     """
 
     name: ClassVar[str] = "lora"
+    uses: ClassVar[tuple[str, ...]] = ("few_photos", "style", "classification")
+    recommended_for: ClassVar[tuple[str, ...]] = ("few_photos", "style", "classification")
     paper: ClassVar[str] = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn")

@@ -31,6 +31,7 @@ class LoRAFA(Method):
     """
 
     name: ClassVar[str] = "lora_fa"
+    uses: ClassVar[tuple[str, ...]] = ("few_photos",)
     paper: ClassVar[str] = "Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for LLM Fine-tuning, 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn")

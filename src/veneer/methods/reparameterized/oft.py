@@ -89,6 +89,7 @@ class OFT(Method):
     """
 
     name: ClassVar[str] = "oft"
+    uses: ClassVar[tuple[str, ...]] = ("few_photos",)
     paper: ClassVar[str] = "Qiu et al., Controlling Text-to-Image Diffusion by Orthogonal Finetuning, NeurIPS 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn")

@@ -116,6 +116,7 @@ class RepAdapter(Method):
     """
 
     name: ClassVar[str] = "repadapter"
+    uses: ClassVar[tuple[str, ...]] = ("classification",)
     paper: ClassVar[str] = "Luo et al., Towards Efficient Visual Adaption via Structural Re-parameterization, 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn.qkv", "attn.{q,k,v}", "mlp.in_gate", "mlp.{in,gate}")

@@ -66,6 +66,7 @@ class SSF(Method):
     """
 
     name: ClassVar[str] = "ssf"
+    uses: ClassVar[tuple[str, ...]] = ("classification", "smallest_file")
     paper: ClassVar[str] = (
         "Lian et al., Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning, NeurIPS 2022"
     )

@@ -75,6 +75,7 @@ class SVDiff(Method):
     """
 
     name: ClassVar[str] = "svdiff"
+    uses: ClassVar[tuple[str, ...]] = ("few_photos", "smallest_file")
     paper: ClassVar[str] = "Han et al., SVDiff: Compact Parameter Space for Diffusion Fine-Tuning, ICCV 2023"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn", "mlp", "single", "proj", "conv", "time", "adaln")

@@ -78,6 +78,7 @@ class VeRA(Method):
     """
 
     name: ClassVar[str] = "vera"
+    uses: ClassVar[tuple[str, ...]] = ("few_photos", "classification", "smallest_file")
     paper: ClassVar[str] = "Kopiczko et al., VeRA: Vector-based Random Matrix Adaptation, ICLR 2024"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, where={"kind": ("linear", "conv")}),)
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn")

@@ -49,6 +49,7 @@ class BitFit(Method):
     """
 
     name: ClassVar[str] = "bitfit"
+    uses: ClassVar[tuple[str, ...]] = ("classification", "smallest_file")
     paper: ClassVar[str] = "Ben Zaken, Ravfogel, Goldberg, BitFit, ACL 2022"
     needs: ClassVar[tuple[Need, ...]] = (Need(ParamSite, roles=("bias", "bias.*")),)
     default: ClassVar[tuple[str, ...]] = ("bias", "not:bias.head")

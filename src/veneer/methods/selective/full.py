@@ -28,6 +28,7 @@ class Full(Method):
     """
 
     name: ClassVar[str] = "full"
+    uses: ClassVar[tuple[str, ...]] = ("classification",)
     paper: ClassVar[str] = "full fine-tuning, the baseline"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite), Need(ParamSite))
     default: ClassVar[tuple[str, ...]] = ("*",)

@@ -24,6 +24,8 @@ class LinearProbe(Method):
     """
 
     name: ClassVar[str] = "linear_probe"
+    uses: ClassVar[tuple[str, ...]] = ("classification", "smallest_file")
+    recommended_for: ClassVar[tuple[str, ...]] = ("classification", "smallest_file")
     paper: ClassVar[str] = "Kornblith, Shlens, Le, Do Better ImageNet Models Transfer Better?, CVPR 2019"
     needs: ClassVar[tuple[Need, ...]] = (Need(WeightSite, roles=("head",)), Need(ParamSite, roles=("bias.head",)))
     default: ClassVar[tuple[str, ...]] = ("head", "bias.head")

@@ -43,6 +43,7 @@ class NormTuning(Method):
     """
 
     name: ClassVar[str] = "norm_tuning"
+    uses: ClassVar[tuple[str, ...]] = ("classification", "smallest_file")
     paper: ClassVar[str] = "Zhao et al., Tuning LayerNorm in Attention, ICLR 2024"
     needs: ClassVar[tuple[Need, ...]] = (Need(ParamSite, roles=("norm", "norm.*", "bias.norm", "bias.norm.*")),)
     default: ClassVar[tuple[str, ...]] = ("norm@0:", "bias.norm@0:", "not:norm.qk", "not:bias.norm.qk")

@@ -127,7 +127,10 @@ def final_message(run: PersonalizationRun, record: dict[str, Any]) -> str:
 
 
 def _write_samples(run: PersonalizationRun, made: Mapping[Concept, Sequence[PreviewPair]]) -> list[dict[str, Any]]:
-    """Writes the images of the image grid without the photos: one grid of base and adapted images, and one file per prompt."""
+    """Writes the images of the image grid without the photos: one grid of base and adapted images, and two files per prompt.
+
+    `00.png` is of the adapted model, and `base-00.png` is of the base model from the same noise.
+    """
     prompts = run.grid_prompts
     pairs = [pair for own in made.values() for pair in own if pair.prompt in prompts]
     (run.out / SAMPLES).mkdir(exist_ok=True)
@@ -135,6 +138,8 @@ def _write_samples(run: PersonalizationRun, made: Mapping[Concept, Sequence[Prev
     write_image(before_after([], pairs, heads=heads), run.out / SAMPLES / "grid.png")
     first = {pair.prompt: pair for pair in reversed(pairs)}
     chosen = [first[prompt] for prompt in dict.fromkeys(prompts) if prompt in first]
+    for index, pair in enumerate(chosen):
+        write_image(pair.base, run.out / SAMPLES / f"base-{index:02d}.png")
     return save_samples(run.out, [(pair.adapted, {"prompt": pair.prompt, "seed": pair.seed}) for pair in chosen])
 
 

@@ -1,0 +1,1 @@
+"""Appearance of the app: theme, styles and scripts."""

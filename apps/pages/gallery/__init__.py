@@ -1,0 +1,1 @@
+"""The page Gallery: generated images and results of training."""
