@@ -7,9 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from veneer import base_models, methods
+from veneer import methods
 from veneer.injection import VeneerError
-from veneer.training.concepts.concept import DEMO
 from veneer.training.data.photo_folder import READ
 
 from ...context import Context, escape_markup, show_errors
@@ -23,18 +22,18 @@ from ..shared.events import GENERATION, QUIET
 from ..shared.example_images import photos
 from ..shared.images import gallery
 from ..shared.job_view import JobView, Results, job_view, select_job
-from ..shared.photo_upload import Rows, example_photos, inspect_photos, save_photos
+from ..shared.photo_upload import Rows, save_photos
 from ..shared.training_result import export_kohya
+from .form_values import PRESET_FIELDS, check_form_is_current, fill_form, method_summary
+from .photo_fields import NO_PHOTOS, show_example, show_photos
 from .request import (
     DEFAULT_METHOD,
     MAIN,
     SETTINGS,
     PersonalizeRequest,
-    check_base,
     command,
     default_options,
     estimate,
-    main_method,
     method_names,
     options_of,
     preset_choices,
@@ -49,70 +48,6 @@ EMPTY = """<div class="empty"><p><strong>No run yet.</strong></p><ol>
 <li>Press <em>Example photos</em>, or drop a few photos of one subject and name it.</li>
 <li>Press <em>Train</em>. Previews appear here during training; then metrics, a verdict and the files.</li>
 <li>Press <em>Generate with it</em>, and write prompts with its trigger token.</li></ol></div>"""
-NO_PHOTOS = f"Drop 3 to 20 photos of one subject or style (at most {LIMITS.photos}), or use the example photos."
-PRESET_FIELDS = ("steps", "batch", "learning_rate", "schedule", "seed", "preview_every", "checkpoint_every", "eval_seeds")
-"""Settings that depend on the preset."""
-FALLBACK_SIDE = 512
-"""Resolution in pixels for crops if the base model does not state one."""
-
-
-def show_photos(paths: Sequence[str] | None, base: str, captions: Sequence[str] = ()) -> list[Any]:
-    """Updates of thumbnails, crops, problems in Markdown, and the caption table for uploaded photos."""
-    if not paths:
-        return [gr.Gallery([], visible=False), gr.Gallery([], visible=False), NO_PHOTOS, gr.Dataframe([], visible=False)]
-    side = base_models.preset(check_base(base)).resolution or FALLBACK_SIDE
-    report = inspect_photos(paths, side)
-    rows = [[name, caption] for name, caption in zip(report.names, [*captions, *[""] * len(report.names)], strict=False)]
-    count = f"{len(report.names)} photo{'s' * (len(report.names) != 1)}"
-    problems = "\n".join(f"- ⚠ {escape_markup(text)}" for text in report.problems)
-    crops = gr.Gallery(
-        report.crops, label=f"As square crops of {side} × {side} pixels, as the base model is trained on them", visible=True
-    )
-    thumbs = gr.Gallery(list(zip(report.thumbnails, report.names, strict=True)), visible=True)
-    note = f"{count}.\n\n{problems}" if problems else f"{count}, no problems found."
-    return [thumbs, crops, note, gr.Dataframe(rows, visible=True)]
-
-
-def show_example(base: str) -> list[Any]:
-    """Example photos, concept and class word, and the updates of `show_photos`."""
-    paths, captions = example_photos()
-    return [paths, DEMO["concept"], DEMO["class_word"], *show_photos(paths, base, captions)]
-
-
-def fill_form(slots: Slots, preset: str, base: str, method: str) -> list[Any]:
-    """Settings of a preset, the summary of the selected method, and the form of its options."""
-    settings = preset_settings(preset, base, method)
-    return [
-        *(settings[name] for name in PRESET_FIELDS),
-        method_summary(method),
-        *slots.fill(options_of(method), default_options(base, method)),
-    ]
-
-
-def method_summary(method: str) -> str:
-    """Summary of the method whose options are shown, in Markdown."""
-    line = (methods.get(main_method(method)).__doc__ or "").strip().splitlines()[0]
-    return f"**{escape_markup(main_method(method))}**: {escape_markup(line)}" + (
-        "" if options_of(method) else " It has no options."
-    )
-
-
-def check_form_is_current(filled_for: Sequence[str], now: Sequence[str]) -> None:
-    """Checks that the form has been filled for the selected preset, base model and method.
-
-    Raises:
-        VeneerError: the form is still loading, or the base model or method is unknown.
-    """
-    if list(filled_for) != list(now):
-        preset, base, method = now
-        check_base(base)
-        main_method(method)
-        raise VeneerError(
-            f"the settings for {preset}, {printable(method)} and {printable(base)} are still loading. Press again in a moment.",
-            where="settings",
-            given=tuple(filled_for),
-            expected=tuple(now),
-        )
 
 
 def start_job(
