@@ -19,7 +19,7 @@ class Limits:
         adapter_files: adapters stored per user.
         zip_files: images in a zip. `zip_bytes`: their total size unpacked. `zip_depth`: maximum path depth of an image.
         sketches: uploaded but not yet used, over all users. `sketch_bytes`, `layers`: of one sketch.
-        text: characters of a prompt, a caption or a name.
+        text: characters of a prompt, a caption or a name. `config_text`: of options written as a config file.
         adapters: active at once.
         images: generated per request. `side`: of an image, in pixels. `steps`: sampling steps.
         epochs: of classifier training. `batch`: its batch size.
@@ -43,6 +43,7 @@ class Limits:
     sketch_bytes: int = 8 * MIB
     layers: int = 8
     text: int = 1000
+    config_text: int = 16_000
     adapters: int = 8
     images: int = 16
     side: int = 1024

@@ -137,15 +137,15 @@ def _cut(name: str) -> str:
     return (stem.rstrip("-. ") + ending).strip("-.")
 
 
-def check_text(text: str, option: str) -> str:
-    """Checks text typed by a user, and strips surrounding whitespace.
+def check_text(text: str, option: str, limit: int = LIMITS.text) -> str:
+    """Checks text typed by a user, at most `limit` characters, and strips surrounding whitespace.
 
     Raises:
         VeneerError: the text is too long, or contains control characters or unpaired surrogates.
     """
-    if len(text) > LIMITS.text:
-        message = f"{option}: {len(text):,} characters; expected at most {LIMITS.text:,}. Shorten it."
-        raise OptionError(message, option=option, given=len(text), expected=LIMITS.text)
+    if len(text) > limit:
+        message = f"{option}: {len(text):,} characters; expected at most {limit:,}. Shorten it."
+        raise OptionError(message, option=option, given=len(text), expected=limit)
     text = text.replace("\r\n", "\n")
     if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" for c in text):
         message = f"{option}: the text has control characters; expected plain text. Type it again."

@@ -27,6 +27,8 @@ OTHER = (
 """Accepted options of `PersonalizeConfig`. None of them is a path."""
 HIGHEST = {"gradient_accumulation_steps": LIMITS.batch, "preview_steps": LIMITS.steps}
 """Option to its limit."""
+MOST = {"template": LIMITS.photos, "prompts": LIMITS.images, "drift_prompts": LIMITS.images}
+"""Option to its maximum number of texts."""
 
 
 def read_other(text: str, method: str) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def read_other(text: str, method: str) -> dict[str, Any]:
         OptionError: invalid TOML, an unknown option (with the nearest name), one that is not accepted, or a wrong value.
     """
     try:
-        content: dict[str, Any] = tomlkit.parse(check_text(text, "other options")).unwrap()
+        content: dict[str, Any] = tomlkit.parse(check_text(text, "other options", LIMITS.config_text)).unwrap()
     except ParseError as error:
         message = f"other options: {error}; expected lines such as warmup = 10."
         raise OptionError(message, option="other", where="other options", given="syntax") from error
@@ -80,11 +82,9 @@ def _check_limits(content: Mapping[str, Any]) -> None:
     for name, limit in HIGHEST.items():
         if (given := content.get(name, 0)) > limit:
             raise OptionError(f"{name} is {given}; expected at most {limit}.", option=name, given=given, expected=limit)
-    for name in ("prompts", "drift_prompts", "template"):
-        count = len(_items(content.get(name, ())))
-        if count > LIMITS.images:
-            message = f"{name}: {count} texts; expected at most {LIMITS.images}."
-            raise OptionError(message, option=name, given=count, expected=LIMITS.images)
+    for name, limit in MOST.items():
+        if (count := len(_items(content.get(name, ())))) > limit:
+            raise OptionError(f"{name}: {count} texts; expected at most {limit}.", option=name, given=count, expected=limit)
 
 
 def _flags(name: str, value: Any) -> list[str]:

@@ -24,6 +24,8 @@ from ..shared.images import gallery
 from ..shared.job_view import JobView, Results, job_view, select_job
 from ..shared.photo_upload import Rows, save_photos
 from ..shared.training_result import export_kohya
+from .config_fields import MoreFields
+from .config_files import write_form
 from .form_values import PRESET_FIELDS, check_form_is_current, fill_form, method_summary
 from .photo_fields import NO_PHOTOS, show_example, show_photos
 from .request import (
@@ -61,7 +63,9 @@ def start_job(
     title = f"{printable(check_text(request.concept, 'concept'))}, {request.method}"
     command(request, workspace.datasets)  # validates before anything is written
     folder = save_photos(workspace, paths or [], captions)
-    return context.submit(workspace, KIND, title, command(request, folder))
+    job = context.submit(workspace, KIND, title, command(request, folder))
+    write_form(job, request)
+    return job
 
 
 def build(context: Context) -> tuple[JobView, gr.Button]:
@@ -151,6 +155,7 @@ class _Form:
             with gr.Row(elem_classes="options"):
                 forms = [fields_of(methods.get(name)) for name in methods.names()]
                 self.slots = Slots.build(forms, options_of(DEFAULT_METHOD), default_options("bundled", DEFAULT_METHOD))
+        self.more = MoreFields()
         with gr.Row(elem_classes="action"):
             self.start = gr.Button("Train", variant="primary", elem_id="train-start", min_width=120)
 
@@ -160,18 +165,21 @@ class _Form:
         setting_components = [self.settings[field.name] for field in SETTINGS]
 
         def read_form(
-            concept: str, word: str, preset: str, base: str, method: str, filled_for: list[str], *rest: Any
+            workspace: Workspace, concept: str, word: str, preset: str, base: str, method: str, filled_for: list[str], *rest: Any
         ) -> PersonalizeRequest:
             check_form_is_current(filled_for, [preset, base, method])
             settings, parts = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
-            return PersonalizeRequest(concept, word, base, method, settings, self.slots.entries(options_of(method), parts))
+            options = self.slots.entries(options_of(method), parts)
+            more = self.more.read(workspace, parts[len(self.slots.components) :])
+            return PersonalizeRequest(concept, word, base, method, settings, options, *more)
 
         def start(request: gr.Request, paths: Any, rows: Any, *rest: Any) -> Any:
             workspace = context.workspace(request)
-            return select_job(workspace, KIND, start_job(context, workspace, paths, rows or [], read_form(*rest)))
+            return select_job(workspace, KIND, start_job(context, workspace, paths, rows or [], read_form(workspace, *rest)))
 
         def try_step(request: gr.Request, paths: Any, rows: Any, *rest: Any) -> Any:
-            return gr.Textbox(dry_run(context.workspace(request), paths, rows or [], read_form(*rest)), visible=True)
+            workspace = context.workspace(request)
+            return gr.Textbox(dry_run(workspace, paths, rows or [], read_form(workspace, *rest)), visible=True)
 
         def cost(base: str, method: str, steps: str, batch: str, optimizer: str, images: str, request: gr.Request) -> str:
             return estimate_text(context.workspace(request), base, method, steps, batch, optimizer, images)
@@ -179,7 +187,9 @@ class _Form:
         def preset_labels(base: str, method: str, request: gr.Request) -> Any:
             return preset_radio(context.workspace(request), base, method)
 
-        def fill(preset: str, base: str, method: str) -> list[Any]:
+        def fill(preset: str, base: str, method: str, filled_for: list[str]) -> list[Any]:
+            if filled_for == [preset, base, method]:  # such as after a config file
+                return [gr.skip()] * len(form_outputs)
             return [[preset, base, method], *fill_form(self.slots, preset, base, method)]
 
         hidden_api: dict[str, Any] = {"api_visibility": "private"}
@@ -191,8 +201,8 @@ class _Form:
         filled_for = gr.State(["quick", "bundled", DEFAULT_METHOD])
         form_outputs = [filled_for, *(self.settings[name] for name in PRESET_FIELDS), self.about, *self.slots.components]
         gr.on(
-            [self.preset.change, self.method.change, self.base.submit, self.base.blur], show_errors(fill), parts, form_outputs,
-            show_progress="hidden", **hidden_api,
+            [self.preset.change, self.method.change, self.base.submit, self.base.blur], show_errors(fill), [*parts, filled_for],
+            form_outputs, show_progress="hidden", **hidden_api,
         )  # fmt: skip
         gr.on(None, lambda: gr.Dropdown(choices=method_names(True)), None, self.method, show_progress="hidden", **hidden_api)
         costs = [self.base, self.method, *(self.settings[name] for name in ("steps", "batch", "optimizer", "eval_seeds"))]
@@ -202,7 +212,10 @@ class _Form:
         for when in (None, changes):
             gr.on(when, show_errors(preset_labels), [self.base, self.method], self.preset, **QUIET)
         subject = [self.files, self.captions, self.concept, self.word]
-        inputs = [*subject, *parts, filled_for, *setting_components, *self.slots.components]
+        inputs = [*subject, *parts, filled_for, *setting_components, *self.slots.components, *self.more.components]
+        options = [self.about, *self.slots.components, *self.more.components]
+        filled = [self.concept, self.word, self.base, self.method, filled_for, *setting_components, *options]
+        self.more.connect(context, read_form, inputs[2:], filled, self.slots)
         self.start.click(show_errors(start), inputs, choice, **hidden_api).success(None, js="() => reveal('train-runs')", **QUIET)
         single: dict[str, Any] = {"concurrency_id": "check", "concurrency_limit": 1, **hidden_api}
         self.check.click(show_errors(try_step), inputs, self.dry_run, **single)

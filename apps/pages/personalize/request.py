@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from ...workspace import Workspace, check_text
 from ..shared.config_form import Field, fields_of, flags_of, with_choices
 from ..shared.time_estimates import REFERENCE, Timing, duration, measure_timing
 from ..shared.verdict import read_result
+from .adapter_sources import AdapterSources
+from .other_options import other_flags
 
 DEFAULT_METHOD = "pivotal"
 """Method selected by default; it reaches the highest similarity in a short time."""
@@ -39,8 +41,8 @@ REFERENCE_TIMINGS = {"pivotal": Timing(0.09, 35.0, REFERENCE), "lora": Timing(0.
 MAIN = ("steps", "batch", "learning_rate", "resolution", "schedule", "seed")
 MORE = (
     "where", "text_encoder", "class_images", "caption_dropout", "crop", "flip", "buckets", "optimizer", "weight_decay", "ema",
-    "min_snr_gamma", "dtype", "quantize", "mixed_precision", "gradient_checkpointing", "save_dtype", "preview_every",
-    "checkpoint_every", "eval_seeds",
+    "min_snr_gamma", "dtype", "quantize", "offload_encoders", "mixed_precision", "gradient_checkpointing", "save_dtype",
+    "preview_every", "checkpoint_every", "eval_seeds",
 )  # fmt: skip
 SETTINGS = with_choices(fields_of(PersonalizeConfig, [*MAIN, *MORE]), {"quantize": tuple(KINDS)})
 MINIMUM = {"steps": 1, "batch": 1, "resolution": 8, "class_images": 0, "preview_every": 0, "checkpoint_every": 0, "eval_seeds": 0}
@@ -51,7 +53,11 @@ FROM_CONCEPT = ("tokens", "initialize", "ids")
 
 @dataclass(frozen=True)
 class PersonalizeRequest:
-    """Unchecked values of the form; `command` validates them."""
+    """Unchecked values of the form; `command` validates them.
+
+    Args:
+        other: options without a field, as TOML; see `other_options`. `sources`: adapters that the run builds on.
+    """
 
     concept: str
     class_word: str
@@ -59,6 +65,8 @@ class PersonalizeRequest:
     method: str
     settings: Sequence[Any]
     options: Sequence[Any]
+    other: str = ""
+    sources: AdapterSources = field(default_factory=AdapterSources)
 
 
 def method_names(include_untuned: bool) -> list[str]:
@@ -138,7 +146,8 @@ def command(request: PersonalizeRequest, photos: Path) -> list[str]:
     values = {"concept": concept, "class-word": word, "base": check_base(request.base), "method": method}
     _check_bounds(settings)
     flags = [f"--{key}={value}" for key, value in values.items() if value]
-    return ["personalize", str(photos), *flags, *settings, *options, "--tracker=none"]
+    more = [*other_flags(request.other, method), *request.sources.flags()]
+    return ["personalize", str(photos), *flags, *settings, *options, *more, "--tracker=none"]
 
 
 def _check_bounds(settings: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from ...jobs import Job
 from ..shared.job_view import copy_for_download, grid_image, open_image
 from ..shared.training_result import result_files, summarize
 from ..shared.verdict import read_result, verdict_html
+from .config_files import config_download
 
 KOHYA = 3
 """Index of the export button in `result_components`."""
@@ -21,10 +22,11 @@ def result_values(job: Job | None) -> list[Any]:
     result = read_result(job) if job else {}
     grid = open_image(job.run / "before_after.png") if job else None
     summary = summarize(job) if job else ""
+    files = [*copy_for_download(existing, job.title), *config_download(job)] if job and existing else []
     return [
         gr.Image(value=grid, visible=grid is not None),
         gr.Markdown(summary, visible=bool(summary)),
-        gr.File(copy_for_download(existing, job.title if job else "") or None, visible=bool(existing)),
+        gr.File(files or None, visible=bool(existing)),
         gr.Button(visible=bool(existing)),
         gr.File(None, visible=False),
         gr.HTML(verdict_html(result), visible=bool(verdict_html(result))),

@@ -106,15 +106,17 @@ def _plain(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:g}"
 
 
-def select_adapters(workspace: Workspace, names: Sequence[str], strengths: Sequence[Any]) -> dict[str, AdapterUse]:
-    """Adapters of a user by name, with strengths.
+def select_adapters(
+    workspace: Workspace, names: Sequence[str], strengths: Sequence[Any], limit: int = LIMITS.adapters
+) -> dict[str, AdapterUse]:
+    """Adapters of a user by name, with strengths; at most `limit`.
 
     Raises:
         VeneerError: too many, duplicate or unknown adapters, or a strength beyond ±2.
     """
-    if len(names) > LIMITS.adapters:
-        message = f"{len(names)} adapters; expected at most {LIMITS.adapters}. Remove some."
-        raise OptionError(message, option="adapters", given=len(names), expected=LIMITS.adapters)
+    if len(names) > limit:
+        message = f"{len(names)} adapters; expected at most {limit}. Remove some."
+        raise OptionError(message, option="adapters", given=len(names), expected=limit)
     if len(set(names)) != len(names):
         message = "an adapter is selected twice. Select each once, and increase its strength instead."
         raise OptionError(message, option="adapters", given=tuple(names))
