@@ -27,6 +27,7 @@ from ..shared.training_result import export_kohya
 from .config_fields import MoreFields
 from .config_files import write_form
 from .form_values import PRESET_FIELDS, check_form_is_current, fill_form, method_summary
+from .memory import MemoryFields
 from .photo_fields import NO_PHOTOS, show_example, show_photos
 from .request import (
     DEFAULT_METHOD,
@@ -144,6 +145,7 @@ class _Form:
         self.estimate = gr.Markdown(cost, elem_id="train-estimate")
         self.check = gr.Button("Check memory and time with one step", size="sm", elem_id="train-check")
         self.dry_run = gr.Textbox(label="Check of this run", lines=3, visible=False, interactive=False, elem_id="train-checked")
+        self.memory = MemoryFields()
         with gr.Accordion("Settings", open=False):
             with gr.Row(elem_classes="options"):
                 main = {f.name: component_of(f, settings.get(f.name), **_layout(f)) for f in SETTINGS if f.name in MAIN}
@@ -216,6 +218,7 @@ class _Form:
         options = [self.about, *self.slots.components, *self.more.components]
         filled = [self.concept, self.word, self.base, self.method, filled_for, *setting_components, *options]
         self.more.connect(context, read_form, inputs[2:], filled, self.slots)
+        self.memory.connect(context, read_form, inputs[2:], self.settings)
         self.start.click(show_errors(start), inputs, choice, **hidden_api).success(None, js="() => reveal('train-runs')", **QUIET)
         single: dict[str, Any] = {"concurrency_id": "check", "concurrency_limit": 1, **hidden_api}
         self.check.click(show_errors(try_step), inputs, self.dry_run, **single)
