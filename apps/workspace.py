@@ -9,11 +9,14 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer.injection import OptionError, UnknownName, VeneerError
+from veneer.injection import OptionError, StateError, UnknownName, VeneerError
 
 from .jobs import Job, find_jobs
 from .limits import LIMITS
+from .quotas import check_storage
 
+CACHE, UPLOADS = "cache", "uploads"
+"""Folder of uploaded and displayed files beside the workspaces, and the folder in it with one of uploads for each login."""
 LOCAL_USER = "local"
 """Folder name of the only user of an app without logins."""
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in "0123456789¹²³")}
@@ -26,10 +29,12 @@ class Workspace:
 
     Args:
         root: folder of all workspaces. `user`: login name, or None in an app without logins.
+        stored_limit: quota of stored bytes; None for none.
     """
 
     root: Path
     user: str | None = None
+    stored_limit: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -95,6 +100,26 @@ class Workspace:
             raise UnknownName(message, name, "adapter")
         return file
 
+    def check_storage(self, more: int = 0) -> None:
+        """Checks that the user may store `more` bytes.
+
+        Raises:
+            QuotaError: the files of the user, with their uploads, would exceed the quota.
+        """
+        if self.stored_limit is not None:
+            check_storage([self.folder, self.root / CACHE / UPLOADS / self.folder.name], self.stored_limit, more)
+
+    def check_unused(self, path: Path) -> None:
+        """Checks that no waiting or running job of the user, other than one in this folder, reads a file or folder.
+
+        Raises:
+            StateError: a job does.
+        """
+        for job in self.all_jobs():
+            if job.folder != path and job.state in ("waiting", "running") and any(str(path) in word for word in job.command):
+                message = f"the run {printable(job.title)!r} trains from or on top of it. Stop that run first."
+                raise StateError(message, where=path.name, given=job.name, expected="unused")
+
     def count_active(self) -> int:
         """Number of waiting and running jobs of the user."""
         return sum(job.state in ("waiting", "running") for job in self.all_jobs())
@@ -103,8 +128,9 @@ class Workspace:
         """Checks that the user may submit another job.
 
         Raises:
-            VeneerError: the maximum number of jobs wait or run.
+            VeneerError: the maximum number of jobs wait or run, or the files of the user exceed the quota.
         """
+        self.check_storage()
         if self.count_active() >= LIMITS.jobs:
             message = f"{LIMITS.jobs} of your jobs are already waiting or running. Wait for one to end, or stop one."
             raise VeneerError(message, where="jobs", given=self.count_active(), expected=LIMITS.jobs)

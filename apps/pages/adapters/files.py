@@ -54,6 +54,7 @@ def store_upload(workspace: Workspace, path: str | Path) -> str:
         VeneerError: not a readable adapter; the message omits the upload folder.
     """
     path = Path(path)
+    workspace.check_storage(path.stat().st_size)
     try:
         return store_adapter(path, workspace.adapters, path.name).stem
     except VeneerError as error:
@@ -115,9 +116,11 @@ def delete(workspace: Workspace, name: str) -> None:
     """Deletes a file.
 
     Raises:
-        VeneerError: unknown file, or one that belongs to a job.
+        VeneerError: unknown file, or one that belongs to a job or that a waiting or running job trains from.
     """
-    _own_file(workspace, name).unlink()
+    file = _own_file(workspace, name)
+    workspace.check_unused(file)
+    file.unlink()
 
 
 def convert_adapter(workspace: Workspace, name: str, to: str, base: str) -> ConversionResult:

@@ -108,10 +108,12 @@ def _wire(context: Context, fields_: Fields, condition_inputs: Any, ranges: Any,
 
     def run(request: gr.Request, *form_values: Any) -> Iterator[list[Any]]:
         name, kind, *inputs = form_values[count : count + 5]
-        adapter = control_adapter(context.workspace(request), name, kind)
-        for items, progress in generate(
-            context, adapter, name, parse_request(*form_values[:count]), ConditionInput(*inputs), *form_values[count + 5 :]
-        ):
+        workspace, generation = context.workspace(request), parse_request(*form_values[:count])
+        adapter = control_adapter(workspace, name, kind)
+        results = generate(context, adapter, name, generation, ConditionInput(*inputs), *form_values[count + 5 :])
+        for items, progress in results:
+            if len(items) == 1:  # the map; no image is generated yet
+                context.images.take(workspace.user, 2 * generation.count)
             yield [items, progress]
 
     def show_condition(request: gr.Request, *form_values: Any) -> list[Any]:

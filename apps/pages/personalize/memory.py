@@ -91,7 +91,7 @@ class MemoryFields:
         Args:
             read_form: makes a request of the workspace and the values of `form`. `settings`: components by name.
         """
-        device = "cuda" if context.generator.device.type == "cuda" else "cpu"
+        device = "cuda" if context.generator.device.startswith("cuda") else "cpu"
 
         def predict(request: gr.Request, *entries: Any) -> str:
             workspace: Workspace = context.workspace(request)
