@@ -18,6 +18,7 @@ from starlette.middleware import Middleware
 from veneer.injection import OptionError
 
 from . import components
+from .base_access import BaseAccess, install_access
 from .cache_eviction import CacheEviction, paths_in_use
 from .context import Context
 from .limits import LIMITS
@@ -54,6 +55,8 @@ class AppConfig:
         browser: open a browser window.
         images_per_hour: images that each account may generate per hour.
         storage: GiB that the files of each account may have.
+        base_folders: with accounts, folders whose base models the accounts may name; other paths of this machine are rejected.
+        hub: download base models and adapters that users name on the hub.
     """
 
     host: str = "127.0.0.1"
@@ -65,6 +68,8 @@ class AppConfig:
     browser: bool = True
     images_per_hour: int = 600
     storage: int = 20
+    base_folders: tuple[Path, ...] = ()
+    hub: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -96,6 +101,7 @@ def app(config: AppConfig) -> None:
         raise OptionError(message, option="auth", where="share" if config.share else "host", given=())
     check_address(config.host, config.port)
     context = Context.create(config.workspace.expanduser().resolve(), config.device, config.quotas())
+    install_access(BaseAccess(config.base_folders if logins else None, config.hub))
     files = _cache(context.root)
     _import_early()
     context.queue.start()

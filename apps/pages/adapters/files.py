@@ -19,8 +19,12 @@ import veneer
 from veneer import base_models, formats
 from veneer.adapter_merging import is_mergeable
 from veneer.formats import FileSummary, native
+from veneer.formats._io.locations import DEFAULT_NAMES
+from veneer.hub.names import parse_name
+from veneer.hub.repo_files import download_adapter
 from veneer.injection import OptionError, StateError, VeneerError
 
+from ...base_access import check_adapter_name
 from ...limits import LIMITS
 from ...uploads import store_adapter
 from ...workspace import Workspace, check_text, printable, safe_name
@@ -59,6 +63,19 @@ def store_upload(workspace: Workspace, path: str | Path) -> str:
         return store_adapter(path, workspace.adapters, path.name).stem
     except VeneerError as error:
         raise VeneerError.from_error(error, str(error).replace(f"{path.parent}/", ""), file=path.name) from error
+
+
+def store_download(workspace: Workspace, name: str) -> str:
+    """Stores an adapter of the hub, `USER/REPO[/FILE][@REVISION]`; returns its name.
+
+    Raises:
+        VeneerError: not such a name, no such repository or file, an unreachable hub, or a server that does not download.
+    """
+    parsed = parse_name(check_adapter_name(check_text(name, "hub name")))
+    assert parsed is not None
+    file = download_adapter(str(parsed), DEFAULT_NAMES)
+    workspace.check_storage(file.stat().st_size)
+    return store_adapter(file, workspace.adapters, f"{parsed.repo.replace('/', '-')}.safetensors").stem
 
 
 def example(workspace: Workspace) -> str:

@@ -12,6 +12,7 @@ from veneer.control.config import ControlConfig
 from veneer.control.maps.maps import computed
 from veneer.injection import OptionError, methods
 
+from ...base_access import check_access, check_download
 from ...context import Context
 from ...jobs import Job
 from ...uploads import store_photos
@@ -74,7 +75,7 @@ def conditions(method: str) -> list[str]:
 
 def default_steps(method: str, base: str) -> int:
     """Default training steps for a base model."""
-    return int(ControlConfig(method=method, base=base).with_defaults().steps or 1)
+    return int(ControlConfig(method=method, base=check_access(base)).with_defaults().steps or 1)
 
 
 def preset_choices(method: str, base: str, workspace: Workspace | None = None) -> list[tuple[str, str]]:
@@ -136,7 +137,7 @@ def start_job(context: Context, workspace: Workspace, request: ControlTrainingRe
     if request.condition not in (supported := tuple(conditions(request.method))):
         message = f"{request.method} supports {', '.join(supported)}. Choose one of them."
         raise OptionError(message, option="condition", given=request.condition, expected=supported)
-    base = check_text(str(request.base or "bundled"), "base")
+    base = check_access(check_text(str(request.base or "bundled"), "base"))
     preset = base_models.preset(base)
     if not request.photos and not (preset.things and preset.scenes):
         message = f"{base} does not state prompts for generated training images. Upload photos to train on."
@@ -150,6 +151,7 @@ def start_job(context: Context, workspace: Workspace, request: ControlTrainingRe
     ]
     command += [f"--steps={int(number(request.steps, 'steps', 1, MAX_STEPS))}"]
     command += [f"--template={caption}"] if caption else []
+    check_download(base)
     rejected: list[str] = []
     folder = None
     if request.photos:

@@ -11,6 +11,7 @@ from veneer import methods
 from veneer.injection import VeneerError
 from veneer.training.data.photo_folder import READ
 
+from ...base_access import check_download
 from ...context import Context, escape_markup, show_errors
 from ...jobs import Job
 from ...limits import LIMITS
@@ -63,6 +64,7 @@ def start_job(
     """
     title = f"{printable(check_text(request.concept, 'concept'))}, {request.method}"
     command(request, workspace.datasets)  # validates before anything is written
+    check_download(request.base)
     folder = save_photos(workspace, paths or [], captions)
     job = context.submit(workspace, KIND, title, command(request, folder))
     write_form(job, request)

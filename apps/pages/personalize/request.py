@@ -21,6 +21,7 @@ from veneer.training.personalization_config import PersonalizeConfig
 from veneer.training.preflight.estimates import size
 from veneer.training.preflight.optimizer_state import STATES
 
+from ...base_access import check_access
 from ...jobs import Job
 from ...limits import LIMITS
 from ...workspace import Workspace, check_text
@@ -99,9 +100,9 @@ def check_base(name: str) -> str:
     """Checks the name of a base model: bundled, a folder, or a name on the Hub.
 
     Raises:
-        VeneerError: no such base model.
+        VeneerError: no such base model, or one that visitors may not name.
     """
-    base = check_text(name, "base") or "bundled"
+    base = check_access(check_text(name, "base") or "bundled")
     find(base)
     return base
 

@@ -15,6 +15,7 @@ from veneer.injection import OptionError, VeneerError
 from veneer.training.report.png_metadata import read_settings
 from veneer.training.report.previews import Preview, PreviewSettings, save_preview
 
+from ...base_access import check_access
 from ...context import escape_markup
 from ...generator import AdapterUse, Generator
 from ...limits import LIMITS
@@ -71,7 +72,7 @@ def parse_request(
         message = "size: one side is 0; expected two sides, or 0 for both (the native resolution)."
         raise OptionError(message, option="size", given=tuple(sides))
     return GenerationRequest(
-        check_text(str(base or "bundled"), "base"),
+        check_access(check_text(str(base or "bundled"), "base")),
         words,
         check_text(str(negative or ""), "negative prompt"),
         int(number(seed, "seed", 0, 2**53)),
@@ -174,7 +175,7 @@ def defaults(base: str) -> tuple[int, float, str, int]:
     Raises:
         VeneerError: unknown base model.
     """
-    preset = base_models.preset(check_text(str(base or "bundled"), "base"))
+    preset = base_models.preset(check_access(check_text(str(base or "bundled"), "base")))
     return min(preset.steps, LIMITS.steps), preset.guidance_scale, preset.negative_prompt, preset.resolution or 0
 
 
