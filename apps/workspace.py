@@ -6,6 +6,7 @@ import hashlib
 import re
 import tempfile
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,11 @@ class Workspace:
         """Creates a folder in `datasets` for one job."""
         self.datasets.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(dir=self.datasets))
+
+    def datasets_in(self, command: Sequence[str]) -> set[Path]:
+        """Folders in `datasets` that a command names, also inside an option such as `path=FOLDER,concept=<toy>`."""
+        pattern = re.compile(rf"(?:^|=)({re.escape(str(self.datasets))}/[^/,]+)(?=$|,)")
+        return {Path(match) for word in command for match in pattern.findall(word)}
 
     def all_jobs(self) -> list[Job]:
         """All jobs of the user, newest first."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import pytest
 from veneer.apps.context import Context
 from veneer.apps.jobs import Job, create_job
@@ -31,7 +32,7 @@ from veneer.config_file import CONFIG, read_table, write_config
 from veneer.injection import OptionError, UnknownName, VeneerError
 from veneer.training.personalization_config import PersonalizeConfig
 
-PATHS = ("photos", "out", "cache_folder", "validation", "datasets", "features", "tracker", "resume", "check", "shard_base")
+PATHS = ("photos", "out", "cache_folder", "validation", "features", "tracker", "resume", "check", "shard_base")
 """Options that may name a path of the server, or that belong to the command line."""
 
 
@@ -160,7 +161,7 @@ def test_config_files_are_toml_or_yaml(tmp_path: Path) -> None:
 def test_paths_of_a_config_file_are_left_out(tmp_path: Path) -> None:
     text = "\n".join(f'{name} = "/srv/secret"' for name in ("photos", "out", "cache_folder", "validation", "features"))
     loaded = load(Workspace(tmp_path), tmp_path, f'{text}\nsteps = 3\n[[datasets]]\npath = "/srv/secret"')
-    assert set(loaded.left_out) == {"photos", "out", "cache_folder", "validation", "features", "datasets"}
+    assert set(loaded.left_out) == {"photos", "out", "cache_folder", "validation", "features", "datasets[0].path"}
     assert not any("/srv" in word for word in command(request(steps="3"), tmp_path))
     assert not any("/srv" in word for word in command(loaded_with_concept(loaded), tmp_path))
     assert not {*PATHS} & {*ACCEPTED}
@@ -211,3 +212,23 @@ def test_started_job_keeps_its_form(tmp_path: Path) -> None:
     paths: Sequence[str] = personalize_page.show_example("bundled")[0]
     job = personalize_page.start_job(context, workspace, paths, [], request(steps="7"))
     assert read_table(job.folder / FORM)["steps"] == 7
+
+
+def test_config_file_fills_the_page(tmp_path: Path) -> None:
+    """The following change of the method does not overwrite what the file has."""
+    form = request("glora", other="warmup = 3", steps="7", quantize="nf4", options={"rank": "5"})
+    (tmp_path / "run.toml").write_text(form_to_toml(form))
+    with gr.Blocks() as page:
+        personalize_page.build(Context.create(tmp_path / "app"))
+    events = [event for event in page.fns.values() if event.fn]
+    load_event = next(e for e in events if any(getattr(o, "elem_id", "") == "train-config-note" for o in e.outputs))
+    values: list[Any] = load_event.fn(None, str(tmp_path / "run.toml"), "balanced")  # type: ignore[misc]
+    assert len(values) == len(load_event.outputs)
+    shown = {getattr(part, "elem_id", None): value for part, value in zip(load_event.outputs, values, strict=True)}
+    ids = ("train-concept", "train-word", "train-method", "train-steps", "train-quantize", "train-other")
+    assert [shown[each] for each in ids] == ["<toy>", "toy", "glora", "7", "nf4", "warmup = 3"]
+    assert any(getattr(value, "label", "") == "rank" and value.value == "5" for value in values)
+    fill = next(event.fn for event in events if event.fn and getattr(event.fn, "__name__", "") == "fill")
+    state = next(value for part, value in zip(load_event.outputs, values, strict=True) if isinstance(part, gr.State))
+    assert all(value == gr.skip() for value in fill("balanced", "bundled", "glora", state))
+    assert fill("quick", "bundled", "glora", state)[0] == ["quick", "bundled", "glora"]

@@ -13,6 +13,7 @@ from ...workspace import Workspace
 from ..shared.config_form import Slots
 from ..shared.events import QUIET
 from .adapter_sources import AdapterSources, SourceFields
+from .concept_groups import ConceptFields, ConceptGroup
 from .config_files import form_to_toml, load_config, save_download
 from .form_values import method_summary
 from .request import PersonalizeRequest, options_of
@@ -22,9 +23,10 @@ Read = Callable[..., PersonalizeRequest]
 
 
 class MoreFields:
-    """Groups of fields below the method options: adapters to build on, other options, and config files."""
+    """Groups of fields below the method options: further concepts, adapters to build on, other options, and config files."""
 
     def __init__(self) -> None:
+        self.concepts = ConceptFields()
         self.sources = SourceFields()
         with gr.Accordion("Config file", open=False):
             self.other = gr.Textbox(
@@ -43,15 +45,17 @@ class MoreFields:
     @property
     def components(self) -> list[Any]:
         """Components in the order of `read` and `values`."""
-        return [self.other, *self.sources.components]
+        return [self.other, *self.concepts.components, *self.sources.components]
 
-    def read(self, workspace: Workspace, entries: Sequence[Any]) -> tuple[str, AdapterSources]:
-        """Other options and adapters; see `SourceFields.read`."""
-        return str(entries[0] or ""), self.sources.read(workspace, entries[1:])
+    def read(self, workspace: Workspace, entries: Sequence[Any]) -> tuple[str, AdapterSources, tuple[ConceptGroup, ...]]:
+        """Other options, adapters and further concepts; see `SourceFields.read`."""
+        count = 1 + len(self.concepts.components)
+        sources = self.sources.read(workspace, entries[count:])
+        return str(entries[0] or ""), sources, self.concepts.read(entries[1:count])
 
     def values(self, workspace: Workspace, request: PersonalizeRequest) -> list[Any]:
         """Values of the components for a request."""
-        return [request.other, *self.sources.values(workspace, request.sources)]
+        return [request.other, *self.concepts.values(request.groups), *self.sources.values(workspace, request.sources)]
 
     def connect(self, context: Context, read_form: Read, form: Sequence[Any], filled: Sequence[Any], slots: Slots) -> None:
         """Connects the events.

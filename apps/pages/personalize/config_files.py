@@ -23,13 +23,15 @@ from ...limits import LIMITS
 from ...workspace import Workspace, printable
 from ..shared.config_form import DEFAULT, Field, text_of, values_of
 from .adapter_sources import sources_of
+from .concept_groups import groups_of_tables, groups_to_tables
 from .other_options import OTHER, read_other, to_text
 from .request import SETTINGS, PersonalizeRequest, command, main_method, options_of
 
 FORM = "form.toml"
 """File in the folder of a job with the form that started it."""
 SUBJECT = ("concept", "class_word", "base", "method")
-SOURCES = ("init_from", "with", "with_")
+SOURCES = ("init_from", "with", "with_", "datasets")
+"""Options whose files are named in the form: adapters, and the photos of several concepts."""
 ACCEPTED = (*SUBJECT, *(field.name for field in SETTINGS), *OTHER, *SOURCES)
 """Accepted options, besides tables of methods."""
 
@@ -65,11 +67,16 @@ def load_config(workspace: Workspace, path: str | Path) -> LoadedConfig:
     left_out += [f"{main}.{key}" for key in options if key not in {field.name for field in fields}]
     sources, missing = sources_of(workspace, table)
     left_out += [f"adapter {printable(name)}, which you do not have" for name in missing]
+    groups, unused = groups_of_tables(table)
+    left_out += unused
     concept, word, base = (str(table.get(name) or "") for name in SUBJECT[:3])
+    if groups:
+        concept, word, groups = groups[0].concept, groups[0].class_word, groups[1:]
     other = {key: value for key, value in table.items() if key in OTHER or key in names[:-1]}
     request = PersonalizeRequest(
-        concept, word, base or "bundled", method, _entries(SETTINGS, table), _entries(fields, options), to_text(other), sources
-    )
+        concept, word, base or "bundled", method, _entries(SETTINGS, table), _entries(fields, options), to_text(other), sources,
+        tuple(groups),
+    )  # fmt: skip
     command(replace(request, concept=concept or "<concept>"), workspace.datasets)  # validates the values
     return LoadedConfig(request, tuple(left_out))
 
@@ -114,7 +121,9 @@ def form_to_toml(request: PersonalizeRequest) -> str:
     settings = values_of(PersonalizeConfig, SETTINGS, request.settings)
     options = values_of(methods.get(main), options_of(request.method), request.options, main)
     other = read_other(request.other, request.method)
-    return table_to_toml("personalize", {**subject, **settings, **request.sources.table(), **other, main: options})
+    groups = groups_to_tables(request.concept, request.class_word, request.groups)
+    content = {**subject, **settings, **request.sources.table(), **other, **groups, main: options}
+    return table_to_toml("personalize", content)
 
 
 def write_form(job: Job, request: PersonalizeRequest) -> None:

@@ -23,8 +23,9 @@ from ..shared.events import GENERATION, QUIET
 from ..shared.example_images import photos
 from ..shared.images import gallery
 from ..shared.job_view import JobView, Results, job_view, select_job
-from ..shared.photo_upload import Rows, save_photos
+from ..shared.photo_upload import Rows
 from ..shared.training_result import export_kohya
+from .concept_groups import save_groups
 from .config_fields import MoreFields
 from .config_files import write_form
 from .form_values import PRESET_FIELDS, check_form_is_current, fill_form, method_summary
@@ -65,8 +66,8 @@ def start_job(
     title = f"{printable(check_text(request.concept, 'concept'))}, {request.method}"
     command(request, workspace.datasets)  # validates before anything is written
     check_download(request.base)
-    folder = save_photos(workspace, paths or [], captions)
-    job = context.submit(workspace, KIND, title, command(request, folder))
+    folder, *more = save_groups(workspace, paths or [], captions, request.groups)
+    job = context.submit(workspace, KIND, title, command(request, folder, more))
     write_form(job, request)
     return job
 

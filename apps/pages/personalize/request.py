@@ -29,6 +29,7 @@ from ..shared.config_form import Field, fields_of, flags_of, with_choices
 from ..shared.time_estimates import REFERENCE, Timing, duration, measure_timing
 from ..shared.verdict import read_result
 from .adapter_sources import AdapterSources
+from .concept_groups import ConceptGroup, check_groups, dataset_flags
 from .other_options import other_flags
 
 DEFAULT_METHOD = "pivotal"
@@ -58,6 +59,7 @@ class PersonalizeRequest:
 
     Args:
         other: options without a field, as TOML; see `other_options`. `sources`: adapters that the run builds on.
+        groups: further concepts, with their photos.
     """
 
     concept: str
@@ -68,6 +70,7 @@ class PersonalizeRequest:
     options: Sequence[Any]
     other: str = ""
     sources: AdapterSources = field(default_factory=AdapterSources)
+    groups: tuple[ConceptGroup, ...] = ()
 
 
 def method_names(include_untuned: bool) -> list[str]:
@@ -130,9 +133,11 @@ def default_options(base: str, method: str) -> Mapping[str, Any]:
     return options
 
 
-def command(request: PersonalizeRequest, photos: Path) -> list[str]:
+def command(request: PersonalizeRequest, photos: Path, more: Sequence[Path] = ()) -> list[str]:
     """Command line of a training request.
 
+    Args:
+        photos: folder with those of the concept. `more`: with those of each group (default: `photos`, to validate a request).
     Raises:
         VeneerError: a value that the command would reject, or one beyond the limits.
     """
@@ -147,8 +152,12 @@ def command(request: PersonalizeRequest, photos: Path) -> list[str]:
     values = {"concept": concept, "class-word": word, "base": check_base(request.base), "method": method}
     _check_bounds(settings)
     flags = [f"--{key}={value}" for key, value in values.items() if value]
-    more = [*other_flags(request.other, method), *request.sources.flags()]
-    return ["personalize", str(photos), *flags, *settings, *options, *more, "--tracker=none"]
+    check_groups(concept, request.groups)
+    data = [str(photos)]
+    if request.groups:
+        data = dataset_flags(concept, word, request.groups, [photos, *(more or [photos] * len(request.groups))])
+    others = [*other_flags(request.other, method), *request.sources.flags()]
+    return ["personalize", *data, *flags, *settings, *options, *others, "--tracker=none"]
 
 
 def _check_bounds(settings: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from ...jobs import Job
 from ..shared.job_view import copy_for_download, grid_image, open_image
 from ..shared.training_result import result_files, summarize
 from ..shared.verdict import read_result, verdict_html
+from .concept_groups import concept_scores
 from .config_files import config_download
 
 KOHYA = 3
@@ -29,7 +30,7 @@ def result_values(job: Job | None) -> list[Any]:
         gr.File(files or None, visible=bool(existing)),
         gr.Button(visible=bool(existing)),
         gr.File(None, visible=False),
-        gr.HTML(verdict_html(result), visible=bool(verdict_html(result))),
+        gr.HTML(verdict_html(result) + concept_scores(result), visible=bool(result and verdict_html(result))),
         gr.Button(visible=bool(existing)),
     ]
 
