@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.base_models.folders import BUNDLED
+from veneer.base_models import BUNDLED, BaseModelError
 from veneer.base_models.loading import HUB_NAME
+from veneer.hub import HubError, parse_name
 from veneer.hub.connection import unreachable
-from veneer.hub.errors import HubError
-from veneer.hub.names import parse_name
-from veneer.injection.errors import BaseModelError
 
 from .workspace import printable
 

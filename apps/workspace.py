@@ -67,7 +67,8 @@ class Workspace:
     def datasets_in(self, command: Sequence[str]) -> set[Path]:
         """Folders in `datasets` that a command names, also inside an option such as `path=FOLDER,concept=<toy>`."""
         pattern = re.compile(rf"(?:^|=)({re.escape(str(self.datasets))}/[^/,]+)(?=$|,)")
-        return {Path(match) for word in command for match in pattern.findall(word)}
+        folders = {Path(match) for word in command for match in pattern.findall(word)}
+        return {folder for folder in folders if folder.resolve().parent == self.datasets.resolve()}
 
     def all_jobs(self) -> list[Job]:
         """All jobs of the user, newest first."""

@@ -59,7 +59,7 @@ def test_pairs_of_a_zip(root: str, tmp_path: Path) -> None:
     ("files", "error", "data"),
     [
         (pairs(count=1), OptionError, {"option": "pairs", "given": 1, "expected": 2}),
-        ({"images/a.png": png(1), "images/b.png": png(2)}, DataError, {}),
+        ({"images/a.png": png(1), "images/b.png": png(2)}, DataError, {"where": "maps", "given": ()}),
         ({"../images/a.png": png(1)}, VeneerError, {"where": "name"}),
         ({"a.txt": b""}, VeneerError, {"where": "zip_files", "given": 0}),
     ],

@@ -18,10 +18,8 @@ from veneer.pipelines.resize import ResizeConfig, resize
 import veneer
 from veneer import base_models, formats
 from veneer.adapter_merging import is_mergeable
-from veneer.formats import FileSummary, native
-from veneer.formats._io.locations import DEFAULT_NAMES
-from veneer.hub.names import parse_name
-from veneer.hub.repo_files import download_adapter
+from veneer.formats import DEFAULT_NAMES, FileSummary, native
+from veneer.hub import download_adapter, parse_name
 from veneer.injection import OptionError, StateError, VeneerError
 
 from ...base_access import check_adapter_name

@@ -40,7 +40,10 @@ class MoreFields:
             )  # fmt: skip
             self.note = gr.Markdown("", elem_id="train-config-note")
             self.save = gr.Button("Save the form as config.toml", size="sm", elem_id="train-config-save")
-            self.file = gr.File(label="For veneer personalize --config", visible=False, interactive=False)
+            self.file = gr.File(
+                label="For veneer personalize --config", file_count="multiple", visible=False, interactive=False,
+                elem_id="train-config-file",
+            )  # fmt: skip
 
     @property
     def components(self) -> list[Any]:
@@ -76,7 +79,7 @@ class MoreFields:
 
         def save(request: gr.Request, *values: Any) -> Any:
             text = form_to_toml(read_form(context.workspace(request), *values))
-            return gr.File(save_download(text), visible=True)
+            return gr.File([save_download(text)], visible=True)
 
         self.sources.connect(context)
         self.upload.upload(show_errors(load), [self.upload, form[2]], [*filled, self.note], **QUIET)
