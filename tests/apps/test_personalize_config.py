@@ -179,7 +179,7 @@ def test_other_options_have_no_paths_and_no_fields(text: str) -> None:
         other_flags(text, "lora")
 
 
-@pytest.mark.parametrize(("text", "name"), [('prompts = ["--out=/etc"]', "prompts"), ("warmup = 1.5", "config")])
+@pytest.mark.parametrize(("text", "name"), [('prompts = ["a <toy>", "--out=/etc"]', "prompts"), ("warmup = 1.5", "config")])
 def test_other_options_are_checked(text: str, name: str) -> None:
     with raises(OptionError, option=name):
         other_flags(text, "lora")
@@ -204,6 +204,8 @@ def test_config_of_a_run_names_no_folder(tmp_path: Path) -> None:
     assert loaded.request.sources == sources
     assert "--warmup=7" in command(loaded.request, tmp_path)
     assert "--lora.rank=3" in command(loaded.request, tmp_path)
+    (job.folder / FORM).unlink()
+    assert str(tmp_path) not in config_of_job(job), "a job without its form"
 
 
 def test_started_job_keeps_its_form(tmp_path: Path) -> None:
