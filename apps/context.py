@@ -19,6 +19,7 @@ from veneer.injection import VeneerError
 from .generator import Generator
 from .job_queue import JobQueue
 from .jobs import Job, create_job
+from .quotas import ImageCounter, Quotas
 from .workspace import Workspace, printable
 
 LOG = logging.getLogger("veneer.app")
@@ -31,23 +32,27 @@ class Context:
     """Services of one running app.
 
     Args:
-        root: folder that contains the workspaces of all users.
+        root: folder that contains the workspaces of all users. `quotas`: of each login. `images`: counts generated images.
     """
 
     root: Path
     queue: JobQueue
     generator: Generator
+    quotas: Quotas
+    images: ImageCounter
 
     @staticmethod
-    def create(root: Path, device: str | None = None) -> Context:
+    def create(root: Path, device: str | None = None, quotas: Quotas | None = None) -> Context:
         """Creates the root folder, readable by its owner only, and the services over it."""
         root = root.absolute()  # a relative path of a missing file would have the form of a hub name
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return Context(root, JobQueue(root), Generator(device))
+        quotas = quotas or Quotas()
+        return Context(root, JobQueue(root), Generator(device), quotas, ImageCounter(quotas.images_per_hour))
 
     def workspace(self, request: gr.Request | None) -> Workspace:
         """Workspace of the logged-in user, or the shared one if the app runs without logins."""
-        return Workspace(self.root, getattr(request, "username", None))
+        user = getattr(request, "username", None)
+        return Workspace(self.root, user, None if user is None else self.quotas.stored_bytes)
 
     def submit(self, workspace: Workspace, kind: str, title: str, command: list[str]) -> Job:
         """Creates a job and puts it into the queue.

@@ -15,11 +15,11 @@ class Limits:
         photos: images of one training job. `photo_bytes`: size of one image file. `photo_pixels`: width × height of one image.
         file_bytes: size of one uploaded file (an adapter, or a zip of a dataset), and of all files of one upload.
         request_bytes: size of any other request. `logins`: login attempts per minute over all users.
-        disk_free: bytes that uploads must leave free on the disk.
+        disk_free: bytes that uploads must leave free on the disk. `cache_bytes`: of the cache of uploaded and displayed files.
         adapter_files: adapters stored per user.
         zip_files: images in a zip. `zip_bytes`: their total size unpacked. `zip_depth`: maximum path depth of an image.
         sketches: uploaded but not yet used, over all users. `sketch_bytes`, `layers`: of one sketch.
-        text: characters of a prompt, a caption or a name.
+        text: characters of a prompt, a caption or a name. `config_text`: of options written as a config file.
         adapters: active at once.
         stored_images: generated images kept per user. `stored_bytes`: their total size.
         images: generated per request. `side`: of an image, in pixels. `steps`: sampling steps.
@@ -36,6 +36,7 @@ class Limits:
     request_bytes: int = 1 * MIB
     logins: int = 60
     disk_free: int = 2048 * MIB
+    cache_bytes: int = 4096 * MIB
     adapter_files: int = 100
     zip_files: int = 10_000
     zip_bytes: int = 2048 * MIB
@@ -44,6 +45,7 @@ class Limits:
     sketch_bytes: int = 8 * MIB
     layers: int = 8
     text: int = 1000
+    config_text: int = 16_000
     adapters: int = 8
     stored_images: int = 500
     stored_bytes: int = 1024 * MIB

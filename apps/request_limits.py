@@ -20,7 +20,8 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .limits import LIMITS, Limits
-from .workspace import LOCAL_USER, Workspace
+from .quotas import QuotaError
+from .workspace import LOCAL_USER, UPLOADS, Workspace
 
 API = "/gradio_api/"
 UPLOAD = API + "upload"
@@ -43,8 +44,6 @@ HEADERS = {
 """Added to every response: the browser loads nothing from other hosts."""
 MARGIN = 2**16
 """Bytes of multipart overhead allowed in an upload."""
-UPLOADS = "uploads"
-"""Folder in the cache that has a folder of uploads for each login."""
 OWNER: ContextVar[str] = ContextVar("owner", default=LOCAL_USER)
 """Workspace folder name of the user of the current request."""
 UPLOAD_FOLDER: ContextVar[str] = ContextVar("place", default="")
@@ -66,12 +65,18 @@ class LimitsMiddleware:
         hosts: accepted values of the Host header for an app without logins; None accepts any. Rejecting other hosts and
             origins prevents DNS rebinding and cross-site requests.
         files: the cache; uploads are served to the login that made them only, and must leave `limits.disk_free` bytes free.
+        stored: quota of stored bytes of each login (default: none).
     """
 
     def __init__(
-        self, app: ASGIApp, hosts: Iterable[str] | None = None, files: Path | None = None, limits: Limits = LIMITS
+        self,
+        app: ASGIApp,
+        hosts: Iterable[str] | None = None,
+        files: Path | None = None,
+        limits: Limits = LIMITS,
+        stored: int | None = None,
     ) -> None:
-        self.app, self.files, self.limits = app, files, limits
+        self.app, self.files, self.limits, self.stored = app, files, limits, stored
         self.hosts = None if hosts is None else frozenset(hosts)
         self._logins: deque[float] = deque(maxlen=limits.logins)
 
@@ -113,6 +118,7 @@ class LimitsMiddleware:
         claimed = int(headers.get("content-length", "0")) if headers.get("content-length", "0").isdecimal() else 0
         if path.startswith(UPLOAD):
             self._check_disk(claimed)
+            self._check_quota(scope, claimed)
             return _limit_upload(receive, claimed, self.limits.file_bytes + MARGIN)
         drawing = path.startswith(API + "component_server")
         body = await _read(receive, claimed, self.limits.sketch_bytes + MARGIN if drawing else self.limits.request_bytes)
@@ -149,6 +155,16 @@ class LimitsMiddleware:
     def _check_disk(self, claimed: int) -> None:
         if self.files is not None and shutil.disk_usage(self.files).free - claimed < self.limits.disk_free:
             raise RequestError(507, "The disk of the server is nearly full. Delete jobs, or ask the administrator.")
+
+    def _check_quota(self, scope: Scope, claimed: int) -> None:
+        """Rejects an upload beyond the quota of its login."""
+        user = _user(scope)
+        if self.files is None or self.stored is None or user is None:
+            return
+        try:
+            Workspace(self.files.parent, user, self.stored).check_storage(claimed)
+        except QuotaError as error:
+            raise RequestError(413, str(error)) from error
 
 
 def _hostname(host: str) -> str:

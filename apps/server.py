@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import os
 import socket
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,17 @@ from veneer.injection import OptionError
 
 from . import components
 from .appearance.theme import HEAD, STYLE, brand, theme
+from .base_access import BaseAccess, install_access
+from .cache_eviction import CacheEviction, paths_in_use
 from .context import Context
 from .limits import LIMITS
 from .pages import pages
 from .pages.gallery.gallery_page import connect_gallery
 from .pages.generate.generate_page import connect_runs
 from .pages.showcase.showcase import connect_showcase
+from .quotas import GIB, Quotas
 from .request_limits import LimitsMiddleware
+from .workspace import CACHE
 
 FILE_LIFETIME = 24 * 3600
 """Seconds for which uploaded and displayed files are kept."""
@@ -45,6 +50,10 @@ class AppConfig:
         workspace: folder for the jobs and files of all accounts.
         device: device for generation, such as `cuda` (default: a GPU if there is one).
         browser: open a browser window.
+        images_per_hour: images that each account may generate per hour.
+        storage: GiB that the files of each account may have.
+        base_folders: with accounts, folders whose base models the accounts may name; other paths of this machine are rejected.
+        hub: download base models and adapters that users name on the hub.
     """
 
     host: str = "127.0.0.1"
@@ -54,11 +63,23 @@ class AppConfig:
     workspace: Path = Path("veneer-workspace")
     device: str | None = None
     browser: bool = True
+    images_per_hour: int = 600
+    storage: int = 20
+    base_folders: tuple[Path, ...] = ()
+    hub: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             message = f"--port is {self.port}; expected 0 (any free port) to 65535."
             raise OptionError(message, option="port", given=self.port, expected=(0, 65535))
+        for name in ("images_per_hour", "storage"):
+            if (given := getattr(self, name)) < 1:
+                message = f"--{name.replace('_', '-')} is {given}; expected at least 1."
+                raise OptionError(message, option=name, given=given, expected=1)
+
+    def quotas(self) -> Quotas:
+        """Quotas of each account."""
+        return Quotas(self.images_per_hour, self.storage * GIB)
 
 
 def app(config: AppConfig) -> None:
@@ -76,14 +97,23 @@ def app(config: AppConfig) -> None:
         )
         raise OptionError(message, option="auth", where="share" if config.share else "host", given=())
     check_address(config.host, config.port)
-    context = Context.create(config.workspace.expanduser().resolve(), config.device)
+    context = Context.create(config.workspace.expanduser().resolve(), config.device, config.quotas())
+    install_access(BaseAccess(config.base_folders if logins else None, config.hub))
     files = _cache(context.root)
     _import_early()
     context.queue.start()
+    CacheEviction([files, _temporary(context.root)], LIMITS.cache_bytes, lambda: paths_in_use(context.queue)).start()
     page = build(context)
     _, address, _ = page.launch(
         app_kwargs={
-            "middleware": [Middleware(LimitsMiddleware, hosts=None if logins else {*LOOPBACK_NAMES, config.host}, files=files)]
+            "middleware": [
+                Middleware(
+                    LimitsMiddleware,
+                    hosts=None if logins else {*LOOPBACK_NAMES, config.host},
+                    files=files,
+                    stored=context.quotas.stored_bytes,
+                )
+            ]
         },
         allowed_paths=[],
         mcp_server=False,
@@ -134,12 +164,20 @@ def check_address(host: str, port: int) -> None:
 
 def _cache(root: Path) -> Path:
     """Gradio's cache folder, inside the workspace rather than the shared temporary folder; deletes expired files."""
-    folder = root / "cache"
+    folder = root / CACHE
     folder.mkdir(exist_ok=True)
     for file in folder.rglob("*"):
         if file.is_file() and time.time() - file.stat().st_mtime > FILE_LIFETIME:
             file.unlink(missing_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    return folder
+
+
+def _temporary(root: Path) -> Path:
+    """Folder for temporary files, whose copies Gradio serves. In the shared one nobody would delete them."""
+    folder = root / "temporary"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    tempfile.tempdir = str(folder)
     return folder
 
 

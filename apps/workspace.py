@@ -6,14 +6,18 @@ import hashlib
 import re
 import tempfile
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer.injection import OptionError, UnknownName, VeneerError
+from veneer.injection import OptionError, StateError, UnknownName, VeneerError
 
 from .jobs import Job, find_jobs
 from .limits import LIMITS
+from .quotas import check_storage
 
+CACHE, UPLOADS = "cache", "uploads"
+"""Folder of uploaded and displayed files beside the workspaces, and the folder in it with one of uploads for each login."""
 LOCAL_USER = "local"
 """Folder name of the only user of an app without logins."""
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in "0123456789¹²³")}
@@ -26,10 +30,12 @@ class Workspace:
 
     Args:
         root: folder of all workspaces. `user`: login name, or None in an app without logins.
+        stored_limit: quota of stored bytes; None for none.
     """
 
     root: Path
     user: str | None = None
+    stored_limit: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -57,6 +63,12 @@ class Workspace:
         """Creates a folder in `datasets` for one job."""
         self.datasets.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(dir=self.datasets))
+
+    def datasets_in(self, command: Sequence[str]) -> set[Path]:
+        """Folders in `datasets` that a command names, also inside an option such as `path=FOLDER,concept=<toy>`."""
+        pattern = re.compile(rf"(?:^|=)({re.escape(str(self.datasets))}/[^/,]+)(?=$|,)")
+        folders = {Path(match) for word in command for match in pattern.findall(word)}
+        return {folder for folder in folders if folder.resolve().parent == self.datasets.resolve()}
 
     def all_jobs(self) -> list[Job]:
         """All jobs of the user, newest first."""
@@ -95,6 +107,26 @@ class Workspace:
             raise UnknownName(message, name, "adapter")
         return file
 
+    def check_storage(self, more: int = 0) -> None:
+        """Checks that the user may store `more` bytes.
+
+        Raises:
+            QuotaError: the files of the user, with their uploads, would exceed the quota.
+        """
+        if self.stored_limit is not None:
+            check_storage([self.folder, self.root / CACHE / UPLOADS / self.folder.name], self.stored_limit, more)
+
+    def check_unused(self, path: Path) -> None:
+        """Checks that no waiting or running job of the user, other than one in this folder, reads a file or folder.
+
+        Raises:
+            StateError: a job does.
+        """
+        for job in self.all_jobs():
+            if job.folder != path and job.state in ("waiting", "running") and any(str(path) in word for word in job.command):
+                message = f"the run {printable(job.title)!r} trains from or on top of it. Stop that run first."
+                raise StateError(message, where=path.name, given=job.name, expected="unused")
+
     def count_active(self) -> int:
         """Number of waiting and running jobs of the user."""
         return sum(job.state in ("waiting", "running") for job in self.all_jobs())
@@ -103,8 +135,9 @@ class Workspace:
         """Checks that the user may submit another job.
 
         Raises:
-            VeneerError: the maximum number of jobs wait or run.
+            VeneerError: the maximum number of jobs wait or run, or the files of the user exceed the quota.
         """
+        self.check_storage()
         if self.count_active() >= LIMITS.jobs:
             message = f"{LIMITS.jobs} of your jobs are already waiting or running. Wait for one to end, or stop one."
             raise VeneerError(message, where="jobs", given=self.count_active(), expected=LIMITS.jobs)
@@ -137,15 +170,15 @@ def _cut(name: str) -> str:
     return (stem.rstrip("-. ") + ending).strip("-.")
 
 
-def check_text(text: str, option: str) -> str:
-    """Checks text typed by a user, and strips surrounding whitespace.
+def check_text(text: str, option: str, limit: int = LIMITS.text) -> str:
+    """Checks text typed by a user, at most `limit` characters, and strips surrounding whitespace.
 
     Raises:
         VeneerError: the text is too long, or contains control characters or unpaired surrogates.
     """
-    if len(text) > LIMITS.text:
-        message = f"{option}: {len(text):,} characters; expected at most {LIMITS.text:,}. Shorten it."
-        raise OptionError(message, option=option, given=len(text), expected=LIMITS.text)
+    if len(text) > limit:
+        message = f"{option}: {len(text):,} characters; expected at most {limit:,}. Shorten it."
+        raise OptionError(message, option=option, given=len(text), expected=limit)
     text = text.replace("\r\n", "\n")
     if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" for c in text):
         message = f"{option}: the text has control characters; expected plain text. Type it again."

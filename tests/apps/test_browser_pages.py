@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import veneer
 from tests.apps.browser import App, Browser, bring, circle, findings, go
 from veneer import base_models
+from veneer.config_file import read_table
 from veneer.formats import load_all
 from veneer.training.report.png_metadata import read_settings
 
@@ -28,6 +29,27 @@ def pictures(page: Any, where: str) -> list[Any]:
         assert answer.ok, source
         found.append(answer.body())
     return found
+
+
+def test_config_file_fills_the_form(page: Any, tmp_path: Path) -> None:
+    """The events that follow the change of the method leave the values of the file; the saved form is that file again."""
+    (tmp_path / "run.yaml").write_text(
+        "concept: <cup>\nclass_word: cup\nmethod: lora\nsteps: 7\nwarmup: 3\nphotos: /srv\nlora: {rank: 5}"
+    )
+    page.get_by_text("Settings", exact=True).click()
+    page.get_by_text("Config file", exact=True).click()
+    page.locator("#train-config input[type=file]").set_input_files(tmp_path / "run.yaml")
+    page.locator("#train-config-note").get_by_text("does not accept it from a file: photos.").wait_for()
+    assert page.locator("#train-concept input, #train-concept textarea").input_value() == "<cup>"
+    assert page.locator("#train-method input").input_value() == "lora"
+    page.wait_for_load_state("networkidle")
+    assert page.locator("#train-steps input, #train-steps textarea").input_value() == "7"
+    page.locator("#train-config-save").click()
+    page.locator("#train-config-file a").first.wait_for()
+    assert downloaded(page, "#train-config-file", tmp_path) == ["config.toml"]
+    table = read_table(tmp_path / "config.toml")
+    assert (table["concept"], table["steps"], table["warmup"], table["lora"]) == ("<cup>", 7, 3, {"rank": 5})
+    assert not findings(page)
 
 
 def test_train_on_four_photos(app: App, page: Any, chromium: Browser, tmp_path: Path) -> None:
@@ -69,7 +91,12 @@ def test_train_on_four_photos(app: App, page: Any, chromium: Browser, tmp_path: 
     page.locator("#train-kohya-file a").nth(1).wait_for()
     assert not findings(page)
     for part, names in {
-        "#train-files": ["octopus-pivotal.safetensors", "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"],
+        "#train-files": [
+            "config.toml",
+            "octopus-pivotal.safetensors",
+            "pytorch_lora_weights.safetensors",
+            "learned_embeds.safetensors",
+        ],
         "#train-kohya-file": ["octopus-pivotal-comfyui-a1111.safetensors", "octopus.safetensors"],
     }.items():
         assert downloaded(page, part, tmp_path) == sorted(names)

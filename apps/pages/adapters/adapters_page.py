@@ -11,6 +11,7 @@ import gradio as gr
 from veneer.base_models import ARCHITECTURES
 from veneer.injection import OptionError, VeneerError
 
+from ...base_access import check_access
 from ...context import Context, show_errors
 from ...limits import LIMITS
 from ...workspace import Workspace, check_text
@@ -21,6 +22,7 @@ from ..shared.html import note
 from ..shared.job_view import copy_for_download
 from . import files
 from .details import EMPTY, FORMATS, NONE_CHOSEN, describe_file, describe_fit
+from .hub_fields import HubFields
 
 MERGE_METHODS = [
     ("Exact sum (LoRA only)", "sum"),
@@ -95,6 +97,7 @@ def build(context: Context) -> None:
             chosen = gr.Dropdown([], value=None, label="Adapter", info="Uploaded, created here, or trained.", elem_id="adapter")
             file = gr.File(label="Upload a .safetensors file", height=130, elem_id="adapter-file")
             example = gr.Button("Use an example", size="sm", elem_id="adapter-example")
+            hub = HubFields()
             upload_note = gr.HTML(elem_id="adapter-said")
             download = gr.Button("Download", size="sm")
             download_file = gr.File(
@@ -141,6 +144,7 @@ def build(context: Context) -> None:
         api_visibility="private",
     )
     file.upload(handler(_handle_upload), file, [*lists, upload_note, file], api_visibility="private")
+    hub.connect(handler, refresh_list, [*lists, upload_note])
     example.click(handler(lambda w: refresh_list(w, files.example(w), None)), None, lists, **FILES)
     download.click(handler(lambda w, n: _download(w.adapter(_check_chosen(n)))), chosen, download_file, api_visibility="private")
     rename.click(
@@ -250,7 +254,7 @@ def _check_base(base: str | None) -> str:
     named = check_text(base or "", "base model")
     if not named:
         raise OptionError("the base model is empty. Enter `bundled`, a folder or a Hub name.", option="base", given="")
-    return named
+    return check_access(named)
 
 
 PAGE = Page("Adapters", "adapters", "Inspect, convert, merge or resize adapter files.", build)

@@ -18,9 +18,11 @@ from veneer.pipelines.resize import ResizeConfig, resize
 import veneer
 from veneer import base_models, formats
 from veneer.adapter_merging import is_mergeable
-from veneer.formats import FileSummary, native
+from veneer.formats import DEFAULT_NAMES, FileSummary, native
+from veneer.hub import download_adapter, parse_name
 from veneer.injection import OptionError, StateError, VeneerError
 
+from ...base_access import check_adapter_name
 from ...limits import LIMITS
 from ...uploads import store_adapter
 from ...workspace import Workspace, check_text, printable, safe_name
@@ -54,10 +56,24 @@ def store_upload(workspace: Workspace, path: str | Path) -> str:
         VeneerError: not a readable adapter; the message omits the upload folder.
     """
     path = Path(path)
+    workspace.check_storage(path.stat().st_size)
     try:
         return store_adapter(path, workspace.adapters, path.name).stem
     except VeneerError as error:
         raise VeneerError.from_error(error, str(error).replace(f"{path.parent}/", ""), file=path.name) from error
+
+
+def store_download(workspace: Workspace, name: str) -> str:
+    """Stores an adapter of the hub, `USER/REPO[/FILE][@REVISION]`; returns its name.
+
+    Raises:
+        VeneerError: not such a name, no such repository or file, an unreachable hub, or a server that does not download.
+    """
+    parsed = parse_name(check_adapter_name(check_text(name, "hub name")))
+    assert parsed is not None
+    file = download_adapter(str(parsed), DEFAULT_NAMES)
+    workspace.check_storage(file.stat().st_size)
+    return store_adapter(file, workspace.adapters, f"{parsed.repo.replace('/', '-')}.safetensors").stem
 
 
 def example(workspace: Workspace) -> str:
@@ -115,9 +131,11 @@ def delete(workspace: Workspace, name: str) -> None:
     """Deletes a file.
 
     Raises:
-        VeneerError: unknown file, or one that belongs to a job.
+        VeneerError: unknown file, or one that belongs to a job or that a waiting or running job trains from.
     """
-    _own_file(workspace, name).unlink()
+    file = _own_file(workspace, name)
+    workspace.check_unused(file)
+    file.unlink()
 
 
 def convert_adapter(workspace: Workspace, name: str, to: str, base: str) -> ConversionResult:

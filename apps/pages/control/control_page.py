@@ -30,6 +30,7 @@ from ..shared.time_estimates import REFERENCE, duration
 from ..shared.verdict import read_result, verdict_html
 from ..showcase.showcase import control_examples
 from .generation import SOURCES, ConditionInput, condition_image, control_adapter, control_adapters, generate, output_size
+from .pairs import LABEL as PAIRS_LABEL
 from .training import (
     MAX_IMAGES,
     MAX_STEPS,
@@ -118,10 +119,12 @@ def _wire(context: Context, fields_: Fields, condition_inputs: Any, ranges: Any,
 
     def run(request: gr.Request, *form_values: Any) -> Iterator[list[Any]]:
         name, kind, *inputs = form_values[count : count + 5]
-        adapter = control_adapter(context.workspace(request), name, kind)
-        generation = parse_request(*form_values[:count])
+        workspace, generation = context.workspace(request), parse_request(*form_values[:count])
+        adapter = control_adapter(workspace, name, kind)
         updates = generate(context, adapter, name, generation, ConditionInput(*inputs), *form_values[count + 5 :])
-        for items, progress in store_images(context.workspace(request), updates):
+        for items, progress in store_images(workspace, updates):
+            if len(items) == 1:  # the map; no image is generated yet
+                context.images.take(workspace.user, 2 * generation.count)
             yield [items, progress]
 
     def show_condition(request: gr.Request, *form_values: Any) -> list[Any]:
@@ -192,6 +195,7 @@ def _training_form(context: Context) -> JobView:
             label=f"Photos, at most {LIMITS.photos}", file_count="multiple", file_types=["image"], height=140,
             elem_id="control-photos",
         )  # fmt: skip
+        pairs = gr.File(label=PAIRS_LABEL, file_types=[".zip"], height=110, elem_id="control-pairs")
         caption = gr.Textbox(label="Caption of the photos", max_length=LIMITS.text, info="A few words, such as: a house.")
     title = gr.Textbox(label="Name", max_length=80, info="Optional, for the list of adapters.", elem_id="control-title")
     estimate = gr.Markdown(estimate_text(None, default, "bundled", *preset_counts), elem_id="control-estimate")
@@ -206,12 +210,14 @@ def _training_form(context: Context) -> JobView:
     )
 
     def start(request: gr.Request, *form_values: Any) -> list[Any]:
-        method_name, condition_name, base_name, number, images, files, caption_text, name = form_values
+        method_name, condition_name, base_name, number, images, files, caption_text, name, archive = form_values
         workspace = context.workspace(request)
         job, refused = start_job(
             context,
             workspace,
-            ControlTrainingRequest(method_name, condition_name, base_name, number, files or (), caption_text, images, name),
+            ControlTrainingRequest(
+                method_name, condition_name, base_name, number, files or (), caption_text, images, name, archive
+            ),
         )
         return [select_job(workspace, "control", job), "Left out: " + " ".join(map(escape_markup, refused)) if refused else ""]
 
@@ -230,7 +236,7 @@ def _training_form(context: Context) -> JobView:
             gr.Radio(choices=preset_choices(method_name, base_name or "bundled", workspace)),
         ]
 
-    form = [method, kind, base, steps, count, photos, caption, title]
+    form = [method, kind, base, steps, count, photos, caption, title, pairs]
     began = go.click(show_errors(start), form, [view.choice, note], queue=False, api_visibility="private")
     began.success(None, js="() => reveal('control-state')", **QUIET)
     gr.on([method.input, base.input], show_errors(fit_condition), [method, base, preset], [kind, steps, count], **QUIET)

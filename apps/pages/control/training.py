@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from veneer import base_models
@@ -12,12 +13,14 @@ from veneer.control.config import ControlConfig
 from veneer.control.maps.maps import computed
 from veneer.injection import OptionError, methods
 
+from ...base_access import check_access, check_download
 from ...context import Context
 from ...jobs import Job
 from ...uploads import store_photos
 from ...workspace import Workspace, check_text
 from ..shared.generation_request import number
 from ..shared.time_estimates import duration
+from .pairs import PAIRS, save_pairs
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class ControlTrainingRequest:
 
     Args:
         photos: files; if empty, the base model generates `generated_images` training images. `caption`: of the photos.
+        pairs: a zip of images with their condition images, in place of photos and `condition`.
     """
 
     method: Any
@@ -55,6 +59,7 @@ class ControlTrainingRequest:
     caption: Any = ""
     generated_images: Any = 384
     title: Any = ""
+    pairs: Any = None
 
 
 def control_methods() -> list[str]:
@@ -74,7 +79,7 @@ def conditions(method: str) -> list[str]:
 
 def default_steps(method: str, base: str) -> int:
     """Default training steps for a base model."""
-    return int(ControlConfig(method=method, base=base).with_defaults().steps or 1)
+    return int(ControlConfig(method=method, base=check_access(base)).with_defaults().steps or 1)
 
 
 def preset_choices(method: str, base: str, workspace: Workspace | None = None) -> list[tuple[str, str]]:
@@ -133,12 +138,17 @@ def start_job(context: Context, workspace: Workspace, request: ControlTrainingRe
     if request.method not in control_methods():
         known = tuple(control_methods())
         raise OptionError(f"method: choose one of {', '.join(known)}.", option="method", given=request.method, expected=known)
-    if request.condition not in (supported := tuple(conditions(request.method))):
+    if request.pairs and follows_images(request.method):
+        message = f"{request.method} follows the image itself; expected photos in place of pairs, or another method."
+        raise OptionError(message, option="pairs", where=request.method, given="a zip", expected="photos")
+    if request.pairs:
+        request = replace(request, condition=PAIRS, photos=())
+    elif request.condition not in (supported := tuple(conditions(request.method))):
         message = f"{request.method} supports {', '.join(supported)}. Choose one of them."
         raise OptionError(message, option="condition", given=request.condition, expected=supported)
-    base = check_text(str(request.base or "bundled"), "base")
+    base = check_access(check_text(str(request.base or "bundled"), "base"))
     preset = base_models.preset(base)
-    if not request.photos and not (preset.things and preset.scenes):
+    if not request.photos and not request.pairs and not (preset.things and preset.scenes):
         message = f"{base} does not state prompts for generated training images. Upload photos to train on."
         raise OptionError(message, option="photos", where=base, given=0)
     caption, title = check_text(str(request.caption or ""), "caption"), check_text(str(request.title or ""), "title")
@@ -150,19 +160,35 @@ def start_job(context: Context, workspace: Workspace, request: ControlTrainingRe
     ]
     command += [f"--steps={int(number(request.steps, 'steps', 1, MAX_STEPS))}"]
     command += [f"--template={caption}"] if caption else []
-    rejected: list[str] = []
-    folder = None
-    if request.photos:
-        folder = workspace.new_dataset()
+    check_download(base)
+    folder, rejected = _save_data(workspace, request)
     try:
         if folder is not None:
-            stored, rejected = store_photos(request.photos, folder)
-            if len(stored) < 2:
-                message = "one image is too few: training and validation need one each. Upload two or more."
-                raise OptionError(message, option="photos", given=len(stored), expected=2)
             command.insert(2, str(folder))
         return context.submit(workspace, "control", title or f"{request.condition} by {request.method}", command), rejected
     except BaseException:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _save_data(workspace: Workspace, request: ControlTrainingRequest) -> tuple[Path | None, list[str]]:
+    """Saves photos or pairs to a new folder; returns it, or None without any, and what was left out.
+
+    Raises:
+        VeneerError: fewer than two usable images or pairs.
+    """
+    if request.pairs:
+        return save_pairs(workspace, request.pairs)
+    if not request.photos:
+        return None, []
+    folder = workspace.new_dataset()
+    try:
+        stored, rejected = store_photos(request.photos, folder)
+        if len(stored) < 2:
+            message = "one image is too few: training and validation need one each. Upload two or more."
+            raise OptionError(message, option="photos", given=len(stored), expected=2)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder, rejected

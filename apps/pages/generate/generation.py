@@ -71,6 +71,7 @@ def generate(
     if count > LIMITS.images:
         message = f"this needs {count} images; expected at most {LIMITS.images}. Choose fewer."
         raise OptionError(message, option="pictures", given=count, expected=LIMITS.images)
+    context.images.take(workspace.user, count)
     yield [], f"0 of {count}"
     generation, note = truncate_prompts(context.generator, generation, uses)
     for items, progress in (_sweep if mode == "sweep" else _generate_images)(context, generation, uses, mode):

@@ -7,12 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from veneer import base_models, methods
-from veneer.injection import VeneerError
-from veneer.training.concepts.concept import DEMO
+from veneer import methods
 from veneer.training.data.photo_folder import READ
 
-from ...context import Context, escape_markup, show_errors
+from ...base_access import check_download
+from ...context import Context, show_errors
 from ...jobs import Job
 from ...limits import LIMITS
 from ...workspace import Workspace, check_text, printable
@@ -23,19 +22,23 @@ from ..shared.events import GENERATION, QUIET
 from ..shared.html import section, step
 from ..shared.images import gallery
 from ..shared.job_view import Results, job_view, select_job
-from ..shared.photo_upload import Rows, example_photos, inspect_photos, save_photos
+from ..shared.photo_upload import Rows
 from ..shared.training_result import export_kohya
 from ..showcase.showcase import showcase, subject_strip
+from .concept_groups import save_groups
+from .config_fields import MoreFields
+from .config_files import write_form
 from .estimates import estimate_text, preset_radio
+from .form_values import PRESET_FIELDS, check_form_is_current, fill_form, method_summary
+from .memory import MemoryFields
+from .photo_fields import NO_PHOTOS, show_example, show_photos
 from .request import (
     DEFAULT_METHOD,
     MAIN,
     SETTINGS,
     PersonalizeRequest,
-    check_base,
     command,
     default_options,
-    main_method,
     method_names,
     options_of,
     preset_choices,
@@ -47,70 +50,6 @@ KIND = "train"
 SHORT: dict[str, Any] = {"max_length": LIMITS.text, "min_width": 140}
 """Layout of a short text field."""
 EMPTY = "**No run yet.** Progress and previews appear here; then the images before and after, a verdict and the files."
-NO_PHOTOS = f"Drop your photos (at most {LIMITS.photos}), or use the example photos."
-PRESET_FIELDS = ("steps", "batch", "learning_rate", "schedule", "seed", "preview_every", "checkpoint_every", "eval_seeds")
-"""Settings that depend on the preset."""
-FALLBACK_SIDE = 512
-"""Resolution in pixels for crops if the base model does not state one."""
-
-
-def show_photos(paths: Sequence[str] | None, base: str, captions: Sequence[str] = ()) -> list[Any]:
-    """Updates of thumbnails, crops, problems in Markdown, and the caption table for uploaded photos."""
-    if not paths:
-        return [gr.Gallery([], visible=False), gr.Gallery([], visible=False), NO_PHOTOS, gr.Dataframe([], visible=False)]
-    side = base_models.preset(check_base(base)).resolution or FALLBACK_SIDE
-    report = inspect_photos(paths, side)
-    rows = [[name, caption] for name, caption in zip(report.names, [*captions, *[""] * len(report.names)], strict=False)]
-    count = f"{len(report.names)} photo{'s' * (len(report.names) != 1)}"
-    problems = "\n".join(f"- ⚠ {escape_markup(text)}" for text in report.problems)
-    crops = gr.Gallery(
-        report.crops, label=f"As square crops of {side} × {side} pixels, as the base model is trained on them", visible=True
-    )
-    thumbs = gr.Gallery(list(zip(report.thumbnails, report.names, strict=True)), visible=True)
-    note = f"{count}.\n\n{problems}" if problems else f"{count}, no problems found."
-    return [thumbs, crops, note, gr.Dataframe(rows, visible=True)]
-
-
-def show_example(base: str) -> list[Any]:
-    """Example photos, concept and class word, and the updates of `show_photos`."""
-    paths, captions = example_photos()
-    return [paths, DEMO["concept"], DEMO["class_word"], *show_photos(paths, base, captions)]
-
-
-def fill_form(slots: Slots, preset: str, base: str, method: str) -> list[Any]:
-    """Settings of a preset, the summary of the selected method, and the form of its options."""
-    settings = preset_settings(preset, base, method)
-    return [
-        *(settings[name] for name in PRESET_FIELDS),
-        method_summary(method),
-        *slots.fill(options_of(method), default_options(base, method)),
-    ]
-
-
-def method_summary(method: str) -> str:
-    """Summary of the method whose options are shown, in Markdown."""
-    line = (methods.get(main_method(method)).__doc__ or "").strip().splitlines()[0]
-    return f"**{escape_markup(main_method(method))}**: {escape_markup(line)}" + (
-        "" if options_of(method) else " It has no options."
-    )
-
-
-def check_form_is_current(filled_for: Sequence[str], now: Sequence[str]) -> None:
-    """Checks that the form has been filled for the selected preset, base model and method.
-
-    Raises:
-        VeneerError: the form is still loading, or the base model or method is unknown.
-    """
-    if list(filled_for) != list(now):
-        preset, base, method = now
-        check_base(base)
-        main_method(method)
-        raise VeneerError(
-            f"the settings for {preset}, {printable(method)} and {printable(base)} are still loading. Press again in a moment.",
-            where="settings",
-            given=tuple(filled_for),
-            expected=tuple(now),
-        )
 
 
 def start_job(
@@ -123,8 +62,11 @@ def start_job(
     """
     title = f"{printable(check_text(request.concept, 'concept'))}, {request.method}"
     command(request, workspace.datasets)  # validates before anything is written
-    folder = save_photos(workspace, paths or [], captions)
-    return context.submit(workspace, KIND, title, command(request, folder))
+    check_download(request.base)
+    folder, *more = save_groups(workspace, paths or [], captions, request.groups)
+    job = context.submit(workspace, KIND, title, command(request, folder, more))
+    write_form(job, request)
+    return job
 
 
 def build(context: Context) -> Any:
@@ -214,6 +156,7 @@ class _Form:
         self.estimate = gr.Markdown(cost, elem_id="train-estimate")
         self.check = gr.Button("Check memory and time with one step", size="sm", elem_id="train-check")
         self.dry_run = gr.Textbox(label="Check of this run", lines=3, visible=False, interactive=False, elem_id="train-checked")
+        self.memory = MemoryFields()
         with gr.Accordion("Settings", open=False):
             with gr.Row(elem_classes="options"):
                 main = {f.name: component_of(f, settings.get(f.name), **_layout(f)) for f in SETTINGS if f.name in MAIN}
@@ -225,6 +168,7 @@ class _Form:
             with gr.Row(elem_classes="options"):
                 forms = [fields_of(methods.get(name)) for name in methods.names()]
                 self.slots = Slots.build(forms, options_of(DEFAULT_METHOD), default_options("bundled", DEFAULT_METHOD))
+        self.more = MoreFields()
         with gr.Row(elem_classes="action"):
             self.start = gr.Button("Train", variant="primary", elem_id="train-start", min_width=120)
 
@@ -234,18 +178,21 @@ class _Form:
         setting_components = [self.settings[field.name] for field in SETTINGS]
 
         def read_form(
-            concept: str, word: str, preset: str, base: str, method: str, filled_for: list[str], *rest: Any
+            workspace: Workspace, concept: str, word: str, preset: str, base: str, method: str, filled_for: list[str], *rest: Any
         ) -> PersonalizeRequest:
             check_form_is_current(filled_for, [preset, base, method])
             settings, parts = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
-            return PersonalizeRequest(concept, word, base, method, settings, self.slots.entries(options_of(method), parts))
+            options = self.slots.entries(options_of(method), parts)
+            more = self.more.read(workspace, parts[len(self.slots.components) :])
+            return PersonalizeRequest(concept, word, base, method, settings, options, *more)
 
         def start(request: gr.Request, paths: Any, rows: Any, *rest: Any) -> Any:
             workspace = context.workspace(request)
-            return select_job(workspace, KIND, start_job(context, workspace, paths, rows or [], read_form(*rest)))
+            return select_job(workspace, KIND, start_job(context, workspace, paths, rows or [], read_form(workspace, *rest)))
 
         def try_step(request: gr.Request, paths: Any, rows: Any, *rest: Any) -> Any:
-            return gr.Textbox(dry_run(context.workspace(request), paths, rows or [], read_form(*rest)), visible=True)
+            workspace = context.workspace(request)
+            return gr.Textbox(dry_run(workspace, paths, rows or [], read_form(workspace, *rest)), visible=True)
 
         def cost(base: str, method: str, steps: str, batch: str, optimizer: str, images: str, request: gr.Request) -> str:
             return estimate_text(context.workspace(request), base, method, steps, batch, optimizer, images)
@@ -253,7 +200,9 @@ class _Form:
         def preset_labels(base: str, method: str, request: gr.Request) -> Any:
             return preset_radio(context.workspace(request), base, method)
 
-        def fill(preset: str, base: str, method: str) -> list[Any]:
+        def fill(preset: str, base: str, method: str, filled_for: list[str]) -> list[Any]:
+            if filled_for == [preset, base, method]:  # such as after a config file
+                return [gr.skip()] * len(form_outputs)
             return [[preset, base, method], *fill_form(self.slots, preset, base, method)]
 
         hidden_api: dict[str, Any] = {"api_visibility": "private"}
@@ -265,8 +214,8 @@ class _Form:
         filled_for = gr.State(["quick", "bundled", DEFAULT_METHOD])
         form_outputs = [filled_for, *(self.settings[name] for name in PRESET_FIELDS), self.about, *self.slots.components]
         gr.on(
-            [self.preset.change, self.method.change, self.base.submit, self.base.blur], show_errors(fill), parts, form_outputs,
-            show_progress="hidden", **hidden_api,
+            [self.preset.change, self.method.change, self.base.submit, self.base.blur], show_errors(fill), [*parts, filled_for],
+            form_outputs, show_progress="hidden", **hidden_api,
         )  # fmt: skip
         gr.on(None, lambda: gr.Dropdown(choices=method_names(True)), None, self.method, show_progress="hidden", **hidden_api)
         costs = [self.base, self.method, *(self.settings[name] for name in ("steps", "batch", "optimizer", "eval_seeds"))]
@@ -276,7 +225,11 @@ class _Form:
         for when in (None, changes):
             gr.on(when, show_errors(preset_labels), [self.base, self.method], self.preset, **QUIET)
         subject = [self.files, self.captions, self.concept, self.word]
-        inputs = [*subject, *parts, filled_for, *setting_components, *self.slots.components]
+        inputs = [*subject, *parts, filled_for, *setting_components, *self.slots.components, *self.more.components]
+        options = [self.about, *self.slots.components, *self.more.components]
+        filled = [self.concept, self.word, self.base, self.method, filled_for, *setting_components, *options]
+        self.more.connect(context, read_form, inputs[2:], filled, self.slots)
+        self.memory.connect(context, read_form, inputs[2:], self.settings)
         self.start.click(show_errors(start), inputs, choice, **hidden_api).success(None, js="() => reveal('train-runs')", **QUIET)
         example = try_button.click(show_errors(show_example), [self.base], examples, **hidden_api)
         example.success(show_errors(start), inputs, choice, **hidden_api).success(None, js="() => reveal('train-runs')", **QUIET)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,16 @@ from veneer.training.personalization_config import PersonalizeConfig
 from veneer.training.preflight.estimates import size
 from veneer.training.preflight.optimizer_state import STATES
 
+from ...base_access import check_access
 from ...jobs import Job
 from ...limits import LIMITS
 from ...workspace import Workspace, check_text
 from ..shared.config_form import Field, fields_of, flags_of, with_choices
 from ..shared.time_estimates import REFERENCE, Timing, duration, measure_timing
 from ..shared.verdict import read_result
+from .adapter_sources import AdapterSources
+from .concept_groups import ConceptGroup, check_groups, dataset_flags
+from .other_options import other_flags
 
 DEFAULT_METHOD = "pivotal"
 """Method selected by default; it reaches the highest similarity in a short time."""
@@ -39,8 +43,8 @@ REFERENCE_TIMINGS = {"pivotal": Timing(0.09, 35.0, REFERENCE), "lora": Timing(0.
 MAIN = ("steps", "batch", "learning_rate", "resolution", "schedule", "seed")
 MORE = (
     "where", "text_encoder", "class_images", "caption_dropout", "crop", "flip", "buckets", "optimizer", "weight_decay", "ema",
-    "min_snr_gamma", "dtype", "quantize", "mixed_precision", "gradient_checkpointing", "save_dtype", "preview_every",
-    "checkpoint_every", "eval_seeds",
+    "min_snr_gamma", "dtype", "quantize", "offload_encoders", "mixed_precision", "gradient_checkpointing", "save_dtype",
+    "preview_every", "checkpoint_every", "eval_seeds",
 )  # fmt: skip
 SETTINGS = with_choices(fields_of(PersonalizeConfig, [*MAIN, *MORE]), {"quantize": tuple(KINDS)})
 MINIMUM = {"steps": 1, "batch": 1, "resolution": 8, "class_images": 0, "preview_every": 0, "checkpoint_every": 0, "eval_seeds": 0}
@@ -51,7 +55,12 @@ FROM_CONCEPT = ("tokens", "initialize", "ids")
 
 @dataclass(frozen=True)
 class PersonalizeRequest:
-    """Unchecked values of the form; `command` validates them."""
+    """Unchecked values of the form; `command` validates them.
+
+    Args:
+        other: options without a field, as TOML; see `other_options`. `sources`: adapters that the run builds on.
+        groups: further concepts, with their photos.
+    """
 
     concept: str
     class_word: str
@@ -59,6 +68,9 @@ class PersonalizeRequest:
     method: str
     settings: Sequence[Any]
     options: Sequence[Any]
+    other: str = ""
+    sources: AdapterSources = field(default_factory=AdapterSources)
+    groups: tuple[ConceptGroup, ...] = ()
 
 
 def method_names(include_untuned: bool) -> list[str]:
@@ -91,9 +103,9 @@ def check_base(name: str) -> str:
     """Checks the name of a base model: bundled, a folder, or a name on the Hub.
 
     Raises:
-        VeneerError: no such base model.
+        VeneerError: no such base model, or one that visitors may not name.
     """
-    base = check_text(name, "base") or "bundled"
+    base = check_access(check_text(name, "base") or "bundled")
     find(base)
     return base
 
@@ -121,9 +133,11 @@ def default_options(base: str, method: str) -> Mapping[str, Any]:
     return options
 
 
-def command(request: PersonalizeRequest, photos: Path) -> list[str]:
+def command(request: PersonalizeRequest, photos: Path, more: Sequence[Path] = ()) -> list[str]:
     """Command line of a training request.
 
+    Args:
+        photos: folder with those of the concept. `more`: with those of each group (default: `photos`, to validate a request).
     Raises:
         VeneerError: a value that the command would reject, or one beyond the limits.
     """
@@ -138,7 +152,12 @@ def command(request: PersonalizeRequest, photos: Path) -> list[str]:
     values = {"concept": concept, "class-word": word, "base": check_base(request.base), "method": method}
     _check_bounds(settings)
     flags = [f"--{key}={value}" for key, value in values.items() if value]
-    return ["personalize", str(photos), *flags, *settings, *options, "--tracker=none"]
+    check_groups(concept, request.groups)
+    data = [str(photos)]
+    if request.groups:
+        data = dataset_flags(concept, word, request.groups, [photos, *(more or [photos] * len(request.groups))])
+    others = [*other_flags(request.other, method), *request.sources.flags()]
+    return ["personalize", *data, *flags, *settings, *options, *others, "--tracker=none"]
 
 
 def _check_bounds(settings: Sequence[str]) -> None:

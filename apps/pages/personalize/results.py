@@ -11,6 +11,8 @@ from ..shared.job_view import copy_for_download, grid_image, open_image
 from ..shared.training_result import describe_files, result_files, summarize
 from ..shared.verdict import read_result, verdict_html
 from .comparison import comparison_html
+from .concept_groups import concept_scores
+from .config_files import config_download
 
 KOHYA = 3
 """Index of the export button in `result_components`."""
@@ -23,17 +25,18 @@ def result_values(job: Job | None) -> list[Any]:
     grid = open_image(job.run / "before_after.png") if job else None
     summary = summarize(job) if job else ""
     pairs = comparison_html(job) if job else ""
+    files = [*copy_for_download(existing, job.title), *config_download(job)] if job and existing else []
     return [
         gr.Image(value=grid, visible=grid is not None),
         gr.Markdown(summary, visible=bool(summary)),
-        gr.File(copy_for_download(existing, job.title if job else "") or None, visible=bool(existing)),
+        gr.File(files or None, visible=bool(existing)),
         gr.Button(visible=bool(existing)),
         gr.File(None, visible=False),
         gr.HTML(pairs, visible=bool(pairs)),
         gr.Accordion(visible=grid is not None, open=not pairs),
         gr.HTML(describe_files(job) if job else ""),
         gr.Column(visible=bool(existing)),
-        gr.HTML(verdict_html(result), visible=bool(verdict_html(result))),
+        gr.HTML(verdict_html(result) + concept_scores(result), visible=bool(result and verdict_html(result))),
         gr.Button(visible=bool(existing)),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import types
 import typing
@@ -102,8 +103,13 @@ def flags_of(config: Any, fields: Sequence[Field], entries: Sequence[Any], prefi
         VeneerError: a value that the command would reject.
     """
     flags = [word for field, value in zip(fields, entries, strict=True) for word in _flags(field, value, prefix)]
-    _read(config, flags, prefix)
+    check_flags(config, flags, prefix)
     return flags
+
+
+def values_of(config: Any, fields: Sequence[Field], entries: Sequence[Any], prefix: str = "") -> dict[str, Any]:
+    """Values of a form by the names of the fields; defaults are left out. See `flags_of`."""
+    return check_flags(config, flags_of(config, fields, entries, prefix), prefix)
 
 
 def _flags(field: Field, value: Any, prefix: str) -> list[str]:
@@ -143,8 +149,12 @@ class _Reader(argparse.ArgumentParser):
         raise OptionError(message, option=name.replace("-", "_"), given=value.strip("'"))
 
 
-def _read(config: Any, flags: Sequence[str], prefix: str) -> dict[str, Any]:
-    """Parses flags as the command does."""
+def check_flags(config: Any, flags: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    """Parses flags as the command does.
+
+    Raises:
+        OptionError: a value that the command would reject.
+    """
     reader = _Reader(add_help=False, allow_abbrev=False)
     add_flags(reader, config, prefix=prefix)
     return values(config, vars(reader.parse_args(list(flags))), prefix)
@@ -168,15 +178,21 @@ def _properties(field: Field, value: Any = None) -> dict[str, Any]:
     if field.kind == "choice":
         choices = {"choices": [DEFAULT, *field.choices], "value": DEFAULT if default is None else str(default)}
         return {**properties, **choices, "allow_custom_value": True}
-    return {**properties, "value": _text(value), "placeholder": _text(field.default) or DEFAULT}
+    return {**properties, "value": text_of(value), "placeholder": text_of(field.default) or DEFAULT}
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """Text of a value in a text box, which `flags_of` reads again."""
     if isinstance(value, Mapping):
-        return " ".join(f"{k}={v}" for k, v in value.items())
+        return " ".join(f"{k}:{_pairs(v)}" if isinstance(v, Mapping) else f"{k}={v}" for k, v in value.items())
     if isinstance(value, (tuple, list)):
         return " ".join(map(str, value))
     return "" if value is None or value is dataclasses.MISSING else str(value)
+
+
+def _pairs(options: Mapping[str, Any]) -> str:
+    """Options of a pattern, with values as JSON unless they are text."""
+    return ",".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in options.items())
 
 
 @dataclass(frozen=True)

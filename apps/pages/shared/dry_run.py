@@ -13,8 +13,9 @@ from veneer.injection import VeneerError
 
 from ...limits import LIMITS
 from ...workspace import Workspace
+from ..personalize.concept_groups import save_groups
 from ..personalize.request import PersonalizeRequest, command
-from .photo_upload import Rows, save_photos
+from .photo_upload import Rows
 
 COMMAND = (sys.executable, "-c", "from veneer_command import console; console()")
 
@@ -26,9 +27,9 @@ def dry_run(workspace: Workspace, paths: Sequence[str] | None, captions: Rows, r
         VeneerError: the run would fail, or the check takes longer than `LIMITS.check_seconds`.
     """
     command(request, workspace.datasets)  # validates before anything is written
-    folder = save_photos(workspace, paths or [], captions)
+    folders = save_groups(workspace, paths or [], captions, request.groups)
     with tempfile.TemporaryDirectory() as out:
-        command_line = [*COMMAND, *command(request, folder), "--dry-run", f"--out={Path(out) / 'run'}"]
+        command_line = [*COMMAND, *command(request, folders[0], folders[1:]), "--dry-run", f"--out={Path(out) / 'run'}"]
         try:
             done = subprocess.run(
                 command_line, capture_output=True, text=True, timeout=LIMITS.check_seconds, stdin=subprocess.DEVNULL
@@ -40,10 +41,11 @@ def dry_run(workspace: Workspace, paths: Sequence[str] | None, captions: Rows, r
                 expected=LIMITS.check_seconds,
             ) from error
         finally:
-            shutil.rmtree(folder)
+            for folder in folders:
+                shutil.rmtree(folder)
     report = done.stdout[done.stdout.find("\nphotos:") + 1 :].strip()
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith(("veneer: ", "- "))]
-        message = "\n".join(lines).removeprefix("veneer: ").replace(f"{folder}/", "")
+        message = "\n".join(lines).removeprefix("veneer: ").replace(f"{folders[0]}/", "")
         raise VeneerError(message or "the check failed without a message.", where="check", given=tuple(message.splitlines()))
     return report

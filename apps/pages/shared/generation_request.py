@@ -15,6 +15,7 @@ from veneer.injection import OptionError, VeneerError
 from veneer.training.report.png_metadata import read_settings
 from veneer.training.report.previews import Preview, PreviewSettings, save_preview
 
+from ...base_access import check_access
 from ...context import escape_markup
 from ...generator import AdapterUse, Generator
 from ...limits import LIMITS
@@ -71,7 +72,7 @@ def parse_request(
         message = "size: one side is 0; expected two sides, or 0 for both (the native resolution)."
         raise OptionError(message, option="size", given=tuple(sides))
     return GenerationRequest(
-        check_text(str(base or "bundled"), "base"),
+        check_access(check_text(str(base or "bundled"), "base")),
         words,
         check_text(str(negative or ""), "negative prompt"),
         int(number(seed, "seed", 0, 2**53)),
@@ -106,15 +107,17 @@ def _plain(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:g}"
 
 
-def select_adapters(workspace: Workspace, names: Sequence[str], strengths: Sequence[Any]) -> dict[str, AdapterUse]:
-    """Adapters of a user by name, with strengths.
+def select_adapters(
+    workspace: Workspace, names: Sequence[str], strengths: Sequence[Any], limit: int = LIMITS.adapters
+) -> dict[str, AdapterUse]:
+    """Adapters of a user by name, with strengths; at most `limit`.
 
     Raises:
         VeneerError: too many, duplicate or unknown adapters, or a strength beyond ±2.
     """
-    if len(names) > LIMITS.adapters:
-        message = f"{len(names)} adapters; expected at most {LIMITS.adapters}. Remove some."
-        raise OptionError(message, option="adapters", given=len(names), expected=LIMITS.adapters)
+    if len(names) > limit:
+        message = f"{len(names)} adapters; expected at most {limit}. Remove some."
+        raise OptionError(message, option="adapters", given=len(names), expected=limit)
     if len(set(names)) != len(names):
         message = "an adapter is selected twice. Select each once, and increase its strength instead."
         raise OptionError(message, option="adapters", given=tuple(names))
@@ -172,7 +175,7 @@ def defaults(base: str) -> tuple[int, float, str, int]:
     Raises:
         VeneerError: unknown base model.
     """
-    preset = base_models.preset(check_text(str(base or "bundled"), "base"))
+    preset = base_models.preset(check_access(check_text(str(base or "bundled"), "base")))
     return min(preset.steps, LIMITS.steps), preset.guidance_scale, preset.negative_prompt, preset.resolution or 0
 
 

@@ -227,13 +227,13 @@ def delete_job(workspace: Workspace, name: str) -> None:
     """Deletes a job that has ended, and its training data unless another job uses it.
 
     Raises:
-        VeneerError: unknown job, or one that waits or runs.
+        VeneerError: unknown job, or one that waits or runs, or whose adapter such a job trains from.
     """
     job = workspace.job(name)
     if job.state not in ENDED:
         raise StateError("the job has not ended. Stop it first.", where=name, given=job.state, expected=tuple(ENDED))
-    shared = {word for other in workspace.all_jobs() if other != job for word in other.command}
-    for word in job.command:
-        if Path(word).resolve().parent == workspace.datasets.resolve() and word not in shared:
-            shutil.rmtree(word, ignore_errors=True)
+    workspace.check_unused(job.folder)
+    shared = {folder for other in workspace.all_jobs() if other != job for folder in workspace.datasets_in(other.command)}
+    for folder in workspace.datasets_in(job.command) - shared:
+        shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(job.folder)

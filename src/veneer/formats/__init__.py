@@ -16,6 +16,7 @@ from ._core.conversion import ConversionResult, convert
 from ._core.format import Format, LayerInfo, Options, format_of, formats, known_format
 from ._core.inspection import FileSummary, inspect
 from ._core.swap import swap_file
+from ._io.locations import DEFAULT_NAMES as DEFAULT_NAMES
 from ._io.locations import local_path
 from ._io.reader import File, read
 from .native import save
