@@ -177,6 +177,7 @@ class AttentionSite(Site):
     Args:
         path: the module that holds `processor`.
         width, context_width, heads: of the module. `cross`: True for cross-attention. `index`: its number in the tower.
+        plain: True if queries are to_q(x), with at most a norm over their whole width, so that they can attend to other keys.
     """
 
     path: str
@@ -185,6 +186,7 @@ class AttentionSite(Site):
     heads: int
     cross: bool
     index: int
+    plain: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
