@@ -153,36 +153,6 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
-class Experts:
-    """A feed-forward of routed experts: each expert is a feed-forward, and so are those that every token uses.
-
-    Args:
-        path: of the module. `experts`: its list of experts. `shared`: one that every token uses.
-        router: parameter or layer that chooses the experts.
-        layers: of an expert, as for `FeedForward`.
-    """
-
-    path: str
-    layers: Mapping[str, str]
-    norm: str = ""
-    experts: str = "experts"
-    shared: str = "shared_experts"
-    router: str = "gate.weight"
-
-    def sites(self, part: TowerPart, block: str, order: Mapping[str, int]) -> Iterator[Site]:
-        path = f"{block}.{self.path}"
-        experts = part.module(f"{path}.{self.experts}")
-        if experts is None:
-            return
-        if part.has(*_owner(f"{path}.{self.router}")):
-            yield part.parameter(*_owner(f"{path}.{self.router}"), "other")
-        for name in (*(f"{self.experts}.{i}" for i in range(len(experts))), self.shared):
-            yield from FeedForward(f"{self.path}.{name}", layers=self.layers, branch=False).sites(part, block, order)
-        width = geometry(part.module(f"{path}.{self.experts}.0.{[*self.layers][-1]}"))["d_out"]
-        yield part.branch(path, "mlp", _read(part, block, self.norm, path), Port(path, "out"), width)
-
-
-@dataclass(frozen=True)
 class Branch:
     """A branch between two modules of the block, such as attention and feed-forward with one output layer."""
 
