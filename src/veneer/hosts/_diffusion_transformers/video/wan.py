@@ -11,7 +11,8 @@ from ..record import Blocks, TransformerRecord
 TEXT_TOKENS = 512  # with an image, attention splits the context there
 
 
-def _sample(draw: SampleInputs, model: Any) -> dict[str, Any]:
+def sample(draw: SampleInputs, model: Any) -> dict[str, Any]:
+    """Inputs of Wan and SkyReels-V2."""
     config = model.config
     inputs = {
         "hidden_states": draw.normal(2, config["in_channels"], 2, 8, 8),
@@ -37,7 +38,7 @@ IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 RECORD = TransformerRecord(
     classes=("WanTransformer3DModel",),
     modules=("patch_embedding", "condition_embedder", Blocks("blocks", BLOCK), "scale_shift_table", "proj_out"),
-    sample=_sample,
+    sample=sample,
     tiny={"wan": TINY, "wan_image": {**TINY, "image_dim": 16, "added_kv_proj_dim": 24}},
     roles={
         "patch_embedding": "embed.patch", "time_embedder": "time.embed", "time_proj": "adaln", "text_embedder": "embed.context",
