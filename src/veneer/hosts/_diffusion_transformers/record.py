@@ -30,18 +30,18 @@ class Blocks:
         path: of the list.
         parts: of each block, in the order of the forward pass; a block lacks those whose module it does not have.
         stage: label of the sites, if the model has blocks in several lists.
-        dropped: beginnings of the names of sites in the last block whose effect the model drops, such as its text stream.
+        last_inert: beginnings of the names of sites in the last block whose effect the model drops, such as its text stream.
     """
 
     path: str
     parts: tuple[Part, ...]
     stage: str | None = None
-    dropped: tuple[str, ...] = ()
+    last_inert: tuple[str, ...] = ()
 
     def sites(self, part: TowerPart, index: int, last: bool, order: dict[str, int]) -> Iterator[Site]:
         """Every site of one block."""
         block = f"{self.path}.{index}"
-        unused = tuple(f"{block}.{name}" for name in self.dropped) if last else ()
+        unused = tuple(f"{block}.{name}" for name in self.last_inert) if last else ()
         for site in (site for piece in self.parts for site in piece.sites(part, block, order)):
             if not site.name.startswith(unused):
                 yield site

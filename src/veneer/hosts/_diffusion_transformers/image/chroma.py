@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..record import Blocks, TransformerRecord
-from .flux import SINGLE, packed
+from .flux import SINGLE, packed_inputs
 from .sd3 import JOINT
 
 RECORD = TransformerRecord(
@@ -13,7 +13,7 @@ RECORD = TransformerRecord(
         "distilled_guidance_layer.out_proj", "context_embedder", Blocks("transformer_blocks", JOINT, "double"),
         Blocks("single_transformer_blocks", SINGLE, "single"), "norm_out", "proj_out",
     ),
-    sample=packed,
+    sample=packed_inputs,
     tiny={
         "chroma": {
             "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "num_single_layers": 2, "in_channels": 12,

@@ -10,7 +10,7 @@ from ..record import Blocks, TransformerRecord
 from .sd3 import JOINT
 
 
-def packed(draw: SampleInputs, model: Any, axes: int = 3) -> dict[str, Any]:
+def packed_inputs(draw: SampleInputs, model: Any, axes: int = 3) -> dict[str, Any]:
     """Inputs of models that take packed latents with positions along `axes` axes."""
     config = model.config
     inputs = {
@@ -26,7 +26,7 @@ def packed(draw: SampleInputs, model: Any, axes: int = 3) -> dict[str, Any]:
 
 
 def _sample(draw: SampleInputs, model: Any) -> dict[str, Any]:
-    return {**packed(draw, model), "pooled_projections": draw.normal(2, model.config["pooled_projection_dim"])}
+    return {**packed_inputs(draw, model), "pooled_projections": draw.normal(2, model.config["pooled_projection_dim"])}
 
 
 SINGLE = (

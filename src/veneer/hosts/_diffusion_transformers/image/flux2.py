@@ -7,11 +7,11 @@ from typing import Any
 from ..._describe import SampleInputs
 from ..parts import Attention, Branch, FeedForward, FusedAttention
 from ..record import Blocks, TransformerRecord
-from .flux import packed
+from .flux import packed_inputs
 
 
 def _sample(draw: SampleInputs, model: Any) -> dict[str, Any]:
-    return packed(draw, model, axes=4)
+    return packed_inputs(draw, model, axes=4)
 
 
 def _rows(attn: Any) -> dict[str, tuple[str, int]]:

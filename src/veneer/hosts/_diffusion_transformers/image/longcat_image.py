@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..record import Blocks, TransformerRecord
-from .flux import SINGLE, packed
+from .flux import SINGLE, packed_inputs
 from .sd3 import JOINT
 
 TINY = {
@@ -16,6 +16,6 @@ RECORD = TransformerRecord(
         "x_embedder", "time_embed", "context_embedder", Blocks("transformer_blocks", JOINT, "double"),
         Blocks("single_transformer_blocks", SINGLE, "single"), "norm_out", "proj_out",
     ),
-    sample=packed,
+    sample=packed_inputs,
     tiny={"longcat_image": TINY},
 )  # fmt: skip

@@ -24,11 +24,11 @@ JOINT = (
     FeedForward("img_mlp", norm="img_norm2"),
     FeedForward("txt_mlp", norm="txt_norm2", role="mlp.context"),
 )
-DROPPED = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "attn.context", "txt_mlp")
+NO_EFFECT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "attn.context", "txt_mlp")
 RECORD = TransformerRecord(
     classes=("QwenImageTransformer2DModel",),
     modules=(
-        "img_in", "txt_norm", "txt_in", "time_text_embed", Blocks("transformer_blocks", JOINT, dropped=DROPPED), "norm_out",
+        "img_in", "txt_norm", "txt_in", "time_text_embed", Blocks("transformer_blocks", JOINT, last_inert=NO_EFFECT), "norm_out",
         "proj_out",
     ),
     sample=_sample,
