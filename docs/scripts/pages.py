@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from veneer.cli import parser_for
 from veneer.command_line.examples import EXAMPLES
 from veneer.commands import COMMANDS
+from veneer.hosts._diffusion_transformers import records
 from veneer.injection import methods as registry
 from veneer.listing import support_matrix
 from veneer.method_catalog import MethodEntry, Option, catalog
@@ -74,7 +75,23 @@ need and hosts offer, on the small models of each host: ✓ if all of them are s
 <div class="matrix" markdown>
 {linked}
 </div>
+
+## Diffusion transformers
+
+The families of `diffusers_dit`, with the parameters of their published models. Adapters attach to all of them; which of
+them the commands train is on the page of [`veneer personalize`](cli.md).
+
+{transformer_table()}
 """
+
+
+def transformer_table() -> str:
+    """The families of diffusion transformers: their classes, published models, and small models in the matrix."""
+    lines = ["| class | published models | small models |", "|---|---|---|"]
+    for record in records().values():
+        sizes = ", ".join(f"{name}: {parameters:,}" for name, (_, parameters) in record.full_size.items())
+        lines.append(f"| {', '.join(f'`{c}`' for c in record.classes)} | {sizes or '–'} | {', '.join(record.tiny)} |")
+    return "\n".join(lines)
 
 
 def method_page(method: MethodEntry) -> str:

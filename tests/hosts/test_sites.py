@@ -63,7 +63,7 @@ def test_weights_resolve_with_their_shapes(host: str, key: str) -> None:
         assert tuple(weight[rows].shape) == site.weight_shape, site.name
         if site.param == "weight":
             assert not list(module.children()), f"{site.name} is a container"
-            kind = {"linear": nn.Linear, "conv": (nn.Conv1d, nn.Conv2d), "embedding": nn.Embedding}[site.kind]
+            kind = {"linear": nn.Linear, "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d), "embedding": nn.Embedding}[site.kind]
             assert isinstance(module, kind), site.name
         if site.kind == "conv":
             geometry = (module.kernel_size, module.stride, module.dilation, module.groups)
@@ -158,7 +158,8 @@ def test_a_called_bias_is_added_last_along_its_dimension(host: str, key: str) ->
             parameter -= delta
         shape = [1] * before.dim()
         shape[site.channel_dim] = -1
-        torch.testing.assert_close(after, before + delta.reshape(shape), msg=site.name)
+        # Some norms compute in float32.
+        torch.testing.assert_close(after, before + delta.reshape(shape).to(before), rtol=1e-6, atol=1e-6, msg=site.name)
 
 
 @every
@@ -277,7 +278,7 @@ def test_attention_sites_match_their_modules(host: str, key: str) -> None:
         context = kwargs.get("encoder_hidden_states")
         assert found.tensors[site.path, "in"].shape[1 if found.tensors[site.path, "in"].dim() == 4 else -1] == site.width
         assert context is None or context.shape[-1] == site.context_width, site.name
-        assert module.to_q.out_features % site.heads == 0
+        assert not hasattr(module, "to_q") or module.to_q.out_features % site.heads == 0
         assert hasattr(module, "processor")
 
 
@@ -291,8 +292,8 @@ def test_sample_is_fixed_and_leaves_the_global_generator_alone(host: str, key: s
     for name, value in first.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, second[name])
-            assert value.dtype == torch.float64 or name in ("input_ids", "text", "class_labels", "timestep")
-            assert name in ("img_ids", "txt_ids") or value.shape[0] == 2
+            assert value.dtype == torch.float64 or not value.is_floating_point()
+            assert name in ("img_ids", "txt_ids", "position_ids") or value.shape[0] == 2
 
 
 @pytest.mark.parametrize(("host", "key"), TINY)

@@ -33,7 +33,7 @@ def _pairs() -> list[Any]:
     for name in hosts.names():
         host = hosts.get(name)()
         for place, second in enumerate(sorted({*methods.names()} - {FOLDED})):
-            fitting = [m for m in host.tiny() if _case(FOLDED, host, m) and _case(second, host, m)]
+            fitting = [m for m in host.core() if _case(FOLDED, host, m) and _case(second, host, m)]
             for model in fitting[place % len(fitting) :][:1] if fitting else ():
                 pair = _case(FOLDED, host, model), _case(second, host, model)
                 pairs.append(pytest.param(*pair, id=f"{FOLDED}-{second}-{name}-{model}"))

@@ -17,10 +17,17 @@ from veneer.testing.copies import copy_module
 def held(module: nn.Module) -> dict[str, Any]:
     """Attributes of every module by name: type, and value of plain attributes."""
     return {
-        f"{name}.{key}": (type(value), tuple(value) if isinstance(value, (dict, set, list)) else value if plain(value) else None)
+        f"{name}.{key}": (
+            type(value),
+            contents(value) if isinstance(value, (dict, set, list)) else value if plain(value) else None,
+        )
         for name, each in module.named_modules()
         for key, value in vars(each).items()
     }
+
+
+def contents(value: Any) -> tuple[Any, ...]:
+    return tuple(repr(each) if isinstance(each, Tensor) else each for each in value)
 
 
 def plain(value: Any) -> bool:

@@ -17,6 +17,7 @@ from veneer.injection.sites import BranchSite, FeatureSite, NormSite, ParamSite,
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, nn.Embedding, *CONVS)
 SAME_PADDED = ("Conv2dSame", "Conv2dSameExport")  # timm's convolutions with TensorFlow's padding, also when strided
+OFFSET_NORMS = ("Krea2RMSNorm",)  # norm(x) ∘ (1 + weight): their weight is a parameter, but no scale
 CHANNELS_FIRST = (nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -116,7 +117,7 @@ class TowerPart:
         """The norm at `path`, its weight and its bias; empty if there is no norm."""
         module = self.module(path)
         called = ends_with_norm(module)
-        if isinstance(weight := getattr(module, "weight", None), Tensor):
+        if isinstance(weight := getattr(module, "weight", None), Tensor) and type(module).__name__ not in OFFSET_NORMS:
             bias = f"{path}.bias" if isinstance(getattr(module, "bias", None), Tensor) else ""
             yield NormSite(
                 name=path, role=role, path=path, bias=bias, width=len(weight), channel_dim=channel_dim(module),

@@ -49,6 +49,10 @@ class Host(ABC):
     def tiny(self) -> dict[str, Callable[[], nn.Module]]:
         """Builders of small models with the real classes, for tests: fast, without downloads. The caller sets the seed."""
 
+    def core(self) -> tuple[str, ...]:
+        """Names of the small models on which every method is checked, by default all; on others, one method per mechanism is."""
+        return tuple(self.tiny())
+
 
 def module_names(model: nn.Module) -> set[str]:
     """Qualified names of the model's class and its base classes, for `Host.matches`."""

@@ -1,6 +1,5 @@
-"""Site types: what a host offers and a method may adapt.
+"""Site types: what a host offers and a method may adapt. They are frozen and hold names, no tensors.
 
-All sites are frozen and hold no tensors, only names, so that a site list can be printed, compared and saved.
 Paths are dotted module paths inside one tower (`""` is the tower's root module).
 """
 
@@ -175,8 +174,8 @@ class AttentionSite(Site):
     """An attention module with a processor: queries, keys, values and the context may be changed.
 
     Args:
-        path: the module that holds `processor`.
-        width, context_width, heads: of the module. `cross`: True for cross-attention. `index`: its number in the tower.
+        path, width, context_width, heads: the module that holds `processor`, and its sizes. `index`: its number in the tower.
+        cross: True for cross-attention. `plain`: True if queries are to_q(x), at most normalized over their whole width.
     """
 
     path: str
@@ -185,6 +184,7 @@ class AttentionSite(Site):
     heads: int
     cross: bool
     index: int
+    plain: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

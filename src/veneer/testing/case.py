@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,12 @@ def sites_of(host: type[Host], model: str) -> tuple[Site, ...]:
     return Tower("", _build_model(host, model), host(), True).sites
 
 
+def is_supported(method: Method, host: Host, model: str) -> bool:
+    """True if the method builds an adapter for a site of a small model. Stops at the first one. Raises as `usable_sites`."""
+    with torch.random.fork_rng(devices=[]):
+        return next(_buildable(method, sites_of(type(host), model)), None) is not None
+
+
 _USABLE: dict[tuple[type[Method], str, type[Host], str], tuple[Site, ...]] = {}
 
 
@@ -61,24 +67,24 @@ def usable_sites(method: Method, host: Host, model: str) -> tuple[Site, ...]:
     """
     key = type(method), repr(method), type(host), model
     if key not in _USABLE:
-        _USABLE[key] = _try_to_build(method, sites_of(type(host), model))
+        with torch.random.fork_rng(devices=[]):
+            _USABLE[key] = tuple(_buildable(method, sites_of(type(host), model)))
     return _USABLE[key]
 
 
-def _try_to_build(method: Method, sites: Iterable[Site]) -> tuple[Site, ...]:
-    usable, rejection = [], None
-    with torch.random.fork_rng(devices=[]):
-        for site in sites:
-            if supports(method, site) and not getattr(site, "fused", False):
-                try:
-                    method.build(site)
-                except ValueError as error:
-                    rejection = error
-                else:
-                    usable.append(site)
-    if rejection and not usable:
+def _buildable(method: Method, sites: Iterable[Site]) -> Iterator[Site]:
+    accepts, rejection = False, None
+    for site in sites:
+        if supports(method, site) and not getattr(site, "fused", False):
+            try:
+                method.build(site)
+            except ValueError as error:
+                rejection = error
+            else:
+                accepts = True
+                yield site
+    if rejection and not accepts:
         raise rejection
-    return tuple(usable)
 
 
 @dataclass(frozen=True)

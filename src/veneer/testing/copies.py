@@ -34,7 +34,7 @@ def _children(children: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
 def _value(value: Any, memo: dict[int, Any]) -> Any:
     if type(value) in IMMUTABLE:
         return value
-    if not value and type(value) in EMPTY:
+    if type(value) in EMPTY and not value:
         return memo.setdefault(id(value), type(value)())
     return copy.deepcopy(value, memo)
 

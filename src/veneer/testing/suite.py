@@ -29,6 +29,12 @@ HOST_CHECKS = checks_host.CHECKS
 METHOD_AXIS = frozenset(body.__name__ for body in (*checks_state.METHOD_AXIS, *checks_device.CHECKS))
 """Names of checks that run on the first small model that fits, not on every one: of the method alone, or too slow for all."""
 
+REPRESENTATIVES = frozenset({"lora", "dora", "ssf", "bitfit", "norm_tuning", "adaptformer", "adapter_plus", "ip_adapter"})
+"""One method per mechanism: weights in both forms, weights with their bias, biases, norms, branches, streams, attention.
+
+They are checked on every small model of a host, other methods on those of `Host.core`.
+"""
+
 MethodLike = str | type[Method] | Method
 HostLike = str | type[Host] | Host
 Subject = MethodLike | HostLike | tuple[MethodLike, HostLike]
@@ -73,7 +79,7 @@ def parametrize_with_checks(
             both a method and a host refers to the method.
         expected: as for `check_method`; becomes strict `xfail` marks with the reason.
         once: names of checks that run on only one small model per host, such as the expensive `compiles_to_one_graph`; the model
-            varies with the method, so that all models are covered.
+            varies with the method, so that all models of `Host.core` are covered.
     """
     import pytest
 
@@ -90,12 +96,17 @@ def _run_once(checks: Sequence[Check], once: Collection[str]) -> Iterator[Check]
     models: dict[tuple[str, str], list[str]] = {}
     for check in checks:
         found = models.setdefault((check.method, check.host), [])
-        found += [check.model] if check.model not in found else []
+        found += [check.model] if check.model not in found and _is_core(check) else []
     thinned = {*once} - METHOD_AXIS  # those of METHOD_AXIS are on one model already
     for check in checks:
         among = models[check.method, check.host]
-        if check.name not in thinned or check.model == among[zlib.crc32(check.method.encode()) % len(among)]:
+        if check.name not in thinned or (among and check.model == among[zlib.crc32(check.method.encode()) % len(among)]):
             yield check
+
+
+def _is_core(check: Check) -> bool:
+    """False for the small models of a registered host on which not every method is checked."""
+    return check.host not in hosts.names() or check.model in hosts.get(check.host)().core()
 
 
 def method_checks(method: MethodLike, host: HostLike | None = None) -> list[Check]:
@@ -139,8 +150,13 @@ def host_checks(host: HostLike) -> list[Check]:
     ]
 
 
+def checked_models(method: str, host: Host) -> tuple[str, ...]:
+    """Names of the small models of a host on which a method is checked."""
+    return tuple(host.tiny()) if method in REPRESENTATIVES else host.core()
+
+
 def _on_host(method: Method, other: Method, host: Host) -> Iterator[Check]:
-    for model in host.tiny():
+    for model in checked_models(method.name, host):
         try:
             sites = usable_sites(method, host, model)
             if sites and type(other) is type(method) and other != method:

@@ -268,7 +268,7 @@ def _unsupported_model(towers: Sequence[Tower], method: Method, all_sites: Seque
 
 
 def hosts_for(method: Method | type[Method], among: Sequence[str] | None = None) -> list[str]:
-    """Names of the hosts whose test models (`Host.tiny`) have a site that the method supports.
+    """Names of the hosts whose test models (`Host.core`) have a site that the method supports.
 
     Hosts whose library is not installed are skipped.
 
@@ -288,10 +288,11 @@ def hosts_for(method: Method | type[Method], among: Sequence[str] | None = None)
 
 @functools.cache
 def _sites_of_small_models(cls: type[Host]) -> tuple[Site, ...]:
-    """All sites of a host's test models. Cached, because building the models is slow; keeps the global random state."""
+    """All sites of a host's core test models. Cached, because building the models is slow; keeps the global random state."""
     host = cls()
     with torch.random.fork_rng(devices=[]):
-        return tuple(site for build in host.tiny().values() for site in Tower("", build(), host, True).sites)
+        models = (host.tiny()[name]() for name in host.core())
+        return tuple(site for model in models for site in Tower("", model, host, True).sites)
 
 
 def _as_tuple(selection: str | Sequence[str]) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ class IPAdapter(Method):
     uses: ClassVar[tuple[str, ...]] = ("control", "style")
     recommended_for: ClassVar[tuple[str, ...]] = ("style", "control")
     paper: ClassVar[str] = "Ye et al., IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models, 2023"
-    needs: ClassVar[tuple[Need, ...]] = (Need(AttentionSite, where={"cross": True}),)
+    needs: ClassVar[tuple[Need, ...]] = (Need(AttentionSite, where={"cross": True, "plain": True}),)
     default: ClassVar[tuple[str, ...]] = ("xattn.processor",)
     conditions: ClassVar[tuple[str, ...]] = ("image", "embeds", "negative", "mask", "layers")
     learning_rate: ClassVar[float] = 1e-4

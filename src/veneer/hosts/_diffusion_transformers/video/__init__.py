@@ -1,0 +1,1 @@
+"""Families of diffusion transformers that generate video."""
