@@ -113,7 +113,7 @@ def build(context: Context) -> None:
             base = gr.Dropdown(
                 ["bundled", *ARCHITECTURES], value="bundled", allow_custom_value=True, label="Base model",
                 elem_id="adapter-base",
-                info="The model of the adapter: bundled, a diffusers folder, a Hub name, or an architecture without weights.",
+                info="The model of the adapter: bundled, a diffusers folder, a hub name, or an architecture without weights.",
             )  # fmt: skip
             check = gr.Button("Check compatibility", elem_id="adapter-check")
             fit_report = gr.HTML(elem_id="adapter-fit")
@@ -253,7 +253,7 @@ def _check_chosen(name: str | None) -> str:
 def _check_base(base: str | None) -> str:
     named = check_text(base or "", "base model")
     if not named:
-        raise OptionError("the base model is empty. Enter `bundled`, a folder or a Hub name.", option="base", given="")
+        raise OptionError("the base model is empty. Enter `bundled`, a folder or a hub name.", option="base", given="")
     return check_access(named)
 
 

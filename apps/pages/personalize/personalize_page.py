@@ -148,7 +148,7 @@ class _Form:
                 method_names(False), value=DEFAULT_METHOD, label="Method", allow_custom_value=True, min_width=140,
                 elem_id="train-method", info="pivotal: token embedding and LoRA, most similar. lora: one file for all tools.",
             )  # fmt: skip
-            self.base = gr.Textbox("bundled", label="Base model", info="bundled, a folder, or a Hub name.", **SHORT)
+            self.base = gr.Textbox("bundled", label="Base model", info="bundled, a folder, or a hub name.", **SHORT)
         settings = preset_settings("quick", "bundled", DEFAULT_METHOD)
         cost = estimate_text(
             None, "bundled", DEFAULT_METHOD, settings["steps"], settings["batch"], eval_seeds=settings["eval_seeds"]
