@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from veneer.adapter_merging.delta_weights import CombineError
     from veneer.benchmarks.shapes import BenchError
+    from veneer.captioning.errors import CaptionError
     from veneer.classification.data.transforms import ViewError
     from veneer.classification.export.export_format import ExportError
     from veneer.classification.models.classifier import ModelError
@@ -68,19 +69,20 @@ if TYPE_CHECKING:
     from veneer.training.preflight.preflight import PreflightError
 
 __all__ = [
-    "Attachment", "BaseModelError", "BenchError", "BlockedGradient", "CacheWarning", "CheckpointError", "CheckpointWarning",
-    "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite", "DiskFull", "Diverged", "ExportError",
-    "HostChanged", "HubError", "LoadError", "MissingExtra", "ModelError", "OptimizerWarning", "OptionError", "PhotoError",
-    "PreflightError", "PromptError", "PromptWarning", "SaveError", "SelectionError", "StateError", "TextError",
+    "Attachment", "BaseModelError", "BenchError", "BlockedGradient", "CacheWarning", "CaptionError", "CheckpointError",
+    "CheckpointWarning", "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite", "DiskFull", "Diverged",
+    "ExportError", "HostChanged", "HubError", "LoadError", "MissingExtra", "ModelError", "OptimizerWarning", "OptionError",
+    "PhotoError", "PreflightError", "PromptError", "PromptWarning", "SaveError", "SelectionError", "StateError", "TextError",
     "TipAdapterError", "TrainError", "UnknownName", "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning",
-    "ViewError", "activate", "adapter_merging", "attach", "attachments", "base_models", "classification", "control",
-    "formats", "functional", "hosts", "injection", "load", "load_all", "merges", "methods", "mixed", "models", "sites",
-    "testing", "training",
+    "ViewError", "activate", "adapter_merging", "attach", "attachments", "base_models", "classification", "control", "formats",
+    "functional", "hosts", "injection", "load", "load_all", "merges", "methods", "mixed", "models", "sites", "testing",
+    "training",
 ]  # fmt: skip
 
 _MODULES = {
     "adapter_merging.delta_weights": ("CombineError",),
     "benchmarks.shapes": ("BenchError",),
+    "captioning.errors": ("CaptionError",),
     "classification.data.transforms": ("ViewError",),
     "classification.export.export_format": ("ExportError",),
     "classification.models.classifier": ("ModelError",),

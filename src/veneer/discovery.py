@@ -33,10 +33,16 @@ def find_entries(package: str, group: str) -> Iterator[Entry]:
         package: searched recursively; modules and sub-packages that start with `_` are skipped.
         group: name of the entry-point group.
     """
-    for info in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
-        path = info.name.removeprefix(f"{package}.").split(".")
-        stem = path[-1]
-        if not info.ispkg and not any(part.startswith("_") for part in path):
-            yield Entry(stem, "veneer", module=info.name)
+    for module in _modules(package):
+        yield Entry(module.rpartition(".")[2], "veneer", module=module)
     for point in sorted(entry_points(group=group), key=lambda p: p.name):
         yield Entry(point.name, point.dist.name if point.dist else point.value, point=point)
+
+
+def _modules(package: str) -> Iterator[str]:
+    """Names of the modules below a package. Imports its sub-packages, except those that start with `_`."""
+    for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if info.name.startswith("_"):
+            continue
+        name = f"{package}.{info.name}"
+        yield from _modules(name) if info.ispkg else (name,)
