@@ -226,8 +226,8 @@ def _with_baseline(config: CompareConfig) -> str:
 
 
 def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:
-    """Writes the results so far."""
-    runs, data = comparison.done, comparison.views.data
+    """Writes the results so far. Runs of earlier comparisons with other options are kept in the file, but not in the table."""
+    runs, data = comparison.current, comparison.views.data
     known = list(dict.fromkeys(m.row for m in runs))
     lines = summarize_runs(runs, known)
     splits = data.splits
@@ -239,6 +239,7 @@ def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:
             "model": {"name": comparison.classifier.name, "weights": comparison.classifier.weights},
             "search": comparison.searches(),
             "runs": [asdict(m) for m in runs],
+            "other_runs": [asdict(m) for m in comparison.done if m not in runs],
         },
     )
     title = f"{config.model} on {Path(data.source.where).name}"
