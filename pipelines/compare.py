@@ -139,7 +139,8 @@ class CompareConfig(OptimizerOptions):
         for name, value in expected.items():
             given = getattr(self, name)
             if given not in (value, defaults[name]):
-                message = f"{name} is {given}, but the protocol {protocol.name} has its own; leave out --{name.replace('_', '-')}."
+                flag = f"--{name.replace('_', '-')}"
+                message = f"{name} is {given}; expected {value} with the protocol {protocol.name}. Leave out {flag}."
                 raise OptionError(message, option=name, given=given, expected=value)
         if self.data in (None, "digits"):
             message = f"data is {self.data or 'not set'}; expected the folder with the tasks of {protocol.name}."

@@ -189,8 +189,8 @@ def test_table_has_means_of_tasks_groups_and_groups_of_means() -> None:
 @pytest.mark.parametrize(
     ("option", "given", "expected"),
     [
-        ("shots", 1, None), ("augment", "strong", "none"), ("validation", 0.3, 0.1), ("split_seed", 1, 0), ("data", None, "folder"),
-        ("data", "digits", "folder"),
+        ("shots", 1, None), ("augment", "strong", "none"), ("validation", 0.3, 0.1), ("split_seed", 1, 0),
+        ("data", None, "folder"), ("data", "digits", "folder"),
     ],
 )  # fmt: skip
 def test_options_that_a_protocol_sets_are_rejected(option: str, given: object, expected: object) -> None:

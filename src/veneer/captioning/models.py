@@ -54,8 +54,9 @@ def open_captioner(name: str, device: str = "cpu", threshold: float = 0.35, max_
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, VeneerError):
             raise
-        message = f"caption: {name} cannot be loaded ({error}); expected a folder as save_pretrained writes it. Copy it again."
-        raise CaptionError(message, file=folder, where="files", given=type(error).__name__, expected="a complete model") from error
+        message = f"caption: {name} cannot be loaded ({error}); expected a folder of save_pretrained. Copy it again."
+        given = type(error).__name__
+        raise CaptionError(message, file=folder, where="files", given=given, expected="a complete model") from error
 
 
 def _open(name: str, folder: Path, device: str, threshold: float, max_tokens: int) -> Captioner:

@@ -72,8 +72,8 @@ def search_hyperparameters(
     """The config with the learning rate and scale that win a successive halving. Trials are saved in `out/search.json`.
 
     The budget of all trials is `search` times `search_epochs` passes over the training images. Only the training and validation
-    splits are used, and only the config's seed. A resumed search reuses the finished trials of the same options, images and model.
-    With cached features trials are cheap, so that at least all `RATES` are candidates. A dry run has no search.
+    splits are used, and only the config's seed. A resumed search reuses the finished trials of the same options, splits and
+    model. With cached features trials are cheap, so that at least all `RATES` are candidates. A dry run has no search.
     """
     if not config.search or config.dry_run:
         return config
