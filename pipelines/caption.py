@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from veneer.base_models.devices import resolve_device
 from veneer.captioning import open_captioner
 from veneer.injection import OptionError
 from veneer.training.data.image_io import read_photo
-from veneer.training.data.photo_folder import Photo, find_photos
+from veneer.training.data.photo_folder import READ, REFUSED, Photo, find_photos
 
 __all__ = ["CaptionConfig", "caption"]
 
@@ -53,8 +54,10 @@ class CaptionConfig:
         if not 0 <= self.threshold <= 1:
             message = f"threshold is {self.threshold:g}; expected a probability from 0 to 1."
             raise OptionError(message, option="threshold", given=self.threshold, expected=(0, 1))
-        if not self.caption_extension.startswith("."):
-            message = f"caption_extension is {self.caption_extension!r}; expected an ending such as .txt."
+        ending = self.caption_extension.rpartition(".")[2]
+        is_text = re.fullmatch(r"(\.[\w-]+)+", self.caption_extension) and f".{ending.lower()}" not in READ | REFUSED
+        if not is_text:
+            message = f"caption_extension is {self.caption_extension!r}; expected an ending of text files such as .txt."
             raise OptionError(message, option="caption_extension", given=self.caption_extension, expected=".txt")
 
 

@@ -30,6 +30,8 @@ __all__ = ["CompareConfig", "compare"]
 
 DEFAULTS = {"epochs": 20, "batch": 32, "first_seed": 0}
 """Values of options that a protocol may set."""
+OF_SPLITS = ("validation", "test", "split_seed")
+"""Options without effect on the splits of a protocol."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,32 @@ class CompareConfig(OptimizerOptions):
     out: Path | None = None
 
     def with_defaults(self) -> CompareConfig:
-        """The config with the defaults and the settings of its protocol, if it has one."""
+        """The config with the defaults and the settings of its protocol, if it has one.
+
+        Raises:
+            OptionError: an option that the protocol sets or does not use has another value.
+        """
         protocol = PROTOCOLS.get(self.protocol)
+        if protocol is not None:
+            self._check_protocol(protocol)
         defaults = DEFAULTS if protocol is None else protocol.defaults
         changes: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         changes |= {} if protocol is None else protocol.settings
         return dataclasses.replace(self, **changes)
+
+    def _check_protocol(self, protocol: Protocol) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        expected = {**{name: defaults[name] for name in OF_SPLITS}, **protocol.settings}
+        expected |= {} if protocol is COOP else {"shots": None}
+        for name, value in expected.items():
+            given = getattr(self, name)
+            if given not in (value, defaults[name]):
+                flag = f"--{name.replace('_', '-')}"
+                message = f"{name} is {given}; expected {value} with the protocol {protocol.name}. Leave out {flag}."
+                raise OptionError(message, option=name, given=given, expected=value)
+        if self.data in (None, "digits"):
+            message = f"data is {self.data or 'not set'}; expected the folder with the tasks of {protocol.name}."
+            raise OptionError(message, option="data", given=self.data, expected="folder")
 
     def shared(self) -> TransferConfig:
         """The options that all methods share."""
@@ -146,9 +168,6 @@ def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Pa
     config = config.with_defaults()
     if config.seeds < 1:
         raise OptionError(f"seeds is {config.seeds}; expected at least 1.", option="seeds", given=config.seeds, expected=1)
-    if config.shots is not None and config.protocol in ("vtab-1k", "fgvc"):
-        message = f"shots is {config.shots}, but {config.protocol} has its own training images; leave out --shots."
-        raise OptionError(message, option="shots", given=config.shots, expected=None)
     rows = parse_rows(_with_baseline(config))
     out = config.out or new_folder(Path("runs"), f"compare-{Path(config.data).name if config.data else 'digits'}")
     base = config.shared()
@@ -169,7 +188,7 @@ def _run_protocol(config: CompareConfig, protocol: Protocol, rows: list[MethodRo
     """Runs the rows on every task of a protocol, and writes the table after each."""
     about = f"{config.model}, {config.epochs} epochs, batch size {config.batch}, {config.seeds} seeds, test accuracy in %."
     runs: list[TaskRun] = []
-    for task, folder in protocol.tasks(Path(config.data or ".")).items():
+    for task, folder in protocol.tasks(Path(config.data or ".").expanduser()).items():
         for each, name in _task_configs(config, protocol, task):
             search, data = open_task(protocol, folder, each.shots, each.first_seed or 0)
             print(f"{name}: {len(data.splits.train):,} training, {len(data.splits.test):,} test images", flush=True)
@@ -226,8 +245,8 @@ def _with_baseline(config: CompareConfig) -> str:
 
 
 def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:
-    """Writes the results so far."""
-    runs, data = comparison.done, comparison.views.data
+    """Writes the results so far. Runs of earlier comparisons with other options are kept in the file, but not in the table."""
+    runs, data = comparison.current, comparison.views.data
     known = list(dict.fromkeys(m.row for m in runs))
     lines = summarize_runs(runs, known)
     splits = data.splits
@@ -239,6 +258,7 @@ def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:
             "model": {"name": comparison.classifier.name, "weights": comparison.classifier.weights},
             "search": comparison.searches(),
             "runs": [asdict(m) for m in runs],
+            "other_runs": [asdict(m) for m in comparison.done if m not in runs],
         },
     )
     title = f"{config.model} on {Path(data.source.where).name}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,8 +34,8 @@ from veneer.training.data.dataset import PhotoDataset
 from veneer.training.data.image_io import read_photo
 from veneer.training.data.latent_cache import Cache
 from veneer.training.data.photo_folder import Photo
-from veneer.training.families import family
-from veneer.training.fixed_adapters import attach_fixed, parse_adapter, read_fixed, source_identity
+from veneer.training.families import Family, family
+from veneer.training.fixed_adapters import FixedAdapter, attach_fixed, parse_adapter, read_fixed, source_identity
 from veneer.training.initial_adapter import read_initial
 from veneer.training.loop.distributed import on_main
 from veneer.training.loop.optimizers import ParameterGroup
@@ -76,22 +76,16 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     out = run_folder(config.out, config.resume, config.data)
     report = report_of_run(out, accelerator.is_main_process, config.dry_run)
     report("loading")
-    pipe = load_base(config, accelerator)
-    prepare_base.freeze(pipe)
-    other_scheduler(pipe.scheduler, config.preview_scheduler)  # rejects one that does not fit
-    fixed = read_fixed(config.with_)
-    attach_fixed(pipe, fixed)
+    pipe, fixed = _load(config, accelerator)
     kind = family(pipe)
     digest = base_digest(kind)
 
     def open_images() -> TrainingImages:
         return open_training_images(config, kind, out, _generation_progress(config, report), digest)
 
-    sharding = is_sharding(config, accelerator)
-    data = None if sharding else on_main(accelerator, open_images)
+    data = None if is_sharding(config, accelerator) else on_main(accelerator, open_images)
     reads = embedder(pipe) if config.uses_image_embeddings else None
     attached, changes = _attach(config, pipe, reads)
-    resolution = config.resolution or kind.resolution
     if config.gradient_checkpointing:
         prepare_base.enable_gradient_checkpointing(kind.tower)
     base = shard_base(config, kind, accelerator)
@@ -99,47 +93,82 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
         with attached.enabled(False):
             data = on_main(accelerator, open_images, base)
     report.close()
-    notes = [*([note] if (note := sharding_note(config, base)) else []), *(f"note: {text}" for text in data.notes), *changes]
-    for text in notes if accelerator.is_main_process else ():
-        print(text, flush=True)
-    run = ControlRun(
-        config, pipe, attached, _subjects(config, data, resolution), reads, out, report=report, base=base, fixed=fixed
-    )
-    dataset = PhotoDataset(
-        data.train, resolution, kind.multiple, config.seed, captions=Captions(dropout=config.caption_dropout or 0.0),
-        flip=config.flip, crop=config.crop, buckets=config.buckets and not kind.square, masks=False,
-        guide=_guide(data) if data.guides else None,
-    )  # fmt: skip
-    loop = config.loop()
-    loss = ControlLoss(
-        kind, dataset, config.seed, loop.samples, config.objective(), cache=Cache(config.cache_folder) if config.cache else None,
-        control=attached, follow=_condition_input(config, reads),
-    )  # fmt: skip
+    subjects = _subjects(config, data, config.resolution or kind.resolution)
+    run = ControlRun(config, pipe, attached, subjects, reads, out, report=report, base=base, fixed=fixed)
+    loss = _loss(run, data, kind)
     if accelerator.is_main_process:
-        write_maps(run)
-        print(_plan(run, data, loop.steps), flush=True)
+        _print_start(run, data, changes)
     if config.dry_run:
         return out
-    values = sum(parameter.numel() for parameter in attached.parameters())
-    images = 3 * len(run.subjects) * (config.eval_seeds + loop.steps // max(1, loop.preview_every))
-    require_disk(out, written_bytes(values, loop, images, resolution))
-    groups = [{**group, "name": f"{attached.name}.{n}"} for n, group in enumerate(attached.groups()) if group["params"]]
-    identity = {**config.identity(), **source_identity(config.init_from, fixed), "base": digest}
-    trainer = adapter_trainer(
-        [attached],
-        loss,
-        loop,
-        with_block_rates(cast(list[ParameterGroup], groups), [attached], config.block_lr),
-        out,
-        identity={**identity, "pictures": [p.digest for p in (*data.train, *data.held)]},
-        accelerator=accelerator,
-        base=base,
-        on_step=ConfigWriter(out / CONFIG, "control train", config, ProgressLine()),
-        on_preview=lambda step: write_preview(run, step),
-    )
+    require_disk(out, _written_bytes(run, kind))
+    trainer = _trainer(run, data, loss, digest, accelerator)
     result = trainer.fit(config.resume)
     on_main(accelerator, lambda: _finish(run, trainer, result), base)
     return out
+
+
+def _load(config: ControlConfig, accelerator: Accelerator) -> tuple[Any, list[FixedAdapter]]:
+    """The frozen base model with the fixed adapters, and these."""
+    pipe = load_base(config, accelerator)
+    prepare_base.freeze(pipe)
+    other_scheduler(pipe.scheduler, config.preview_scheduler)  # rejects one that does not fit
+    fixed = read_fixed(config.with_)
+    attach_fixed(pipe, fixed)
+    return pipe, fixed
+
+
+def _loss(run: ControlRun, data: TrainingImages, kind: Family) -> ControlLoss:
+    """The training loss on the training images."""
+    config = run.config
+    dataset = PhotoDataset(
+        data.train, config.resolution or kind.resolution, kind.multiple, config.seed,
+        captions=Captions(dropout=config.caption_dropout or 0.0), flip=config.flip, crop=config.crop,
+        buckets=config.buckets and not kind.square, masks=False, guide=_guide(data) if data.guides else None,
+    )  # fmt: skip
+    cache = Cache(config.cache_folder) if config.cache else None
+    follow = _condition_input(config, run.embedder)
+    samples = config.loop().samples
+    return ControlLoss(kind, dataset, config.seed, samples, config.objective(), cache=cache, control=run.control, follow=follow)
+
+
+def _print_start(run: ControlRun, data: TrainingImages, changes: Sequence[str]) -> None:
+    """Prints notes and the plan of a run, and writes its maps."""
+    sharding = sharding_note(run.config, run.base)
+    for text in [*([sharding] if sharding else []), *(f"note: {text}" for text in data.notes), *changes]:
+        print(text, flush=True)
+    write_maps(run)
+    print(_plan(run, data, run.config.loop().steps), flush=True)
+
+
+def _written_bytes(run: ControlRun, kind: Family) -> int:
+    """Bytes of all files of a run."""
+    config, loop = run.config, run.config.loop()
+    parameters = sum(parameter.numel() for parameter in run.control.parameters())
+    images = 3 * len(run.subjects) * (config.eval_seeds + loop.steps // max(1, loop.preview_every))
+    return written_bytes(parameters, loop, images, config.resolution or kind.resolution)
+
+
+def _trainer(run: ControlRun, data: TrainingImages, loss: ControlLoss, digest: str, accelerator: Accelerator) -> Trainer:
+    """The trainer of a run.
+
+    Args:
+        digest: hash of the base model.
+    """
+    config, attached = run.config, run.control
+    groups = [{**group, "name": f"{attached.name}.{n}"} for n, group in enumerate(attached.groups()) if group["params"]]
+    identity = {**config.identity(), **source_identity(config.init_from, run.fixed), "base": digest}
+    return adapter_trainer(
+        [attached],
+        loss,
+        config.loop(),
+        with_block_rates(cast(list[ParameterGroup], groups), [attached], config.block_lr),
+        run.out,
+        identity={**identity, "pictures": [p.digest for p in (*data.train, *data.held)]},
+        accelerator=accelerator,
+        base=run.base,
+        on_step=ConfigWriter(run.out / CONFIG, "control train", config, ProgressLine()),
+        on_preview=lambda step: write_preview(run, step),
+    )
 
 
 def _finish(run: ControlRun, trainer: Trainer, result: TrainResult) -> None:

@@ -36,7 +36,7 @@ TIERS = {
         "formats/test_diffusers.py", "formats/test_families.py", "formats/test_growth.py", "formats/test_image_embeddings.py",
         "formats/test_kohya.py", "formats/test_lora_reader.py", "formats/test_lycoris.py", "formats/test_malformed.py",
         "formats/test_onetrainer_methods.py", "formats/test_peft_folder.py", "hosts/test_every_architecture.py",
-        "hosts/test_open_clip.py", "hub/test_push.py",
+        "hosts/test_open_clip.py", "hub/test_push",
         "hosts/test_published", "injection/test_accelerator.py", "injection/test_activation.py", "injection/test_layer_order.py",
         "injection/test_quantized_weights.py", "injection/test_swap.py",
         "methods/test_chain.py", "methods/test_controlnet.py", "methods/test_controls_exported.py", "methods/test_lora_inits.py",

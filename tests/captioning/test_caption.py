@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from veneer.pipelines.caption import CaptionConfig, caption
 
 from tests.raising import raises
@@ -133,7 +135,31 @@ def test_folders_without_a_supported_model_are_rejected(tmp_path: Path, tagger: 
         open_captioner("no model")
 
 
-@pytest.mark.parametrize(("option", "given"), [("batch", 0), ("max_tokens", 0), ("threshold", 1.5), ("caption_extension", "txt")])
+def test_incomplete_models_are_rejected(tmp_path: Path, tagger: str) -> None:
+    for file in ("preprocessor_config.json", "model.safetensors"):
+        folder = Path(shutil.copytree(tagger, tmp_path / file))
+        if file == "model.safetensors":
+            (folder / file).write_bytes(b"no tensors")
+        else:
+            (folder / file).unlink()
+        with raises(CaptionError, where="files", file=folder, expected="a complete model"):
+            open_captioner(str(folder))
+    folder = Path(shutil.copytree(tagger, tmp_path / "without a tensor"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["classifier.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with raises(CaptionError, where="weights", given=("classifier.weight",), file=folder):
+        open_captioner(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("option", "given"),
+    [
+        ("batch", 0), ("max_tokens", 0), ("threshold", 1.5), ("threshold", math.nan), ("caption_extension", "txt"),
+        ("caption_extension", ".PNG"), ("caption_extension", ".mask.png"), ("caption_extension", "."),
+        ("caption_extension", "./x"),
+    ],
+)  # fmt: skip
 def test_invalid_options(option: str, given: object) -> None:
     with raises(OptionError, option=option, given=given):
         CaptionConfig(Path("photos"), "model", **{option: given})  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from veneer.classification.report.comparison_table import summarize_runs, table,
 from veneer.classification.train.comparison import RunMetrics, parse_rows
 from veneer.injection import UnknownName
 from veneer.injection.errors import OptionError, UnknownOption
+from veneer.training.data.image_io import DataError
 
 
 def test_parse_rows() -> None:
@@ -129,6 +130,17 @@ def test_existing_results_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     fitted.clear()
     compare(CompareConfig(methods="bitfit, lora(rank=2), scratch", seeds=2, **{**defaults, "epochs": 2}))
     assert len(fitted) == 8, "results of another number of epochs are not reused"
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["other_runs"] == runs
+    assert {run["seed"] for run in record["runs"]} == {0, 1}
+    assert len(record["runs"]) == 8, "the table is of runs with the same options"
+    fitted.clear()
+    compare(CompareConfig(methods="bitfit", seeds=1, **defaults))
+    assert fitted == []
+    with raises(DataError, file=tmp_path / "out" / "splits.json", where="split_seed", given=1, expected=0):
+        compare(CompareConfig(methods="bitfit", seeds=1, split_seed=1, **defaults))
+    with raises(DataError, file=tmp_path / "out" / "splits.json", where="shots", given=2, expected=None):
+        compare(CompareConfig(methods="bitfit", seeds=1, shots=2, **defaults))
 
 
 def _model(folder: Path) -> Any:

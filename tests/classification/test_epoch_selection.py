@@ -41,8 +41,9 @@ def test_last_epoch(tmp_path: Path) -> None:
     assert weight.item() == 3
 
 
-def test_patience_counts_from_the_best_epoch(tmp_path: Path) -> None:
-    selection = EpochSelection({"w": torch.zeros(1)}, tmp_path, patience=2)
+@pytest.mark.parametrize("last", [False, True])
+def test_patience_counts_from_the_best_epoch(tmp_path: Path, last: bool) -> None:
+    selection = EpochSelection({"w": torch.zeros(1)}, tmp_path, patience=2, last=last)
     exhausted = []
     for number, accuracy in enumerate([0.5, 0.6, 0.6, 0.4], 1):
         selection.add(epoch(number, accuracy))

@@ -133,9 +133,40 @@ def test_invalid_benchmark_files(tmp_path: Path) -> None:
     (tmp_path / "split_zhou_A.json").write_text(json.dumps({"train": [["a.png", 0, "cat"]]}))
     with raises(DataError, file=tmp_path / "split_zhou_A.json"):
         open_source(tmp_path)
+    for row in (["a.png", 0, 7], [3, 0, "cat"]):
+        (tmp_path / "split_zhou_A.json").write_text(json.dumps({"train": [row], "val": [], "test": []}))
+        with raises(DataError, file=tmp_path / "split_zhou_A.json"):
+            open_source(tmp_path)
     (tmp_path / "empty").mkdir()
     with raises(DataError, file=tmp_path / "empty", where="splits", expected="coop"):
         open_task(COOP, tmp_path / "empty")
+
+
+def test_numbers_of_fgvc_are_whole(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.json").write_text('{"a.png": 1}' if split != "val" else '{"b.png": NaN}')
+    with raises(DataError, file=tmp_path / "val.json", where="b.png", given="nan"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/secret.png", "images/../../secret.png"])
+def test_paths_outside_the_folder_are_rejected(tmp_path: Path, path: str) -> None:
+    save(tmp_path / "secret.png", 32, 32)
+    path = str(tmp_path / "secret.png") if path.startswith("/") else path
+    for split in ("train", "val", "test"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{split}.json").write_text(json.dumps({path: 1}))
+    with raises(DataError, file=tmp_path / "data", where="paths", given=(path,) * 3):
+        open_source(tmp_path / "data")
+
+
+def test_empty_splits_of_a_task_are_rejected(tmp_path: Path) -> None:
+    root = coop_dataset(tmp_path)
+    table = json.loads((root / "split_zhou_OxfordPets.json").read_text())
+    for key, name in (("val", "validation"), ("test", "test")):
+        (root / "split_zhou_OxfordPets.json").write_text(json.dumps({**table, key: []}))
+        with raises(DataError, file=root, where=name, given=0):
+            open_task(COOP, root, shots=2, seed=1)
 
 
 def test_table_has_means_of_tasks_groups_and_groups_of_means() -> None:
@@ -153,6 +184,26 @@ def test_table_has_means_of_tasks_groups_and_groups_of_means() -> None:
     assert "Without caltech101" in page
     (partial,) = summarize(VTAB, [run for run in runs if run.task != "kitti"])
     assert partial["mean_of_groups"] is None
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "expected"),
+    [
+        ("shots", 1, None), ("augment", "strong", "none"), ("validation", 0.3, 0.1), ("split_seed", 1, 0),
+        ("data", None, "folder"), ("data", "digits", "folder"),
+    ],
+)  # fmt: skip
+def test_options_that_a_protocol_sets_are_rejected(option: str, given: object, expected: object) -> None:
+    options: dict[str, Any] = {"data": "vtab", "protocol": "vtab-1k", option: given}
+    with raises(OptionError, option=option, given=given, expected=expected):
+        CompareConfig(**options).with_defaults()
+
+
+def test_the_config_of_a_protocol_is_accepted_again() -> None:
+    config = CompareConfig(data="vtab", protocol="vtab-1k").with_defaults()
+    assert (config.augment, config.epochs) == ("none", 100)
+    assert config.with_defaults() == config
+    assert CompareConfig(data="coop", protocol="coop", shots=4).with_defaults().shots == 4
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +226,6 @@ def test_compare_fills_the_table_of_vtab(tmp_path: Path, model: Path) -> None:
     assert {trial["round"] for trial in result["search"]["linear_probe"]} == {1, 2, 3}
     assert "12 training, 4 validation and 6 test" in (out / "cifar" / "compare.md").read_text()
     assert (out / "protocol.md").read_text().count("| `linear_probe` |") == 1
-    with raises(OptionError, option="shots", given=1):
-        compare(CompareConfig(shots=1, **options))
 
 
 def test_compare_samples_the_shots_of_coop_with_each_seed(tmp_path: Path, model: Path) -> None:

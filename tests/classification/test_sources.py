@@ -184,6 +184,16 @@ def test_csv_errors_name_the_line(tmp_path, text, where, given, expected):
     assert where in str(caught.value)
 
 
+def test_csv_in_the_current_folder_stays_inside_it(tmp_path, monkeypatch):
+    save(tmp_path / "secret.png", 32, 32)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "list.csv").write_text("path,label\n../secret.png,cat\n")
+    monkeypatch.chdir(tmp_path / "data")
+    with raises(DataError, file="list.csv", where="lines") as caught:
+        open_source("list.csv")
+    carries(caught.value.given[0], where="line 2", given="../secret.png", expected="folder")
+
+
 def test_csv_errors_list_the_first_lines(tmp_path):
     (tmp_path / "list.csv").write_text("".join(f"none/{n}.png,cat\n" for n in range(20)))
     with raises(DataError, file=tmp_path / "list.csv", where="lines") as caught:

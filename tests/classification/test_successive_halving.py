@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def test_the_last_round_is_decided_by_accuracy_then_loss() -> None:
 
 def test_rank_prefers_the_lower_loss_at_equal_rates() -> None:
     assert rank([Score(0.5, 1.5, 0.01), Score(0.5, 1.2, 0.01), Score(0.2, 1.0, 0.01)], 100) == [1, 0, 2]
+
+
+def test_rank_puts_diverged_candidates_last() -> None:
+    diverged = Score(0.0, math.inf, 0.1)
+    assert rank([diverged, Score(0.0, 2.0, 0.001), Score(0.0, 3.0, 0.01)], 100) == [2, 1, 0]
 
 
 def test_candidates_are_rates_of_three_decades_then_scales() -> None:
@@ -137,3 +143,26 @@ def test_a_resumed_search_reuses_its_trials(run: Any, tmp_path: Path, monkeypatc
     trained.clear()
     _search(run, tmp_path, resume=True, search_epochs=3)
     assert len(trained) == 5, "trials of another length are not reused"
+    before = [trial["settings"] for trial in read_search(tmp_path)]
+    for options in ({"seed": 1}, {"weight_decay": 0.1}):
+        trained.clear()
+        _search(run, tmp_path, resume=True, search_epochs=3, **options)
+        assert len(trained) == 5, "trials of other options are not reused"
+    _, _, views = run
+    splits = dataclasses.replace(views.data.splits, digest="other")
+    monkeypatch.setattr(views, "data", dataclasses.replace(views.data, splits=splits))
+    trained.clear()
+    _search(run, tmp_path, resume=True, search_epochs=3)
+    assert len(trained) == 5, "trials of other splits are not reused"
+    assert not {*before} & {trial["settings"] for trial in read_search(tmp_path)}
+
+
+def test_a_dry_run_has_no_search(run: Any, tmp_path: Path) -> None:
+    assert _search(run, tmp_path, dry_run=True).learning_rate is None
+    assert not (tmp_path / "search.json").exists()
+
+
+def test_mixup_has_no_cached_features(run: Any, tmp_path: Path) -> None:
+    for mixup, count in ((0.0, 7), (0.2, 2)):
+        _search(run, tmp_path / str(mixup), method="linear_probe", search=2, search_epochs=1, mixup=mixup)
+        assert len([t for t in read_search(tmp_path / str(mixup)) if t["round"] == 1]) == count

@@ -1,15 +1,17 @@
-"""A local hub: its server, and the settings of the hub's client that point to it."""
+"""A local hub: its server, the settings of the hub's client that point to it, and finished runs to upload."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants, hf_api
+from huggingface_hub import constants, hf_api, snapshot_download
 
+from .runs import SECRET, base_files, classification, control_run, on_hub, personalization
 from .server import TOKEN, Hub, serve
 
 SETTINGS = ("HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN")
@@ -55,3 +57,45 @@ def environment(hub: Hub, home: Path, **more: str) -> dict[str, str]:
     """Environment of a command that uses the server."""
     kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     return {**kept, "HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **more}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Files of a small pipeline."""
+    return base_files(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def local_base(base: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The small pipeline in a local folder."""
+    folder = tmp_path_factory.mktemp("local") / SECRET / "base"
+    for name, content in base.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(local_base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of pivotal tuning."""
+    return on_hub(personalization(tmp_path_factory.mktemp("finished"), local_base, method="pivotal"))
+
+
+@pytest.fixture(scope="session")
+def controlled(local_base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a ControlNet on a local base model."""
+    return control_run(tmp_path_factory.mktemp("control"), local_base)
+
+
+@pytest.fixture(scope="session")
+def classified(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a classifier."""
+    return classification(tmp_path_factory.mktemp("classes"))
+
+
+@pytest.fixture
+def run(hub: Hub, base: dict[str, bytes], finished: Path, tmp_path: Path) -> Path:
+    """A copy of the run, whose base model is on the hub and in the cache."""
+    hub.add("owner/tiny", base)
+    snapshot_download("owner/tiny")
+    return Path(shutil.copytree(finished, tmp_path / "run"))

@@ -76,3 +76,12 @@ def set_provenance(file: Path, **entries: Any) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def on_hub(folder: Path, base: str = "owner/tiny") -> Path:
+    """The run, as if its base model were on the hub."""
+    record = json.loads((folder / "result.json").read_text())
+    record["config"]["base"] = base
+    (folder / "result.json").write_text(json.dumps(record))
+    set_provenance(folder / "adapter.safetensors", base=base, base_source="local" if Path(base).exists() else "hub")
+    return folder

@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from veneer.extras import require
+from veneer.injection.errors import VeneerError
 
 from .errors import CaptionError
 from .model_folder import model_folder, read_config
@@ -23,6 +25,8 @@ TAGS_FILE = "selected_tags.csv"
 """Tags of a WD tagger, a timm model, in the order of its outputs."""
 TAG_CATEGORIES = ("0", "4")
 """Categories of `TAGS_FILE` that become captions: general tags and characters, not ratings."""
+LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+"""Options of `from_pretrained`: neither code of a repository nor a request to the hub."""
 SHORT_TAG = 3
 """Underscores of longer tags become spaces; shorter ones are emoticons such as `^_^`."""
 
@@ -45,6 +49,17 @@ def open_captioner(name: str, device: str = "cpu", threshold: float = 0.35, max_
         HubError: the repository cannot be downloaded.
     """
     folder = model_folder(name)
+    try:
+        return _open(name, folder, device, threshold, max_tokens)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, VeneerError):
+            raise
+        message = f"caption: {name} cannot be loaded ({error}); expected a folder of save_pretrained. Copy it again."
+        given = type(error).__name__
+        raise CaptionError(message, file=folder, where="files", given=given, expected="a complete model") from error
+
+
+def _open(name: str, folder: Path, device: str, threshold: float, max_tokens: int) -> Captioner:
     config = read_config(folder)
     kind = str(config.get("model_type"))
     architectures = tuple(map(str, config.get("architectures") or ()))
@@ -102,8 +117,8 @@ def _generator(folder: Path, class_name: str, device: str, max_tokens: int) -> C
     import transformers
 
     model = _load(getattr(transformers, class_name), folder, device)
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
     return _Generator(model, processor, tokenizer, max_tokens)
 
 
@@ -111,7 +126,7 @@ def _classifier(folder: Path, device: str, threshold: float) -> Captioner:
     import transformers
 
     model = _load(transformers.AutoModelForImageClassification, folder, device)
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
     several = model.config.problem_type == "multi_label_classification"
 
     def probabilities(images: Sequence[Image.Image]) -> Tensor:
@@ -124,7 +139,10 @@ def _classifier(folder: Path, device: str, threshold: float) -> Captioner:
 
 
 def _load(model_class: Any, folder: Path, device: str) -> Any:
-    model = model_class.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, local_files_only=True)
+    model, loading = model_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **LOCAL)
+    if missing := sorted(map(str, loading["missing_keys"])):
+        message = f"{folder}: {len(missing)} tensors are missing, first {missing[0]}; expected all weights. Copy the model again."
+        raise CaptionError(message, file=folder, where="weights", given=tuple(missing), expected=())
     return model.eval().to(device)
 
 

@@ -12,7 +12,7 @@ NOTES: dict[str, tuple[str, ...]] = {
         "The preset of a base model is its `veneer.json`, with training defaults and prompts; the bundled model has one.",
     ),
     "transfer": (
-        "The weights of the epoch with the best validation accuracy are saved. The run folder has the adapter with the head "
+        "The weights of the epoch that `--keep-epoch` selects are saved. The run folder has the adapter with the head "
         "(`adapter.safetensors`), test accuracy and other metrics (`result.json`), plots and the options (`config.toml`). "
         "`veneer predict` classifies images with it, and `veneer export` writes a model that needs no veneer.",
     ),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from veneer.training.data.image_io import DataError
 
-from .image_folder import reader
+from .image_folder import is_inside, reader
 from .labeled_images import LabeledRow, Source, Split, assemble
 
 IMAGE_FOLDERS = (
@@ -60,6 +60,9 @@ def read_fgvc(root: Path) -> Source:
         table = _json(root / f"{name}.json")
         if not isinstance(table, dict):
             raise _invalid(root / f"{name}.json", type(table).__name__, "an object of paths and class numbers")
+        for path, label in table.items():
+            if not str(label).isdecimal():
+                raise _invalid(root / f"{name}.json", repr(label), "a class number", path)
         lines += [_Line(path, str(label), split) for path, label in table.items()]
     return _source(root, _numbered(lines), IMAGE_FOLDERS)
 
@@ -86,7 +89,10 @@ def coop_lines(root: Path) -> list[_Line]:
         return [line for name, split in _SPLITS for line in _aircraft_lines(root / _AIRCRAFT.format(name), split)]
     table = _json(file)
     try:
-        return [_Line(path, name, split) for key, split in _SPLITS for path, _, name in table[key]]
+        lines = [_Line(path, name, split) for key, split in _SPLITS for path, _, name in table[key]]
+        if not all(isinstance(text, str) for line in lines for text in (line.path, line.label)):
+            raise TypeError("path and class name must be texts")
+        return lines
     except (KeyError, TypeError, ValueError) as error:
         raise _invalid(file, repr(error), "train, val and test with lists of [path, number, class name]") from error
 
@@ -102,7 +108,11 @@ def image_folder(root: Path, path: str, folders: Iterable[str] = IMAGE_FOLDERS) 
 
 
 def _source(root: Path, lines: list[_Line], folders: Iterable[str]) -> Source:
-    """The images of a list. All paths start at the same folder."""
+    """The images of a list. All paths start at the same folder, and stay inside `root`."""
+    outside = [line.path for line in lines if not is_inside(root / line.path, root)]
+    if outside:
+        message = f"{root}: {outside[0]!r} is outside the folder; expected paths inside it. Download the split files again."
+        raise DataError(message, file=root, where="paths", given=tuple(outside[:8]), expected="inside")
     start = image_folder(root, lines[0].path, folders) if lines else ""
     rows = [LabeledRow(f"{start}/{line.path}" if start else line.path, line.label, line.split) for line in lines]
     paths = {row.name: root / row.name for row in rows}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from veneer.training.data.caption_files import read_utf8
 from veneer.training.data.image_io import DataError
 
-from .image_folder import is_image, reader, visible
+from .image_folder import is_image, is_inside, reader, visible
 from .labeled_images import SPLITS, LabeledRow, Source, Split, assemble, some
 
 _PATHS = ("path", "file_name", "filename", "file", "filepath", "file_path", "image", "image_path", "img")
@@ -119,7 +119,7 @@ def _resolve_path(line: _Line, folder: Path, root: Path) -> tuple[DataError | No
     path = Path(text)
     if not path.is_absolute():
         path = Path(os.path.normpath(folder / text))
-        if not path.is_relative_to(os.path.normpath(folder)):
+        if not is_inside(path, folder):
             message = f"{line.path} is outside the table's folder; expected a path inside it, or an absolute path"
             return line.error(message, line.path, "folder"), path, text
     name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()

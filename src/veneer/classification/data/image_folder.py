@@ -1,5 +1,6 @@
 """Image folders: one subfolder per class, at the top level or below train, validation and test."""
 
+import os
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -54,6 +55,11 @@ def read_folder(root: Path) -> Source:
         message = f"{root}: {_contents(root)}; expected one folder per class, with images."
         raise DataError(message, file=root, where="classes", given=tuple(path.name for path in visible(root)))
     return assemble(str(root), rows, reader(paths), notes)
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """True if a path is below a folder; links are not followed."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
 def reader(paths: Mapping[str, Path]) -> Callable[[Example], bytes]:

@@ -16,7 +16,7 @@ from .image_checks import check_images
 from .labeled_images import Source
 from .loader import DecodedImages, ImageLoader
 from .sources import open_source
-from .split_files import load_splits, save_splits
+from .split_files import check_options, load_splits, save_splits
 from .splits import Splits, split
 from .transforms import Augmentation, EvalView, TrainView
 
@@ -39,15 +39,18 @@ def open_data(config: TransferConfig, out: Path, progress: Callable[[int, int], 
     """Reads, checks and splits the images. The splits are saved in `out/splits.json`; a resumed run reuses them.
 
     Raises:
-        DataError: no images, fewer than two classes, or an empty training, validation or test split.
+        DataError: no images, fewer than two classes, an empty training, validation or test split, or splits in `out` that were
+            made with other options.
     """
     checked = check_images(open_source(config.data), folder=out, threads=config.workers or None, progress=progress)
     file = out / "splits.json"
+    options = {name: getattr(config, name) for name in ("split_seed", "validation", "test", "shots")}
     if config.resume and file.is_file():
+        check_options(file, options)
         splits = load_splits(file, checked.source)
     else:
         splits = split(checked.source, config.split_seed, validation=config.validation, test=config.test, shots=config.shots)
-        save_splits(splits, checked.source, file)
+        save_splits(splits, checked.source, file, options)
     for name in ("train", "validation", "test"):
         if not getattr(splits, name):
             raise DataError(

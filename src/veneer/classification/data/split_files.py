@@ -1,7 +1,7 @@
 """`splits.json`: the images of every split with their hashes, so that another run uses the same splits or raises an error."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,12 @@ _FORM = 1
 _SPLIT_NAMES = ("train", "validation", "test")
 
 
-def save_splits(splits: Splits, source: Source, path: Path) -> None:
-    """Writes splits: seed, shots, classes, and one line per image with name, class and hash."""
+def save_splits(splits: Splits, source: Source, path: Path, options: Mapping[str, Any] | None = None) -> None:
+    """Writes splits: seed, shots, classes, and one line per image with name, class and hash.
+
+    Args:
+        options: name to value of the options that they were made with, for `check_options`.
+    """
     hashes = hashes_of(source)
 
     def lines(indices: Sequence[int]) -> list[list[str]]:
@@ -24,11 +28,24 @@ def save_splits(splits: Splits, source: Source, path: Path) -> None:
 
     table: dict[str, Any] = {"form": _FORM, "seed": splits.seed, "shots": splits.shots, "made": list(splits.made)}
     table |= {"classes": list(source.classes), "pictures": len(source), "digest": splits.digest, "notes": list(splits.notes)}
+    table |= {"options": dict(options)} if options else {}
     text = json.dumps(table, indent=1, ensure_ascii=False)[:-2]
     for name in _SPLIT_NAMES:
         rows = ",\n  ".join(json.dumps(line, ensure_ascii=False) for line in lines(getattr(splits, name)))
         text += f',\n "{name}": [\n  {rows}\n ]'
     write_atomically(path, (text + "\n}\n").encode())
+
+
+def check_options(path: Path, options: Mapping[str, Any]) -> None:
+    """Raises if the splits of a file were made with other options than these. Files without options are not checked.
+
+    Raises:
+        DataError: with the first option that differs as `where`.
+    """
+    for name, saved in _read(path).get("options", {}).items():
+        if name in options and options[name] != saved:
+            message = f"{path}: {name} is {options[name]}; expected {saved}, as in this file. Use this value, or another folder."
+            raise DataError(message, file=path, where=name, given=options[name], expected=saved)
 
 
 def load_splits(path: Path, source: Source) -> Splits:

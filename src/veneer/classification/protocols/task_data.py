@@ -26,7 +26,7 @@ def open_task(protocol: Protocol, folder: Path, shots: int | None = None, seed: 
     Args:
         shots, seed: of CoOp's few-shot sample.
     Raises:
-        DataError: the folder does not have the split files of a benchmark, or images are missing.
+        DataError: the folder does not have the split files of a benchmark, images are missing, or a split is empty.
     """
     read = benchmark_reader(folder)
     if read is None:
@@ -76,5 +76,9 @@ def _data(
     source: Source, train: Iterable[int], validation: tuple[int, ...], test: tuple[int, ...], shots: int | None = None
 ) -> Data:
     train = tuple(sorted(train))
+    for name, members in (("train", train), ("validation", validation), ("test", test)):
+        if not members:
+            message = f"{source.where}: the {name} split is empty; expected images. Download the split files again."
+            raise DataError(message, file=source.where, where=name, given=0, expected=1)
     digest = cache_key(source.digest, *train, "validation", *validation)
     return Data(source, Splits(train, validation, test, 0, shots, (), (), digest), ())

@@ -165,7 +165,13 @@ class Comparison:
 
     def _read(self) -> list[RunMetrics]:
         file = self.out / "results.json"
-        return [RunMetrics(**run) for run in json.loads(file.read_text(encoding="utf-8"))["runs"]] if file.is_file() else []
+        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"runs": []}
+        return [RunMetrics(**run) for run in (*record["runs"], *record.get("other_runs", ()))]
+
+    @property
+    def current(self) -> list[RunMetrics]:
+        """The runs in `done` with the options of this comparison; the others are of earlier ones in the same folder."""
+        return [run for run in self.done if self.key(parse_rows(run.row)[0], run.seed) == run.key]
 
     def config(self, row: MethodRow, seed: int) -> TransferConfig:
         """Config of a run."""
@@ -181,7 +187,7 @@ class Comparison:
         for name in ("data", "weights", "resume", "dry_run", "out", "workers", "tracker", "cache"):
             known.pop(name)
         known = {name: value for name, value in known.items() if name not in DEFAULTS or value != DEFAULTS[name]}
-        known |= {"search_algorithm": ALGORITHM} if config.search else {}
+        known |= {"search_algorithm": ALGORITHM, "search_seed": self.base.seed} if config.search else {}
         known |= {"splits": self.views.data.splits.digest, "base": self.classifier.weights, "scratch": row.scratch}
         return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -241,7 +247,7 @@ class Comparison:
 
     def searches(self) -> dict[str, list[dict[str, Any]]]:
         """Row to the trials of its search, of the rows that have one."""
-        trials = {row: read_search(self._search_folder(row)) for row in dict.fromkeys(m.row for m in self.done)}
+        trials = {row: read_search(self._search_folder(row)) for row in dict.fromkeys(m.row for m in self.current)}
         return {row: of_row for row, of_row in trials.items() if of_row}
 
     def _search_folder(self, label: str) -> Path:

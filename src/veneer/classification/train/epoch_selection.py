@@ -85,9 +85,11 @@ class EpochSelection:
 
     @property
     def best(self) -> Epoch:
-        """The selected epoch: the best, or the last."""
-        if self.last:
-            return self.epochs[-1]
+        """The selected epoch: the most accurate, or the last."""
+        return self.epochs[-1] if self.last else self._most_accurate
+
+    @property
+    def _most_accurate(self) -> Epoch:
         return min(self.epochs, key=lambda e: (-e.val_accuracy, e.val_loss, e.step))
 
     @property
@@ -95,7 +97,7 @@ class EpochSelection:
         """True if there was no improvement for `patience` epochs."""
         if not self.patience or not self.epochs:
             return False
-        return len(self.epochs) - 1 - self.epochs.index(self.best) >= self.patience
+        return len(self.epochs) - 1 - self.epochs.index(self._most_accurate) >= self.patience
 
     def restore(self) -> None:
         """Copies the best epoch's tensors into the model."""

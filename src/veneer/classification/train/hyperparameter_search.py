@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
@@ -34,6 +35,11 @@ RATES = (1.0, 3.0, 0.3, 10.0, 0.1, 30.0, 0.03)
 """Learning rates relative to the config's, in the order in which a search adds them: a grid of three decades, two rates each."""
 SCALES = ("scale", "alpha", "beta")
 FACTORS = (1.0, 10.0, 0.1)
+NOT_HASHED = (
+    "data", "model", "weights", "out", "resume", "dry_run", "workers", "tracker", "search", "search_epochs", "epochs", "steps",
+    "patience", "learning_rate", "options",
+)  # fmt: skip
+"""Options that trials do not depend on, or that a trial records itself."""
 
 
 def candidates(config: TransferConfig, rates: Sequence[float] = RATES) -> list[TransferConfig]:
@@ -66,10 +72,10 @@ def search_hyperparameters(
     """The config with the learning rate and scale that win a successive halving. Trials are saved in `out/search.json`.
 
     The budget of all trials is `search` times `search_epochs` passes over the training images. Only the training and validation
-    splits are used, and only the config's seed. A resumed search reuses the finished trials. With cached features trials are
-    cheap, so that at least all `RATES` are candidates.
+    splits are used, and only the config's seed. A resumed search reuses the finished trials of the same options, splits and
+    model. With cached features trials are cheap, so that at least all `RATES` are candidates. A dry run has no search.
     """
-    if not config.search:
+    if not config.search or config.dry_run:
         return config
     if accelerator.num_processes > 1:
         message = "--search needs a single process. Search in one process, then pass --learning-rate to the distributed run."
@@ -92,6 +98,7 @@ def read_search(out: Path) -> list[dict[str, Any]]:
     """The trials of a search in the order of training, from `out/search.json`; empty without a search.
 
     A trial has `round`, `steps`, `learning_rate`, `options`, `val_accuracy` and `val_loss`; both metrics are None if it diverged.
+    `settings` is a hash of the other options, the splits and the model.
     """
     file = out / FILE
     trials = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
@@ -113,6 +120,7 @@ class _Search:
         self.config, self.classifier, self.views = config, classifier, views
         self.accelerator, self.features = accelerator, features
         self.file, self.folder = out / FILE, out / "search"
+        self.settings = _settings_hash(config, classifier, views)
         trained, cheap = self._costs()
         count = max(config.search, len(RATES)) if cheap else config.search
         self.candidates = candidates(dataclasses.replace(config, search=count), RATES if trained else (1.0,))
@@ -126,8 +134,9 @@ class _Search:
     def score(self, number: int, steps: int, candidate: TransferConfig) -> Score:
         """Validation metrics of a candidate after `steps` steps: of the finished trial, or from a new one."""
         trial = _json({"round": number, "steps": steps, "learning_rate": candidate.rate(), "options": candidate.options})
+        trial["settings"] = self.settings
         known = next(self._known, None)
-        if known is not None and {name: known[name] for name in trial} == trial:
+        if known is not None and {name: known.get(name) for name in trial} == trial:
             self.trials.append(known)
         else:
             self._known = iter(())
@@ -161,10 +170,18 @@ class _Search:
         attached = attach_methods(self.classifier, self.config, self.views.data)
         try:
             trained = any(True for a in attached for _ in a.parameters())
-            return trained, self.config.cache and reads_features_only(self.classifier, attached)
+            images_once = self.config.cache and not self.config.mixup and not self.config.cutmix
+            return trained, images_once and reads_features_only(self.classifier, attached)
         finally:
             for attachment in reversed(attached):
                 attachment.detach()
+
+
+def _settings_hash(config: TransferConfig, classifier: Classifier, views: Views) -> str:
+    """Hash of what the metrics of a trial depend on besides its own learning rate, options of methods and steps."""
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in NOT_HASHED}
+    known = {**options, "splits": views.data.splits.digest, "weights": [classifier.name, classifier.weights]}
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _json(trial: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def rank(scores: Sequence[Score], images: int) -> list[int]:
 
     The order is that of the accuracy, in which the candidates within one standard error √(p (1 − p) / n) of the best remaining
     accuracy p are tied. The highest learning rate of a tie is the best, because short runs favor rates that are too low for
-    longer ones; at equal rates, the lowest loss is.
+    longer ones; at equal rates, the lowest loss is. A candidate that diverged is the last of its tie.
 
     Args:
         images: n, number of validation images.
@@ -74,7 +74,7 @@ def rank(scores: Sequence[Score], images: int) -> list[int]:
         highest = max(scores[i].accuracy for i in remaining)
         error = math.sqrt(highest * (1 - highest) / images)
         tied = [i for i in remaining if scores[i].accuracy >= highest - error]
-        first = min(tied, key=lambda i: (-scores[i].rate, scores[i].loss, -scores[i].accuracy, i))
+        first = min(tied, key=lambda i: (math.isinf(scores[i].loss), -scores[i].rate, scores[i].loss, -scores[i].accuracy, i))
         remaining.remove(first)
         order.append(first)
     return order
