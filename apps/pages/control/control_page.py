@@ -269,7 +269,13 @@ def _result_components() -> Sequence[Any]:
             verdict_box,
             grid_image("Evaluation: map, with it, without, with another map", elem_id="control-sheet"),
             gr.File(
-                label="Download", visible=False, interactive=False, file_count="multiple", min_width=200, elem_id="control-files"
+                label="Download",
+                visible=False,
+                interactive=False,
+                file_count="multiple",
+                min_width=200,
+                elem_id="control-files",
+                elem_classes="downloads",
             ),
         ]
 
