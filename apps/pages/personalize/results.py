@@ -27,7 +27,8 @@ def result_values(job: Job | None) -> list[Any]:
     pairs = comparison_html(job) if job else ""
     scores = concept_scores(result)
     judgment = verdict_html(result) + (f'<section class="card">{scores}</section>' if scores else "")
-    files = [*copy_for_download(existing, job.title), *config_download(job)] if job and existing else []
+    config = config_download(job) if job and existing else []
+    files = [*copy_for_download(existing, job.title), *config] if job and existing else []
     return [
         gr.Image(value=grid, visible=grid is not None),
         gr.Markdown(summary, visible=bool(summary)),
@@ -36,7 +37,7 @@ def result_values(job: Job | None) -> list[Any]:
         gr.File(None, visible=False),
         gr.HTML(pairs, visible=bool(pairs)),
         gr.Accordion(visible=grid is not None, open=not pairs),
-        gr.HTML(describe_files(job) if job else ""),
+        gr.HTML(describe_files(job, config) if job else ""),
         gr.Column(visible=bool(existing)),
         gr.HTML(judgment, visible=bool(judgment)),
         gr.Button(visible=bool(existing)),
