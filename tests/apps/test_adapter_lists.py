@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
+from safetensors.torch import save_file
 from veneer.apps.context import Context
 from veneer.apps.jobs import create_job
 from veneer.apps.pages.generate.generate_page import form_for_job
@@ -42,11 +45,11 @@ def test_adapters_below_a_run_are_selected_with_it(tmp_path: Path) -> None:
     workspace = Context.create(tmp_path).workspace(None)
     workspace.adapters.mkdir(parents=True)
     for name in ("gone", "oil", "toy"):
-        (workspace.adapters / f"{name}.safetensors").touch()
+        save_file({"unet.conv": torch.zeros(1)}, workspace.adapters / f"{name}.safetensors")
     form = request(sources=select_sources(workspace, None, ["oil", "gone"], [0.5, 1]))
     job = create_job(workspace.jobs, "train", "toy", command(form, tmp_path))
     job.run.mkdir()
-    (job.run / ADAPTER).touch()
+    shutil.copyfile(workspace.adapters / "toy.safetensors", job.run / ADAPTER)
     (workspace.adapters / "gone.safetensors").unlink()
     assert fixed_adapters(workspace, job) == {"oil": 0.5}
     _, prompt, *_, choice, first, second, third = form_for_job(workspace, job)[: 9 + 1 + 3]

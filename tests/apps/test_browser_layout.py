@@ -64,7 +64,7 @@ def test_parts_of_the_training_form(app: App, chromium: Browser) -> None:
         "Training",
         "Settings",
         "Method options",
-        "Start from an adapter, or train on top of others",
+        "Start from or train on top of adapters",
         "Config file and other options",
     ]
     page.locator("#train-example").click()

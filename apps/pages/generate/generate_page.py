@@ -87,13 +87,14 @@ def form_for_job(workspace: Workspace, job: Job) -> list[Any]:
     prompt = next(iter(preset.previews or preset.templates), "a {concept}").replace("{concept}", concept)
     steps, guidance, negative, side = defaults(base)
     generation = GenerationRequest(base or "bundled", prompt, negative, 0, steps, guidance, (side, side) if side else None, 4)
-    strength_of = {**fixed_adapters(workspace, job), name: 1.0}
+    choices = text_adapters(workspace)
+    strength_of = {**{each: value for each, value in fixed_adapters(workspace, job).items() if each in choices}, name: 1.0}
     sliders = [gr.Slider(value=value, visible=True, label=f"Strength of {each}") for each, value in strength_of.items()]
     sliders += [gr.Slider(visible=False)] * (LIMITS.adapters - len(strength_of))
     note = f"**{escape_markup(printable(name))}** is selected, and its token is in the prompt: press *Generate*."
     return [
         *values(generation),
-        gr.Dropdown(choices=text_adapters(workspace), value=[*strength_of], multiselect=True),
+        gr.Dropdown(choices=choices, value=[*strength_of], multiselect=True),
         *sliders,
         note,
     ]
