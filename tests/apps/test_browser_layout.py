@@ -50,7 +50,7 @@ def test_placeholder_contrast_and_visible_main_buttons(app: App, chromium: Brows
 
 
 PARTS = """() => [...document.querySelectorAll("h2.step, button.label-wrap")]
-  .filter(each => each.offsetParent).map(each => each.innerText.split("\\n")[0].trim())"""
+  .filter(each => each.offsetParent).map(each => each.innerText.replace(/[◀▼]/g, "").replace(/\\s+/g, " ").trim())"""
 """Visible steps and accordions of the open page, in their order."""
 
 

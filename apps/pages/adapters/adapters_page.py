@@ -110,7 +110,7 @@ def build(context: Context) -> None:
                     rename = gr.Button("Rename", size="sm", min_width=120)
                     delete = gr.Button("Delete", size="sm", variant="stop", min_width=120)
             gr.HTML(section("Add an adapter"))
-            file = gr.File(label="Upload a .safetensors file", height=130, elem_id="adapter-file")
+            file = gr.File(label="A .safetensors file", height=130, elem_id="adapter-file")
             example = gr.Button("Use an example", size="sm", elem_id="adapter-example")
             hub = HubFields()
             upload_note = gr.HTML(elem_id="adapter-said")

@@ -39,7 +39,7 @@ class MoreFields:
                 info="Options of veneer personalize without a field above, one a line, as in a config file.",
             )  # fmt: skip
             self.upload = gr.File(
-                label="Fill the form from a config.toml or YAML file", file_types=[".toml", ".yaml", ".yml"], height=110,
+                label="Fill the form from a file", file_types=[".toml", ".yaml", ".yml"], height=110,
                 elem_id="train-config",
             )  # fmt: skip
             self.note = gr.Markdown("", elem_id="train-config-note")
