@@ -49,6 +49,31 @@ def test_placeholder_contrast_and_visible_main_buttons(app: App, chromium: Brows
     assert not [each for each in found if each[2] < 4.5]
 
 
+PARTS = """() => [...document.querySelectorAll("h2.step, button.label-wrap")]
+  .filter(each => each.offsetParent).map(each => each.innerText.replace(/[◀▼]/g, "").replace(/\\s+/g, " ").trim())"""
+"""Visible steps and accordions of the open page, in their order."""
+
+
+def test_parts_of_the_training_form(app: App, chromium: Browser) -> None:
+    """Each accordion is in the step that it belongs to; captions appear with the photos."""
+    page = chromium.open(app)
+    assert [each.lstrip("123 ") for each in page.evaluate(PARTS)] == [
+        "Photos 3 to 20 of one subject or style",
+        "Subject the name that prompts use",
+        "More concepts in this run",
+        "Training",
+        "Settings",
+        "Method options",
+        "Start from or train on top of adapters",
+        "Config file and other options",
+    ]
+    page.locator("#train-example").click()
+    page.locator("#train-captions").wait_for()
+    assert page.evaluate(PARTS)[1] == "Captions and crops"
+    page.context.close()
+    chromium.check()
+
+
 def test_start_on_a_phone_scrolls_to_the_run(app: App, chromium: Browser) -> None:
     """Labels of method options are not truncated."""
     page = chromium.open(app, PHONE)

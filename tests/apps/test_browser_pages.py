@@ -37,7 +37,7 @@ def test_config_file_fills_the_form(page: Any, tmp_path: Path) -> None:
         "concept: <cup>\nclass_word: cup\nmethod: lora\nsteps: 7\nwarmup: 3\nphotos: /srv\nlora: {rank: 5}"
     )
     page.get_by_text("Settings", exact=True).click()
-    page.get_by_text("Config file", exact=True).click()
+    page.get_by_text("Config file and other options", exact=True).click()
     page.locator("#train-config input[type=file]").set_input_files(tmp_path / "run.yaml")
     page.locator("#train-config-note").get_by_text("does not accept it from a file: photos.").wait_for()
     assert page.locator("#train-concept input, #train-concept textarea").input_value() == "<cup>"
@@ -87,6 +87,7 @@ def test_train_on_four_photos(app: App, page: Any, chromium: Browser, tmp_path: 
     figures = page.locator("#train-verdict").inner_text()
     with_it, without = map(float, re.search(r"photos is ([\d.-]+) with the adapter and ([\d.-]+) without", figures).groups())
     assert with_it > without + 0.2
+    assert not page.locator("#train-files .label-clear-button").first.is_visible(), "a result cannot be removed from the list"
     page.locator("#train-kohya").click()
     page.locator("#train-kohya-file a").nth(1).wait_for()
     assert not findings(page)

@@ -72,7 +72,7 @@ def test_each_method_is_a_job_with_results(tmp_path: Path, wanted: ClassifyReque
     tested = json.loads((begun[0].run / "splits.json").read_text())["test"]
     assert f"Measured on {len(tested)} test images" in words
     assert json.loads((begun[0].run / "result.json").read_text())["verdict"]["summary"] in html.unescape(words)
-    assert accuracy.visible
+    assert (accuracy.visible, curves.visible) == (False, True), "the accuracy is in the figure"
     assert len(accuracy_curve(read_epochs(begun[0].run))) == 3
     assert all(isinstance(sheet.value, dict) for sheet in (confusion, curves, mistakes)), "pictures in Gradio's cache"
     assert compared.count("<tr>") == every.count("<tr>") == 3

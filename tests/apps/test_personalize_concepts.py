@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,8 +120,12 @@ def test_train_two_concepts(tmp_path: Path) -> None:
     until_ended(context, job)
     assert job.state == "done", job.log()
     assert [each["token"] for each in read_result(job)["concepts"]] == ["<toy>", "<cup>"]
-    verdict = result_values(job)[5].value
-    assert "&lt;toy&gt;" in verdict
-    assert "&lt;cup&gt;" in verdict
+    *_, judgment, _ = result_values(job)
+    assert judgment.visible
+    table = judgment.value.split("Scores of each concept</caption>")[1]
+    assert re.findall("<td>&lt;(.*?)&gt;</td>", table) == ["toy", "cup"]
+    (job.run / "result.json").write_text(json.dumps({"concepts": read_result(job)["concepts"]}))
+    *_, judgment, _ = result_values(job)
+    assert judgment.visible, "scores without a verdict"
     delete_job(workspace, job.name)
     assert not any(folder.exists() for folder in folders)

@@ -219,6 +219,7 @@ def test_train_on_the_example_photos(tmp_path: Path) -> None:
     assert (sheet_part.visible, sheet_part.open) == (True, False), "the pairs are shown instead"
     assert card.visible
     assert "<dt>pytorch_lora_weights.safetensors</dt><dd>for diffusers" in purposes.value
+    assert "<dt>config.toml</dt><dd>to repeat the run" in purposes.value
     (kohya,) = export_kohya(workspace, job.name)
     assert Path(kohya).name == "octopus-lora-comfyui-a1111.safetensors"
     assert isinstance(formats.format_of(formats.read(kohya)), formats.formats.get("kohya"))

@@ -18,7 +18,7 @@ from ...workspace import Workspace, check_text
 from ..page import Page
 from ..shared.adapter_lists import INTERVAL
 from ..shared.events import FILES, QUIET
-from ..shared.html import note
+from ..shared.html import note, section
 from ..shared.job_view import copy_for_download
 from . import files
 from .details import EMPTY, FORMATS, NONE_CHOSEN, describe_file, describe_fit
@@ -95,19 +95,25 @@ def build(context: Context) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             chosen = gr.Dropdown([], value=None, label="Adapter", info="Uploaded, created here, or trained.", elem_id="adapter")
-            file = gr.File(label="Upload a .safetensors file", height=130, elem_id="adapter-file")
-            example = gr.Button("Use an example", size="sm", elem_id="adapter-example")
-            hub = HubFields()
-            upload_note = gr.HTML(elem_id="adapter-said")
             download = gr.Button("Download", size="sm")
             download_file = gr.File(
-                label="Download", file_count="multiple", visible=False, interactive=False, elem_id="adapter-download"
+                label="Download",
+                file_count="multiple",
+                visible=False,
+                interactive=False,
+                elem_id="adapter-download",
+                elem_classes="downloads",
             )
             with gr.Accordion("Rename or delete", open=False):
                 name = gr.Textbox(label="New name", max_length=LIMITS.text)
                 with gr.Row():
                     rename = gr.Button("Rename", size="sm", min_width=120)
                     delete = gr.Button("Delete", size="sm", variant="stop", min_width=120)
+            gr.HTML(section("Add an adapter"))
+            file = gr.File(label="A .safetensors file", height=130, elem_id="adapter-file")
+            example = gr.Button("Use an example", size="sm", elem_id="adapter-example")
+            hub = HubFields()
+            upload_note = gr.HTML(elem_id="adapter-said")
         with gr.Column(scale=2, min_width=300):
             about = gr.HTML(EMPTY, elem_id="adapter-about")
             base = gr.Dropdown(
@@ -122,7 +128,12 @@ def build(context: Context) -> None:
             several, weights, how, merge_rank, merge_to, merge = _merge_form()
             report = gr.Textbox(label="Report", lines=4, interactive=False, visible=False, elem_id="adapter-report")
             new = gr.File(
-                label="Download the new file", file_count="multiple", visible=False, interactive=False, elem_id="adapter-new"
+                label="Download the new file",
+                file_count="multiple",
+                visible=False,
+                interactive=False,
+                elem_id="adapter-new",
+                elem_classes="downloads",
             )
 
     lists, results = [chosen, several, known_names], [chosen, several, known_names, report, new]

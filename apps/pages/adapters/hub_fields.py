@@ -23,7 +23,7 @@ class HubFields:
                 label="Name on the hub", placeholder="user/repo or user/repo/file.safetensors", max_length=LIMITS.text,
                 elem_id="adapter-hub",
             )  # fmt: skip
-            self.add = gr.Button("Download", size="sm", elem_id="adapter-hub-add")
+            self.add = gr.Button("Add", size="sm", elem_id="adapter-hub-add")
 
     def connect(self, handler: Callable[[Any], Any], refresh: Callable[..., list[Any]], outputs: Sequence[Any]) -> None:
         """Connects the button.

@@ -42,7 +42,10 @@ def result_components(extra: Callable[[], list[Any]] = list) -> list[Any]:
         figures = [grid_image(FIGURES[name], elem_id=f"classify-{name}", height=HEIGHT) for name in ("confusion", "curves")]
     figures.append(grid_image(FIGURES["mistakes"], elem_id="classify-mistakes"))
     earlier = gr.HTML("", label="All your runs", elem_id="classify-runs")
-    files = gr.File(label="Files: the classifier and how to load it", file_count="multiple", interactive=False, visible=False)
+    files = gr.File(
+        label="Files: the classifier and how to load it", file_count="multiple", interactive=False, visible=False,
+        elem_classes="downloads", elem_id="classify-files",
+    )  # fmt: skip
     return [words, *extra_components, accuracy, compared, *figures, earlier, files]
 
 
@@ -51,13 +54,14 @@ def result_values(job: Job | None) -> list[Any]:
     epochs = read_epochs(job.run) if job else []
     files_ = [job.run / name for name in CLASSIFIER_FILES] if job else []
     done = job is not None and job.state == "done"
+    curves = job is not None and done and (job.run / "curves.png").exists()  # they show the accuracy as well
     figures = [
         gr.Image(value=image, visible=done and image is not None)
         for image in (open_image(job.run / f"{name}.png") if job else None for name in FIGURES)
     ]
     return [
         describe(job, epochs),
-        gr.LinePlot(accuracy_curve(epochs), visible=len(epochs) > 1, sort=[str(e.epoch) for e in epochs] or None),
+        gr.LinePlot(accuracy_curve(epochs), visible=len(epochs) > 1 and not curves, sort=[str(e.epoch) for e in epochs] or None),
         comparison(job),
         *figures,
         run_table(job),

@@ -14,7 +14,7 @@ from ...zip_archives import unpack_zip
 
 PAIRS = "pairs"
 """Condition of the command for map files beside the photos."""
-LABEL = "Pairs as a zip: images/NAME.png and conditions/NAME.png, or NAME.png and NAME.map.png"
+ABOUT = "A zip of pairs has `images/NAME.png` and `conditions/NAME.png`, or `NAME.png` and `NAME.map.png`."
 
 
 def save_pairs(workspace: Workspace, path: str | Path) -> tuple[Path, list[str]]:

@@ -25,7 +25,7 @@ PER_PAGE = 24
 INTERVAL = 5.0
 """Seconds between checks for new images and runs."""
 NO_IMAGES = "No image yet. Images are kept here with their prompt, seed and adapters."
-ABOUT = "From the pages Generate and Control. Select one to see its settings, to download it or to use it again."
+ABOUT = "From the pages Generate and Control. Select one for its settings, to download it or to use it again."
 NO_RUNS = "No finished run yet."
 CONFIRM_DELETE = """(name, page) => { if (!confirm("Delete this image?")) throw new Error("kept"); return [name, page] }"""
 
@@ -74,9 +74,7 @@ def show_image(workspace: Workspace, name: str) -> list[Any]:
 
 def build(context: Context) -> GalleryView:
     """Builds the page."""
-    gr.HTML(
-        section("Images", "From the pages Generate and Control. Select one for its settings, to download it or to use it again.")
-    )
+    gr.HTML(section("Images", ABOUT))
     position = gr.Markdown(NO_IMAGES, elem_id="gallery-position")
     with gr.Row():
         with gr.Column(scale=3, min_width=300):

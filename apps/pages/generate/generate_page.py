@@ -17,7 +17,7 @@ from ...jobs import Job
 from ...limits import LIMITS
 from ...workspace import Workspace, printable
 from ..page import Page
-from ..shared.adapter_lists import refresh_on_change
+from ..shared.adapter_lists import fixed_adapters, refresh_on_change
 from ..shared.events import GENERATION, QUIET
 from ..shared.generation_fields import Fields, fields, values
 from ..shared.generation_request import MAX_STRENGTH, GenerationRequest, defaults, parse_request
@@ -69,7 +69,9 @@ class GenerateForm:
 
 
 def form_for_job(workspace: Workspace, job: Job) -> list[Any]:
-    """Values of `GenerateForm.outputs` for the adapter of a job: its base model, a prompt with its token, and the adapter.
+    """Values of `GenerateForm.outputs` for the adapter of a job: its base model, a prompt with its token, and the adapters.
+
+    The adapters that it was trained on top of are selected with it, at the same strengths.
 
     Raises:
         VeneerError: the job has no adapter.
@@ -85,10 +87,17 @@ def form_for_job(workspace: Workspace, job: Job) -> list[Any]:
     prompt = next(iter(preset.previews or preset.templates), "a {concept}").replace("{concept}", concept)
     steps, guidance, negative, side = defaults(base)
     generation = GenerationRequest(base or "bundled", prompt, negative, 0, steps, guidance, (side, side) if side else None, 4)
-    sliders = [gr.Slider(value=1.0, visible=True, label=f"Strength of {name}")]
-    sliders += [gr.Slider(visible=False)] * (LIMITS.adapters - 1)
+    choices = text_adapters(workspace)
+    strength_of = {**{each: value for each, value in fixed_adapters(workspace, job).items() if each in choices}, name: 1.0}
+    sliders = [gr.Slider(value=value, visible=True, label=f"Strength of {each}") for each, value in strength_of.items()]
+    sliders += [gr.Slider(visible=False)] * (LIMITS.adapters - len(strength_of))
     note = f"**{escape_markup(printable(name))}** is selected, and its token is in the prompt: press *Generate*."
-    return [*values(generation), gr.Dropdown(choices=text_adapters(workspace), value=[name], multiselect=True), *sliders, note]
+    return [
+        *values(generation),
+        gr.Dropdown(choices=choices, value=[*strength_of], multiselect=True),
+        *sliders,
+        note,
+    ]
 
 
 def form_for_image(workspace: Workspace, path: str | None) -> list[Any]:

@@ -82,7 +82,7 @@ class SourceFields:
     """Fields for the adapters of a run, in a closed accordion."""
 
     def __init__(self) -> None:
-        with gr.Accordion("Start from an adapter, or train on top of others", open=False):
+        with gr.Accordion("Start from or train on top of adapters", open=False):
             self.initial = gr.Dropdown(
                 [("none", NONE)], value=NONE, label="Start from", elem_id="train-init-from",
                 info="Training continues from its weights; it needs the method and sites of this run.",

@@ -23,26 +23,30 @@ Read = Callable[..., PersonalizeRequest]
 
 
 class MoreFields:
-    """Groups of fields below the method options: further concepts, adapters to build on, other options, and config files."""
+    """Groups of fields below the method options: adapters to build on, other options, and config files.
 
-    def __init__(self) -> None:
-        self.concepts = ConceptFields()
+    Args:
+        concepts: fields for further concepts, which are part of the request.
+    """
+
+    def __init__(self, concepts: ConceptFields) -> None:
+        self.concepts = concepts
         self.sources = SourceFields()
-        with gr.Accordion("Config file", open=False):
+        with gr.Accordion("Config file and other options", open=False):
             self.other = gr.Textbox(
                 label="Other options", lines=3, max_lines=12, max_length=LIMITS.config_text, placeholder="warmup = 10",
                 elem_id="train-other",
                 info="Options of veneer personalize without a field above, one a line, as in a config file.",
             )  # fmt: skip
             self.upload = gr.File(
-                label="Fill the form from a config.toml or YAML file", file_types=[".toml", ".yaml", ".yml"], height=110,
+                label="Fill the form from a file", file_types=[".toml", ".yaml", ".yml"], height=110,
                 elem_id="train-config",
             )  # fmt: skip
             self.note = gr.Markdown("", elem_id="train-config-note")
             self.save = gr.Button("Save the form as config.toml", size="sm", elem_id="train-config-save")
             self.file = gr.File(
                 label="For veneer personalize --config", file_count="multiple", visible=False, interactive=False,
-                elem_id="train-config-file",
+                elem_id="train-config-file", elem_classes="downloads",
             )  # fmt: skip
 
     @property

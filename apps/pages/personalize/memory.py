@@ -73,10 +73,10 @@ def rows(prediction: MemoryPrediction) -> list[tuple[str, str, str]]:
 
 
 class MemoryFields:
-    """A button that predicts the memory of a run, and its answer."""
+    """The predicted memory of a run, below the button that asks for it."""
 
-    def __init__(self) -> None:
-        self.button = gr.Button("Predict memory from shapes, without a step", size="sm", elem_id="train-memory")
+    def __init__(self, button: gr.Button) -> None:
+        self.button = button
         self.answer = gr.HTML("", elem_id="train-memory-answer")
 
     def connect(

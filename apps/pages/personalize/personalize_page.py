@@ -25,7 +25,7 @@ from ..shared.job_view import Results, job_view, select_job
 from ..shared.photo_upload import Rows
 from ..shared.training_result import export_kohya
 from ..showcase.showcase import showcase, subject_strip
-from .concept_groups import save_groups
+from .concept_groups import ConceptFields, save_groups
 from .config_fields import MoreFields
 from .config_files import write_form
 from .estimates import estimate_text, preset_radio
@@ -106,14 +106,7 @@ class _Form:
             self.notes = gr.Markdown(NO_PHOTOS, elem_id="train-notes")
             self.example_photos = gr.Button("Example photos", size="sm", scale=0, min_width=140, elem_id="train-example")
         self.thumbs = gallery("Your photos", 5, visible=False, buttons=[])
-        gr.HTML(step(2, "Subject", "the name that prompts use"))
-        self._subject()
-        gr.HTML(step(3, "Training"))
-        self.preset = gr.Radio(
-            preset_choices("bundled", DEFAULT_METHOD), value="quick", label="Preset", elem_id="train-preset",
-            info="Longer training makes the images more similar to the photos.",
-        )  # fmt: skip
-        with gr.Accordion("Captions and crops", open=False):
+        with gr.Accordion("Captions and crops", open=False, visible=False, elem_id="train-captions") as self.details:
             self.captions = gr.Dataframe(
                 headers=["photo", "caption"],
                 datatype="str",
@@ -121,14 +114,20 @@ class _Form:
                 label="Optional captions: what a photo shows, with {concept} for the subject",
                 static_columns=[0],
                 interactive=True,
-                visible=False,
                 wrap=True,
             )
-            self.crops = gallery("Crops", 5, visible=False, buttons=[])
+            self.crops = gallery("Crops", 5, buttons=[])
+        gr.HTML(step(2, "Subject", "the name that prompts use"))
+        self._subject()
+        gr.HTML(step(3, "Training"))
+        self.preset = gr.Radio(
+            preset_choices("bundled", DEFAULT_METHOD), value="quick", label="Preset", elem_id="train-preset",
+            info="Longer training makes the images more similar to the photos.",
+        )  # fmt: skip
         self._method_and_settings()
 
     def _subject(self) -> None:
-        """Name and class of the subject."""
+        """Name and class of the subject, and of further ones."""
         with gr.Row():
             self.concept = gr.Textbox(
                 label="Concept",
@@ -140,6 +139,7 @@ class _Form:
             self.word = gr.Textbox(
                 label="Class word", placeholder="toy", info="What kind of subject it is.", elem_id="train-word", **SHORT
             )
+        self.concepts = ConceptFields()
 
     def _method_and_settings(self) -> None:
         """Method, its settings and options, the cost estimate, and the start button."""
@@ -150,13 +150,6 @@ class _Form:
             )  # fmt: skip
             self.base = gr.Textbox("bundled", label="Base model", info="bundled, a folder, or a hub name.", **SHORT)
         settings = preset_settings("quick", "bundled", DEFAULT_METHOD)
-        cost = estimate_text(
-            None, "bundled", DEFAULT_METHOD, settings["steps"], settings["batch"], eval_seeds=settings["eval_seeds"]
-        )
-        self.estimate = gr.Markdown(cost, elem_id="train-estimate")
-        self.check = gr.Button("Check memory and time with one step", size="sm", elem_id="train-check")
-        self.dry_run = gr.Textbox(label="Check of this run", lines=3, visible=False, interactive=False, elem_id="train-checked")
-        self.memory = MemoryFields()
         with gr.Accordion("Settings", open=False):
             with gr.Row(elem_classes="options"):
                 main = {f.name: component_of(f, settings.get(f.name), **_layout(f)) for f in SETTINGS if f.name in MAIN}
@@ -168,13 +161,26 @@ class _Form:
             with gr.Row(elem_classes="options"):
                 forms = [fields_of(methods.get(name)) for name in methods.names()]
                 self.slots = Slots.build(forms, options_of(DEFAULT_METHOD), default_options("bundled", DEFAULT_METHOD))
-        self.more = MoreFields()
+        self.more = MoreFields(self.concepts)
+        self._cost(settings)
         with gr.Row(elem_classes="action"):
             self.start = gr.Button("Train", variant="primary", elem_id="train-start", min_width=120)
 
+    def _cost(self, settings: dict[str, Any]) -> None:
+        """Estimated time and memory, and the buttons that check them."""
+        cost = estimate_text(
+            None, "bundled", DEFAULT_METHOD, settings["steps"], settings["batch"], eval_seeds=settings["eval_seeds"]
+        )
+        self.estimate = gr.Markdown(cost, elem_id="train-estimate")
+        with gr.Row():
+            self.memory_button = gr.Button("Predict memory", size="sm", min_width=140, elem_id="train-memory")
+            self.check = gr.Button("Try one step", size="sm", min_width=140, elem_id="train-check")
+        self.memory = MemoryFields(self.memory_button)
+        self.dry_run = gr.Textbox(label="Check of this run", lines=3, visible=False, interactive=False, elem_id="train-checked")
+
     def connect(self, choice: Any, try_button: gr.Button) -> None:
         """Connects the events; a started job is selected in `choice`. `try_button` trains on the example photos."""
-        context, photo_outputs = self.context, [self.thumbs, self.crops, self.notes, self.captions]
+        context, photo_outputs = self.context, [self.thumbs, self.crops, self.notes, self.details, self.captions]
         setting_components = [self.settings[field.name] for field in SETTINGS]
 
         def read_form(

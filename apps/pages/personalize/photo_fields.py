@@ -21,20 +21,18 @@ FALLBACK_SIDE = 512
 
 
 def show_photos(paths: Sequence[str] | None, base: str, captions: Sequence[str] = ()) -> list[Any]:
-    """Updates of thumbnails, crops, problems in Markdown, and the caption table for uploaded photos."""
+    """Updates of thumbnails, crops, problems in Markdown, the part with captions, and its table for uploaded photos."""
     if not paths:
-        return [gr.Gallery([], visible=False), gr.Gallery([], visible=False), NO_PHOTOS, gr.Dataframe([], visible=False)]
+        return [gr.Gallery([], visible=False), gr.Gallery([]), NO_PHOTOS, gr.Accordion(visible=False), gr.Dataframe([])]
     side = base_models.preset(check_base(base)).resolution or FALLBACK_SIDE
     report = inspect_photos(paths, side)
     rows = [[name, caption] for name, caption in zip(report.names, [*captions, *[""] * len(report.names)], strict=False)]
     count = f"{len(report.names)} photo{'s' * (len(report.names) != 1)}"
     problems = "\n".join(f"- ⚠ {escape_markup(text)}" for text in report.problems)
-    crops = gr.Gallery(
-        report.crops, label=f"As square crops of {side} × {side} pixels, as the base model is trained on them", visible=True
-    )
+    crops = gr.Gallery(report.crops, label=f"As square crops of {side} × {side} pixels, as the base model is trained on them")
     thumbs = gr.Gallery(list(zip(report.thumbnails, report.names, strict=True)), visible=True)
     note = f"{count}.\n\n{problems}" if problems else f"{count}, no problems found."
-    return [thumbs, crops, note, gr.Dataframe(rows, visible=True)]
+    return [thumbs, crops, note, gr.Accordion(visible=True), gr.Dataframe(rows)]
 
 
 def show_example(base: str) -> list[Any]:

@@ -25,7 +25,10 @@ def result_values(job: Job | None) -> list[Any]:
     grid = open_image(job.run / "before_after.png") if job else None
     summary = summarize(job) if job else ""
     pairs = comparison_html(job) if job else ""
-    files = [*copy_for_download(existing, job.title), *config_download(job)] if job and existing else []
+    scores = concept_scores(result)
+    judgment = verdict_html(result) + (f'<section class="card">{scores}</section>' if scores else "")
+    config = config_download(job) if job and existing else []
+    files = [*copy_for_download(existing, job.title), *config] if job and existing else []
     return [
         gr.Image(value=grid, visible=grid is not None),
         gr.Markdown(summary, visible=bool(summary)),
@@ -34,9 +37,9 @@ def result_values(job: Job | None) -> list[Any]:
         gr.File(None, visible=False),
         gr.HTML(pairs, visible=bool(pairs)),
         gr.Accordion(visible=grid is not None, open=not pairs),
-        gr.HTML(describe_files(job) if job else ""),
+        gr.HTML(describe_files(job, config) if job else ""),
         gr.Column(visible=bool(existing)),
-        gr.HTML(verdict_html(result) + concept_scores(result), visible=bool(result and verdict_html(result))),
+        gr.HTML(judgment, visible=bool(judgment)),
         gr.Button(visible=bool(existing)),
     ]
 
@@ -53,7 +56,14 @@ def result_components() -> list[Any]:
     pairs = gr.HTML(visible=False, elem_id="train-pairs")
     with gr.Column(visible=False, elem_classes="card") as card:
         purposes = gr.HTML()
-        files = gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="train-files")
+        files = gr.File(
+            label="Files",
+            file_count="multiple",
+            interactive=False,
+            visible=False,
+            elem_id="train-files",
+            elem_classes="downloads",
+        )
         export = gr.Button("Export for ComfyUI and A1111", visible=False, elem_id="train-kohya")
         export_file = gr.File(
             label="For ComfyUI and A1111: copy the LoRA to models/loras, the embedding to embeddings (trigger: its file name)",
@@ -61,6 +71,7 @@ def result_components() -> list[Any]:
             interactive=False,
             visible=False,
             elem_id="train-kohya-file",
+            elem_classes="downloads",
         )
     with gr.Accordion("All images and metrics in one image grid", open=False, visible=False, elem_id="train-all") as sheet:
         grid = grid_image("Before and after", elem_id="train-sheet")

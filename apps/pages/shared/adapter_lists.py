@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from veneer.training.fixed_adapters import split_strength
+
 from ...context import Context, show_errors
+from ...jobs import Job
 from ...workspace import Workspace
 from .events import QUIET
 
 INTERVAL = 5.0
 """Seconds between checks for new adapters from jobs, other pages and other tabs."""
+
+
+def fixed_adapters(workspace: Workspace, job: Job) -> dict[str, float]:
+    """Adapters that a run was trained on top of: name to strength. Those that the user deleted are left out."""
+    if "--with" not in job.command:
+        return {}
+    words = takewhile(lambda word: not word.startswith("--"), job.command[job.command.index("--with") + 1 :])
+    strength_of = {Path(path): strength for path, strength in map(split_strength, words)}
+    return {name: strength_of[file] for name, file in workspace.all_adapters().items() if file in strength_of}
 
 
 def refresh_on_change(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ FILES = {
     "pytorch_lora_weights.safetensors": "for diffusers: pipeline.load_lora_weights",
     "learned_embeds.safetensors": "the trigger token, for diffusers and others: pipeline.load_textual_inversion",
 }
+CONFIG_PURPOSE = "to repeat the run: veneer personalize --config, or Config file and other options on this page"
 
 
 def result_files(job: Job) -> list[Path]:
@@ -44,9 +45,10 @@ def summarize(job: Job) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def describe_files(job: Job) -> str:
-    """What each result file is for, in HTML; empty without files."""
+def describe_files(job: Job, config: Sequence[str] = ()) -> str:
+    """What each result file is for, in HTML; empty without files. `config`: its config file, if any."""
     pairs = [(_download_name(job, path), FILES[path.name]) for path in result_files(job)]
+    pairs += [(Path(path).name, CONFIG_PURPOSE) for path in config if pairs]
     return f"<h3>Files</h3>{facts(pairs)}" if pairs else ""
 
 
