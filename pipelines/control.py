@@ -96,8 +96,9 @@ def _run(config: ControlConfig, accelerator: Accelerator) -> Path:
     subjects = _subjects(config, data, config.resolution or kind.resolution)
     run = ControlRun(config, pipe, attached, subjects, reads, out, report=report, base=base, fixed=fixed)
     loss = _loss(run, data, kind)
+    sharding = sharding_note(config, base)  # gathers from all processes
     if accelerator.is_main_process:
-        _print_start(run, data, changes)
+        _print_start(run, data, [*([sharding] if sharding else []), *(f"note: {text}" for text in data.notes), *changes])
     if config.dry_run:
         return out
     require_disk(out, _written_bytes(run, kind))
@@ -131,10 +132,9 @@ def _loss(run: ControlRun, data: TrainingImages, kind: Family) -> ControlLoss:
     return ControlLoss(kind, dataset, config.seed, samples, config.objective(), cache=cache, control=run.control, follow=follow)
 
 
-def _print_start(run: ControlRun, data: TrainingImages, changes: Sequence[str]) -> None:
+def _print_start(run: ControlRun, data: TrainingImages, notes: Sequence[str]) -> None:
     """Prints notes and the plan of a run, and writes its maps."""
-    sharding = sharding_note(run.config, run.base)
-    for text in [*([sharding] if sharding else []), *(f"note: {text}" for text in data.notes), *changes]:
+    for text in notes:
         print(text, flush=True)
     write_maps(run)
     print(_plan(run, data, run.config.loop().steps), flush=True)

@@ -35,7 +35,8 @@ def registry_with(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str, str]
 def test_modules_are_registered_by_their_file_names() -> None:
     package = Path(veneer.__file__).parent
     for registry, folder in ((methods, "methods"), (hosts, "hosts")):
-        files = {f.stem for f in (package / folder).rglob("*.py") if not f.stem.startswith("_")}
+        paths = [f.relative_to(package) for f in (package / folder).rglob("*.py")]
+        files = {path.stem for path in paths if not any(part.startswith("_") for part in path.parts)}
         assert files == set(registry.names()) - {"toy"}
         for name in files:
             assert registry.get(name).name == name

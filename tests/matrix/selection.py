@@ -15,9 +15,11 @@ from veneer.testing import Check
 from veneer.testing.case import Case
 from veneer.testing.checks_run import site_kind
 from veneer.testing.suite import METHOD_AXIS
+from veneer.testing.suite import REPRESENTATIVES as ON_EVERY_MODEL
 
 EVERYWHERE = frozenset({"every_site_live", "detach_restores", "merge_equals_explicit_change"})
-"""Checked on every host, at every kind of site, and on every small model with `REPRESENTATIVES`."""
+"""Checked on every host, at every kind of site, and on every small model with `REPRESENTATIVES`, or with those of the suite where
+it has no others."""
 
 EVERY_HOST = frozenset(
     {
@@ -64,10 +66,15 @@ def _of_method(method: str, checks: list[Check]) -> Iterator[Check]:
         if check.name in METHOD_AXIS:
             yield check
         elif check.name in EVERYWHERE:
-            if place in enough or method in REPRESENTATIVES:
+            if place in enough or method in REPRESENTATIVES or _is_only_of(check, ON_EVERY_MODEL):
                 yield check
         elif place in one_each and (hosts.index(check.host) + seed) % len(hosts) < hosts_of(check, len(hosts)):
             yield check
+
+
+def _is_only_of(check: Check, methods: frozenset[str]) -> bool:
+    """Whether the suite checks only these methods on the model, beside the core of its host."""
+    return check.method in methods and check.model not in case_of(check).host.core()
 
 
 def hosts_of(check: Check, among: int) -> int:

@@ -58,11 +58,16 @@ def test_every_check_runs_on_every_host_with_several_methods() -> None:
             assert len({c.method for c in SELECTED if (c.name, c.host) == (name, host)}) > 2, (name, host)
 
 
-def test_the_representatives_adapt_every_site_that_a_method_can_use() -> None:
-    cases = [case_of(check) for check in CHECKS if check.name == "every_site_live"]
-    sites = {(c.host.name, c.model, site) for c in cases for site in c.sites}
-    adapted = {(c.host.name, c.model, site) for c in cases if c.method.name in REPRESENTATIVES for site in c.sites}
-    assert sites == adapted
+def test_every_site_of_every_model_that_a_method_can_use_is_adapted() -> None:
+    """By a representative on the core of a host, where all methods are checked."""
+    every, ran = (
+        {(c.host.name, c.model, site) for c in map(case_of, checks) for site in c.sites}
+        for checks in ([c for c in among if c.name == "every_site_live"] for among in (CHECKS, SELECTED))
+    )
+    assert every == ran
+    cases = [c for c in map(case_of, CHECKS) if c.model in c.host.core()]
+    by_any = {(c.host.name, c.model, site) for c in cases for site in c.sites}
+    assert by_any == {(c.host.name, c.model, s) for c in cases if c.method.name in REPRESENTATIVES for s in c.sites}
 
 
 def test_every_method_meets_every_kind_of_site_that_it_can_use() -> None:
