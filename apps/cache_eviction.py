@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .job_queue import JobQueue
+from .polling_thread import PollingThread
 
 MIN_AGE = 900.0
 """Seconds for which a file stays: an open form or a check before a run (at most `LIMITS.check_seconds`) may use it."""
@@ -62,7 +62,7 @@ def paths_in_use(queue: JobQueue) -> set[Path]:
     return {Path(part) for part in parts if part.startswith("/")}
 
 
-class CacheEviction:
+class CacheEviction(PollingThread):
     """Thread that evicts the cache every `seconds`.
 
     Args:
@@ -72,20 +72,8 @@ class CacheEviction:
     def __init__(
         self, folders: Sequence[Path], limit: int, in_use: Callable[[], Collection[Path]], seconds: float = INTERVAL
     ) -> None:
-        self.folders, self.limit, self.in_use, self.seconds = folders, limit, in_use, seconds
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="veneer-cache", daemon=True)
+        super().__init__("veneer-cache", seconds)
+        self.folders, self.limit, self.in_use = folders, limit, in_use
 
-    def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stops the thread."""
-        self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _loop(self) -> None:
-        while not self._stopped.wait(self.seconds):
-            evict(self.folders, self.limit, self.in_use())
+    def poll(self) -> None:
+        evict(self.folders, self.limit, self.in_use())

@@ -27,7 +27,7 @@ class ImageStore:
 
     Args:
         folder: of the images.
-        limits: `stored_images` and `stored_bytes`; beyond them the oldest images are deleted.
+        limits: `gallery_images` and `gallery_bytes`; beyond them the oldest images are deleted.
     """
 
     folder: Path
@@ -98,7 +98,7 @@ class ImageStore:
         for index, path in enumerate(self.files()):
             with contextlib.suppress(FileNotFoundError):  # another request has deleted it
                 total += path.stat().st_size
-                if index >= self.limits.stored_images or total > self.limits.stored_bytes:
+                if index >= self.limits.gallery_images or total > self.limits.gallery_bytes:
                     path.unlink()
 
 

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 from .jobs import Job, find_jobs, has_live_process
+from .polling_thread import PollingThread
 
 
-class JobQueue:
+class JobQueue(PollingThread):
     """Thread that starts waiting jobs, oldest first.
 
-    After a crash of the server, a job that still runs is waited for, and an interrupted job is resumed.
+    After a crash of the server, a job that still runs is waited for, and an interrupted job is resumed. After `close`, a running
+    job continues.
 
     Args:
         root: folder of all workspaces; jobs are in `root/*/jobs/*`. `seconds`: polling interval.
     """
 
     def __init__(self, root: Path, seconds: float = 0.5) -> None:
-        self.root, self.seconds = root, seconds
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="veneer-jobs", daemon=True)
-
-    def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stops the thread; a running job continues."""
-        self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        super().__init__("veneer-jobs", seconds)
+        self.root = root
 
     def jobs(self) -> list[Job]:
         """Jobs of all users, oldest first."""
@@ -53,9 +43,8 @@ class JobQueue:
         waiting[0].start()
         return waiting[0]
 
-    def _loop(self) -> None:
-        while not self._stopped.wait(self.seconds):
-            self.start_next()
+    def poll(self) -> None:
+        self.start_next()
 
 
 def _creation_time(job: Job) -> float:

@@ -21,7 +21,7 @@ class Limits:
         sketches: uploaded but not yet used, over all users. `sketch_bytes`, `layers`: of one sketch.
         text: characters of a prompt, a caption or a name. `config_text`: of options written as a config file.
         adapters: active at once.
-        stored_images: generated images kept per user. `stored_bytes`: their total size.
+        gallery_images: generated images kept per user. `gallery_bytes`: their total size.
         images: generated per request. `side`: of an image, in pixels. `steps`: sampling steps.
         epochs: of classifier training. `batch`: its batch size.
         check_seconds: timeout of the check before a run.
@@ -47,8 +47,8 @@ class Limits:
     text: int = 1000
     config_text: int = 16_000
     adapters: int = 8
-    stored_images: int = 500
-    stored_bytes: int = 1024 * MIB
+    gallery_images: int = 500
+    gallery_bytes: int = 1024 * MIB
     images: int = 16
     side: int = 1024
     steps: int = 100

@@ -28,12 +28,12 @@ def seeds(store: ImageStore) -> list[int]:
 
 
 def test_the_oldest_images_beyond_the_limit_are_deleted(tmp_path: Path) -> None:
-    store = ImageStore(tmp_path / "images", replace(LIMITS, stored_images=3))
+    store = ImageStore(tmp_path / "images", replace(LIMITS, gallery_images=3))
     for number in range(5):
         store.add(made(tmp_path, number))
     assert seeds(store) == [4, 3, 2], "newest first"
     size = made(tmp_path, 9).stat().st_size
-    store = ImageStore(tmp_path / "images", replace(LIMITS, stored_bytes=2 * size + size // 2))
+    store = ImageStore(tmp_path / "images", replace(LIMITS, gallery_bytes=2 * size + size // 2))
     store.add(made(tmp_path, 9))
     assert seeds(store) == [9, 4]
     assert not [path for path in store.folder.iterdir() if path.suffix != ".png"]

@@ -50,7 +50,9 @@ def show_page(workspace: Workspace, number: int) -> list[Any]:
     store = ImageStore.of(workspace)
     files, number, pages = store.page(number, PER_PAGE)
     total, first = len(store.files()), number * PER_PAGE
-    position = f"{first + 1} to {first + len(files)} of {total}; at most {LIMITS.stored_images} are kept." if files else NO_IMAGES
+    position = (
+        f"{first + 1} to {first + len(files)} of {total}; at most {LIMITS.gallery_images} are kept." if files else NO_IMAGES
+    )
     return [
         gr.Gallery(thumbnails(files), visible=bool(files)),
         [file.name for file in files],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,17 +100,17 @@ class _Tagger:
         probabilities: images to (n, number of tags). `tags`: name of each output, empty for one that is left out.
     """
 
-    model: Any
+    probabilities: Callable[[Sequence[Image.Image]], Tensor]
     tags: Sequence[str]
     threshold: float
 
     @torch.inference_mode()
     def captions(self, images: Sequence[Image.Image]) -> list[str]:
-        return [", ".join(self._names(row)) for row in self.model(images).float().cpu()]
+        return [", ".join(self._names(row)) for row in self.probabilities(images).float().cpu()]
 
-    def _names(self, probabilities: Tensor) -> list[str]:
-        order = probabilities.argsort(descending=True, stable=True).tolist()
-        return [self.tags[i] for i in order if self.tags[i] and probabilities[i] >= self.threshold]
+    def _names(self, row: Tensor) -> list[str]:
+        order = row.argsort(descending=True, stable=True).tolist()
+        return [self.tags[i] for i in order if self.tags[i] and row[i] >= self.threshold]
 
 
 def _generator(folder: Path, class_name: str, device: str, max_tokens: int) -> Captioner:

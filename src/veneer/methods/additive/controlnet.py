@@ -30,7 +30,8 @@ class ControlNet(Controlled):
 
     The hint encoder H reduces the control image c to the latent's size by convolutions; its last one and all Z_i, of 1×1, are
     initialized to zero, so that a new ControlNet is the identity. Used with `condition(image=…, strength=…, start=…, end=…,
-    guess=…)`.
+    guess=…)`. `guess=True`: no control in the unconditional half of the batch, and the skips are weighted from 0.1 at the top to
+    1 in the middle, logarithmically spaced.
 
     Args:
         channels: channels of the control image, at least 1.
