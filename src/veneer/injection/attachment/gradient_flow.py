@@ -26,8 +26,8 @@ def check_gradient_flow(towers: Iterable[nn.Module]) -> Iterator[None]:
     """
     passes: dict[str, bool] = {}
     handles = [
-        module.register_forward_hook(_hook(path, passes, _checkpoints(tower)), with_kwargs=True)
-        for tower in towers
+        module.register_forward_hook(_hook(path, passes, checkpoints), with_kwargs=True)
+        for tower, checkpoints in [(tower, _checkpoints(tower)) for tower in towers]
         for path, module in _host_modules(tower, "")
         if any(p is not None and p.ndim > 1 for p in module._parameters.values())
     ]

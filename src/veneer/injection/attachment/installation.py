@@ -164,7 +164,7 @@ class Installation:
 
     def reject_sharded_weights(self) -> None:
         """Raises `HostChanged` if a tower with parametrized tensors is sharded, which refers to them by their present names."""
-        towers = [seam.__dict__["tower"] for seam in self.seams if isinstance(seam, WeightSeam)]
+        towers = dict.fromkeys(seam.__dict__["tower"] for seam in self.seams if isinstance(seam, WeightSeam))
         reject_sharded(towers, "detach", "Load the base model again.")
 
     def refuse_mixed(self) -> None:
