@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -10,7 +9,19 @@ from torch import Tensor
 
 
 class Allocation:
-    """Lives as long as a tensor on the device; `torch.utils.swap_tensors` permits no weak references to the tensor itself."""
+    """Counts a tensor on the device as long as it lives; `torch.utils.swap_tensors` permits no weak references to the tensor.
+
+    Args:
+        accelerator: the device. `storage`: identity of the tensor's storage. `size`: bytes of it.
+    """
+
+    __slots__ = ("accelerator", "size", "storage")
+
+    def __init__(self, accelerator: SimulatedAccelerator, storage: int, size: int) -> None:
+        self.accelerator, self.storage, self.size = accelerator, storage, size
+
+    def __del__(self) -> None:
+        self.accelerator.remove(self.storage, self.size)
 
 
 @dataclass
@@ -29,15 +40,16 @@ class SimulatedAccelerator:
 
     def add(self, values: Tensor) -> Allocation:
         """Counts a new tensor, until the result is deleted; views of one storage count once."""
-        storage, allocation = values.untyped_storage(), Allocation()
-        self._tensors[storage._cdata] += 1
-        if self._tensors[storage._cdata] == 1:
-            self.bytes += storage.nbytes()
+        storage = values.untyped_storage()
+        identity, size = storage._cdata, storage.nbytes()
+        self._tensors[identity] += 1
+        if self._tensors[identity] == 1:
+            self.bytes += size
             self.peak_bytes = max(self.peak_bytes, self.bytes)
-        weakref.finalize(allocation, self._remove, storage._cdata, storage.nbytes()).atexit = False
-        return allocation
+        return Allocation(self, identity, size)
 
-    def _remove(self, storage: int, size: int) -> None:
+    def remove(self, storage: int, size: int) -> None:
+        """Counts a tensor no longer; called by its allocation."""
         self._tensors[storage] -= 1
         if not self._tensors[storage]:
             del self._tensors[storage]
