@@ -18,23 +18,27 @@ from veneer.testing.suite import METHOD_AXIS
 from veneer.testing.suite import REPRESENTATIVES as ON_EVERY_MODEL
 
 EVERYWHERE = frozenset({"every_site_live", "detach_restores", "merge_equals_explicit_change"})
-"""Checked on every host, at every kind of site, and on every small model with `REPRESENTATIVES`, or with those of the suite where
-it has no others."""
+"""Checked on every host, at every kind of site, and on every small model with `REPRESENTATIVES`."""
+
+OF_EVERY_SITE = "every_site_live"
+"""Checked with the representatives of the suite as well, where it has no other methods: they reach biases and fused weights."""
 
 EVERY_HOST = frozenset(
     {
-        *("identity_at_start", "only_the_adapter_trains", "save_load_save_is_byte_equal", "count_equals_built"),
+        *("identity_at_start", "only_the_adapter_trains", "count_equals_built"),
         *("weight_form_equals_output_form", "merge_is_refused_without_a_weight_form"),
     }
 )
 """Checked on one model of every host."""
 
-COMPILED = "compiles_to_one_graph"
-"""A check that takes seconds."""
+SLOW = frozenset({"compiles_to_one_graph", "two_adapters_compose"})
+"""Checks that take seconds; `test_together` pairs every method with LoRA on every host."""
 
-COMPILED_HOSTS = 2
-FEW_HOSTS = 3
-"""On how many hosts a method runs `COMPILED`, and a check not named here; `REPRESENTATIVES` run the latter on every host."""
+SLOW_HOSTS = {True: 2, False: 1}
+"""On how many hosts a check in `SLOW` runs, by whether the method is one of `REPRESENTATIVES`."""
+
+FEW_HOSTS = 2
+"""On how many hosts a method runs a check not named here; `REPRESENTATIVES` run it on every host."""
 
 REPRESENTATIVES = frozenset(
     {
@@ -66,7 +70,11 @@ def _of_method(method: str, checks: list[Check]) -> Iterator[Check]:
         if check.name in METHOD_AXIS:
             yield check
         elif check.name in EVERYWHERE:
-            if place in enough or method in REPRESENTATIVES or _is_only_of(check, ON_EVERY_MODEL):
+            if (
+                place in enough
+                or method in REPRESENTATIVES
+                or (check.name == OF_EVERY_SITE and _is_only_of(check, ON_EVERY_MODEL))
+            ):
                 yield check
         elif place in one_each and (hosts.index(check.host) + seed) % len(hosts) < hosts_of(check, len(hosts)):
             yield check
@@ -79,9 +87,10 @@ def _is_only_of(check: Check, methods: frozenset[str]) -> bool:
 
 def hosts_of(check: Check, among: int) -> int:
     """On how many hosts a check of a method runs that supports `among` hosts."""
-    if check.name == COMPILED:
-        return min(COMPILED_HOSTS, among)
-    return among if check.name in EVERY_HOST or check.method in REPRESENTATIVES else min(FEW_HOSTS, among)
+    representative = check.method in REPRESENTATIVES
+    if check.name in SLOW:
+        return min(SLOW_HOSTS[representative], among)
+    return among if check.name in EVERY_HOST or representative else min(FEW_HOSTS, among)
 
 
 def _one_model_per_host(models: list[tuple[str, str]], seed: int) -> list[tuple[str, str]]:

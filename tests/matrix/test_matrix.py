@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.matrix.selection import EVERYWHERE, REPRESENTATIVES, case_of, hosts_of, select
+from tests.matrix.selection import EVERYWHERE, REPRESENTATIVES, SLOW, case_of, hosts_of, select
 from veneer.injection.registry import hosts, methods
 from veneer.testing import Check, parametrize_with_checks
 from veneer.testing.case import Case, usable_sites
@@ -55,7 +55,8 @@ def test_every_check_runs_on_every_host_with_several_methods() -> None:
     """The sites of one host are compiled, merged, saved and so on with some of the methods."""
     for name in {body.__name__ for body in METHOD_CHECKS} - METHOD_AXIS:
         for host in hosts.names():
-            assert len({c.method for c in SELECTED if (c.name, c.host) == (name, host)}) > 2, (name, host)
+            least = 2 if name in SLOW else 3
+            assert len({c.method for c in SELECTED if (c.name, c.host) == (name, host)}) >= least, (name, host)
 
 
 def test_every_site_of_every_model_that_a_method_can_use_is_adapted() -> None:

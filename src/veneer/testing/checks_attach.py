@@ -95,7 +95,7 @@ def detach_restores(case: Case) -> None:
     model = case.fresh()
     before, expected = snapshot(model), run(model, case.plain(model))
     attachment = case.attach(model)
-    train(case, model, attachment)
+    train(case, model, attachment, steps=1)
     attachment.detach()
     if attachments(model):
         raise AssertionError("attachments(model) still lists the detached attachment")

@@ -83,10 +83,10 @@ def _precision(y: Tensor) -> float:
 def merge_equals_explicit_change(case: Case) -> None:
     """merge() writes W + s·(weight(W) − W) into every tensor, which gives the attached model's outputs."""
     case.merging()
+    model, attachment = case.attached(torch.float64)
+    inputs = case.inputs(model, attachment)
     for scale in (1.0, 0.5):
-        model, attachment = case.attached(torch.float64)
         attachment.scale = scale
-        inputs = case.inputs(model, attachment)
         expected, attached = _expected_merge(model, attachment, scale), run(model, inputs)
         report = attachment.merge()
         if report.tensors != len(expected):
@@ -94,6 +94,7 @@ def merge_equals_explicit_change(case: Case) -> None:
         for (path, param), tensor in expected.items():
             close([base_tensor(model, path, param)], [tensor], 1e-9, f"{path}.{param} merged at scale {scale} against W + s·ΔW")
         close(run(model, inputs), attached, EXACT, f"{case.method.name}: merged at scale {scale} against attached")
+        attachment.unmerge()
 
 
 def unmerge_is_bitwise(case: Case) -> None:
