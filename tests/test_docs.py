@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import pkgutil
 import re
@@ -125,17 +126,19 @@ def _code(page: str) -> list[str]:
     return [code for code in re.findall(r"`([^`\n]+)`", text) if not PLACEHOLDER.search(code)]
 
 
+@functools.cache
+def _files() -> list[str]:
+    """Paths of all files from the root of the repository, with a slash before them."""
+    parts = (ROOT / part for part in ("src", "pipelines", "apps", "tests", "docs"))
+    return [f"/{path.relative_to(ROOT)}" for part in parts for path in part.rglob("*")]
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
 def test_source_files_named_in_pages_exist(page: str) -> None:
     """A file is named by the end of its path, or by a path from the root of the repository."""
-    files = [
-        f"/{path.relative_to(ROOT)}"
-        for part in ("src", "pipelines", "apps", "tests", "docs")
-        for path in (ROOT / part).rglob("*")
-    ]
     words = [word.strip("(),") for code in _code(page) for word in code.split()]
     named = [word for word in words if word.endswith(".py") or re.match(r"(src|pipelines|apps|tests|docs)/", word)]
-    missing = [word for word in named if not any(file.endswith(f"/{word.rstrip('/')}") for file in files)]
+    missing = [word for word in named if not any(file.endswith(f"/{word.rstrip('/')}") for file in _files())]
     assert [word for word in missing if word not in FOREIGN] == []
 
 
