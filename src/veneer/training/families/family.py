@@ -153,12 +153,12 @@ class Family(PromptLimits, ABC):
         if upcast:
             vae.to(torch.float32)
         try:
-            posterior = vae.encode(self.with_frame(pixels.to(vae.device, vae.dtype))).latent_dist
+            mean, std = _posterior(vae.encode(self.with_frame(pixels.to(vae.device, vae.dtype))))
         finally:
             if upcast:
                 vae.to(dtype)
         shift, scale = self._latent_affine()
-        mean, std = (part.squeeze(2) if self.frames else part for part in (posterior.mean.float(), posterior.std.float()))
+        mean, std = (part.squeeze(2) if self.frames else part for part in (mean.float(), std.float()))
         return (mean - shift) * scale, std * scale
 
     def with_frame(self, images: Tensor) -> Tensor:
@@ -232,8 +232,8 @@ class Family(PromptLimits, ABC):
         """
         import diffusers
 
-        pipe = self.pipe
-        if "image" in inspect.signature(type(pipe).__call__).parameters:  # an image-to-image pipeline
+        pipe, is_main = self.pipe, type(self.pipe).__name__ == self.pipelines[0]
+        if not is_main and "image" in inspect.signature(type(pipe).__call__).parameters:  # an image-to-image pipeline
             pipe = getattr(diffusers, self.pipelines[0]).from_pipe(pipe, torch_dtype=None)  # shares the components
             pipe.set_progress_bar_config(disable=True)
         parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
@@ -261,3 +261,10 @@ def pad(sequence: Tensor, tokens: int) -> Tensor:
     """(batch, n, …) with n at most `tokens` → (batch, tokens, …), with zeros at the end."""
     missing = sequence.new_zeros(len(sequence), tokens - sequence.shape[1], *sequence.shape[2:])
     return torch.cat([sequence, missing], dim=1)
+
+
+def _posterior(encoded: Any) -> tuple[Tensor, Tensor]:
+    """(mean, std) of the output of a VAE's `encode`; std is 0 for an autoencoder without a posterior, such as DC-AE."""
+    if "latent" in encoded:
+        return encoded.latent, torch.zeros_like(encoded.latent)
+    return encoded.latent_dist.mean, encoded.latent_dist.std
