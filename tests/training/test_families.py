@@ -436,7 +436,7 @@ def test_other_pipelines_are_refused_by_name():
 
 
 def test_every_file_is_one_family():
-    assert list(families()) == ["dit", "flux", "pixart", "sd", "sd3", "sdxl"]
+    assert list(families()) == ["chroma", "dit", "flux", "flux2", "flux2_klein", "pixart", "sana", "sd", "sd3", "sdxl"]
     for kind in families().values():
         for name in kind.pipelines:
             assert hasattr(diffusers, name)
