@@ -1,4 +1,4 @@
-"""FLUX.2, Chroma, Sana and Krea 2 against their real pipelines: text, inputs and outputs of the transformer, latents, objective."""
+"""FLUX.2, Chroma, Sana and Krea 2 against their real pipelines: text, transformer inputs and outputs, latents, objective."""
 
 from __future__ import annotations
 

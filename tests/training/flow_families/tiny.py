@@ -1,4 +1,4 @@
-"""Tiny real pipelines of FLUX.2, Chroma, Sana and Krea 2, with tokenizers built from word lists. Widths differ wherever possible."""
+"""Tiny real pipelines of FLUX.2, Chroma, Sana and Krea 2, with tokenizers built from word lists."""
 
 from __future__ import annotations
 
