@@ -13,7 +13,10 @@ from veneer.injection.errors import BaseModelError
 from .errors import PromptError, PromptWarning
 from .family import Family, Sizes
 
-__all__ = ["BaseModelError", "Family", "PromptError", "PromptWarning", "Sizes", "check_folder", "families", "family"]
+__all__ = [
+    "BaseModelError", "Family", "PromptError", "PromptWarning", "Sizes", "check_folder", "families", "family",
+    "sampling_arguments",
+]  # fmt: skip
 
 
 def families() -> dict[str, type[Family]]:
@@ -36,13 +39,22 @@ def family(pipe: Any, **options: Any) -> Family:
         BaseModelError: an unsupported pipeline class, or a missing component.
     """
     known = families()
-    for kind in known.values():
-        if kind.matches(pipe):
-            return kind(pipe, **options)
+    if kind := _kind_of(pipe):
+        return kind(pipe, **options)
     name = type(pipe).__name__
     raise BaseModelError(
         f"{name} is not supported for training. {_supported(known)}", where="family", given=name, expected=tuple(known)
     )
+
+
+def sampling_arguments(pipe: Any, arguments: dict[str, Any], prompts: int) -> dict[str, Any]:
+    """`Family.sampling_arguments` of a pipeline's family; the arguments themselves if it has none."""
+    kind = _kind_of(pipe)
+    return kind.sampling_arguments(arguments, prompts) if kind else arguments
+
+
+def _kind_of(pipe: Any) -> type[Family] | None:
+    return next((kind for kind in families().values() if kind.matches(pipe)), None)
 
 
 def check_folder(folder: Path) -> None:

@@ -241,10 +241,21 @@ class Family(PromptLimits, ABC):
         try:
             for part in parts:
                 part.eval()
+            settings = self.sampling_arguments(settings, len(prompts))
             return list(pipe(**self.inputs(prompts), generator=generators, **settings).images)
         finally:
             for module, training in modes:
                 module.training = training
+
+    @classmethod
+    def sampling_arguments(cls, arguments: dict[str, Any], prompts: int) -> dict[str, Any]:
+        """Arguments of the pipeline for settings by their common names.
+
+        Args:
+            arguments: such as `guidance_scale`, the scale of classifier-free guidance, and `negative_prompt`, one per prompt.
+            prompts: number of prompts.
+        """
+        return arguments
 
     def inputs(self, prompts: list[str]) -> dict[str, Any]:
         """Pipeline arguments of the prompts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
@@ -94,3 +95,16 @@ class PromptLimits:
             ids = self._token_ids([prompt], tokenizer)[0]
             parts.append([type(tokenizer).__name__, limit, tokenizer.pad_token_id, tokenizer.padding_side, list(ids)])
         return repr(parts)
+
+
+class LanguageModelLimits(PromptLimits):
+    """Limits of pipelines whose text encoder is a language model: prompts are within a template, and the first tokens are kept."""
+
+    def token_limit(self, tokenizer: Any) -> int:
+        return self.t5_tokens
+
+    def text_beyond(self, ids: list[int], limit: int, tokenizer: Any) -> str:
+        """The part of a prompt beyond the token limit, without the end of the template."""
+        template = self._token_ids([""], tokenizer)[0]
+        end = len(os.path.commonprefix([ids[::-1], template[::-1]]))
+        return str(tokenizer.decode(ids[limit : len(ids) - end]))
