@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
 
 from tests.raising import raises
 from tests.training.test_families import assert_same_inputs, recorded
+from veneer import attach
 from veneer.testing.pipelines import tiny_pipeline
-from veneer.training.families import BaseModelError, PromptError, families, family
+from veneer.training.families import BaseModelError, PromptError, check_folder, families, family
 from veneer.training.families.family import Family
 from veneer.training.families.flux import pack, unpack
 from veneer.training.objective.objectives import Flow, ObjectiveOptions
@@ -23,7 +27,7 @@ from .tiny import PIPELINES, tiny
 NAMES = list(PIPELINES)
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' DPM solver
 PROMPTS = ["a photo of a dog", "A red toy car on the beach, xyz"]
-TOKENS = {"flux2": 80, "flux2_klein": 64, "chroma": 24, "sana": 24}
+TOKENS = {"flux2": 80, "flux2_klein": 64, "chroma": 24, "sana": 24, "krea2": 24}
 """Token limits above those of the prompts with their templates, far below the defaults."""
 SIDES = {"sana": (64, 96)}
 
@@ -81,7 +85,7 @@ def assert_denoise_is_the_loop(pipe: Any, name: str, guidance: float) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_denoise_is_what_the_pipeline_does(pipes: dict[str, Any], name: str) -> None:
-    assert_denoise_is_the_loop(pipes[name], name, 2.25 if name == "flux2" else 1.0)
+    assert_denoise_is_the_loop(pipes[name], name, {"flux2": 2.25, "krea2": 0.0}.get(name, 1.0))
 
 
 def test_flux2_without_guidance() -> None:
@@ -101,13 +105,13 @@ def test_sana_scales_timesteps() -> None:
     assert torch.equal(prediction, calls[0][1][:, :8])  # the other half is a variance
 
 
-@pytest.mark.parametrize("name", ["flux2_klein", "chroma", "sana"])
+@pytest.mark.parametrize("name", ["flux2_klein", "chroma", "sana", "krea2"])
 def test_the_empty_caption_is_the_unconditional_text(pipes: dict[str, Any], name: str) -> None:
     calls, _ = loop(pipes[name], name, 2.0, steps=1)
     inputs = calls[-1][0]
     own = kind_of(pipes[name], name).encode_text(["", ""])
     assert torch.equal(own["prompt_embeds"], inputs["encoder_hidden_states"][:2])
-    if name == "sana":
+    if name in ("sana", "krea2"):
         assert torch.equal(own["mask"], inputs["encoder_attention_mask"][:2])
     if name == "chroma":
         assert torch.equal(own["mask"], inputs["attention_mask"][:, : TOKENS[name]])
@@ -135,8 +139,9 @@ def test_tokens_are_counted_as_the_pipeline_makes_them(pipes: dict[str, Any], na
         kind.encode_text([PROMPTS[1]])
     ((ids, mask),) = batches
     ((tokenizer, limit),) = kind.limits()
-    assert tokenizer(kind.prepare([PROMPTS[1]], tokenizer)).input_ids == [ids[0][mask[0].bool()].tolist()]
-    assert ids.shape[1] == limit
+    end = tokenizer(kind.pipe.prompt_template_encode_suffix).input_ids if name == "krea2" else []
+    assert [*tokenizer(kind.prepare([PROMPTS[1]], tokenizer)).input_ids[0], *end] == ids[0][mask[0].bool()].tolist()
+    assert ids.shape[1] == limit + len(end)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -148,9 +153,11 @@ def test_a_prompt_that_is_too_long(pipes: dict[str, Any], name: str) -> None:
         words += 1
     longest = " ".join(["dog"] * words)
     kind.check_length([longest])
-    with raises(PromptError, given=limit + 1, expected=limit) as caught:
+    with raises(PromptError, given=limit + 1, expected=limit):
         kind.encode_text(["a dog", longest + " dog"])
-    assert caught.value.where  # the end of the template, or the word
+    with raises(PromptError, given=limit + 20, expected=limit) as caught:
+        kind.encode_text([longest + " dog" * 20])
+    assert set(caught.value.where.split()) == {"dog"}
     assert kind.shorten(longest + " dog dog") == longest
 
 
@@ -205,6 +212,16 @@ def test_latents_of_sana_have_no_noise(pipes: dict[str, Any]) -> None:
     assert torch.equal(kind.latents(mean, std, torch.Generator()), mean)
 
 
+def test_latents_of_krea2(pipes: dict[str, Any]) -> None:
+    pipe, kind = pipes["krea2"], family(pipes["krea2"])
+    mean, std = kind.encode_images(pixels_of(kind))
+    with torch.no_grad():
+        posterior = pipe.vae.encode(pixels_of(kind).unsqueeze(2)).latent_dist
+    for channel, (center, spread) in enumerate(((0.1, 2.0), (-0.2, 0.5), (0.3, 1.5))):
+        torch.testing.assert_close(mean[:, channel], (posterior.mean[:, channel, 0] - center) / spread)
+        torch.testing.assert_close(std[:, channel], posterior.std[:, channel, 0] / spread)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_target_is_the_velocity_of_the_scheduler(pipes: dict[str, Any], name: str) -> None:
     """The scheduler's last step, with the target in place of the prediction, recovers x₀."""
@@ -233,6 +250,7 @@ def test_shifts_and_densities(pipes: dict[str, Any]) -> None:
         "flux2_klein": ("uniform", 1.0),
         "chroma": ("uniform", 1.0),
         "sana": ("logit_normal", 3.0),
+        "krea2": ("uniform", 1.0),
     }
 
 
@@ -248,6 +266,25 @@ def test_flux_shift_of_flux2_is_that_of_its_pipeline(pipes: dict[str, Any], name
     assert flux_mu(tokens, *objective.mu) == pytest.approx(mu, abs=1e-3)
 
 
+def test_flux_shift_of_krea2(pipes: dict[str, Any]) -> None:
+    objective = family(pipes["krea2"]).objective()
+    assert isinstance(objective, Flow)
+    assert objective.mu == (0.5, 1.15, 256, 6400)
+    pipe = tiny("krea2")
+    pipe.register_to_config(is_distilled=True)
+    objective = family(pipe).objective()
+    assert isinstance(objective, Flow)
+    assert objective.mu[:2] == (1.15, 1.15)
+
+
+def test_guidance_of_krea2_is_that_of_other_pipelines(pipes: dict[str, Any]) -> None:
+    """u + s·(c − u) = c + (s − 1)·(c − u)."""
+    kind = family(pipes["krea2"])
+    assert kind.sampling_arguments({"guidance_scale": 5.5, "height": 8}, 1) == {"guidance_scale": 4.5, "height": 8}
+    assert kind.sampling_arguments({"guidance_scale": 1.0}, 1) == {"guidance_scale": 0.0}
+    assert kind.sampling_arguments({}, 1) == {}
+
+
 def test_sizes(pipes: dict[str, Any]) -> None:
     facts = {name: family(pipe) for name, pipe in pipes.items()}
     assert {n: (k.vae_factor, k.multiple, k.resolution, k.latent_channels) for n, k in facts.items()} == {
@@ -255,6 +292,7 @@ def test_sizes(pipes: dict[str, Any]) -> None:
         "flux2_klein": (2, 4, 256, 6),
         "chroma": (4, 8, 512, 6),
         "sana": (32, 32, 512, 8),
+        "krea2": (4, 8, 1024, 3),
     }
 
 
@@ -311,6 +349,45 @@ def test_missing_components_are_listed(pipes: dict[str, Any], name: str) -> None
             setattr(pipe, part, kept)
 
 
-def test_editing_models_of_flux_are_refused() -> None:
+@pytest.mark.parametrize("name", ["FluxKontextPipeline", "FluxFillPipeline", "FluxControlPipeline", "QwenImageEditPipeline"])
+def test_editing_pipelines_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with raises(BaseModelError, file=tmp_path, where="editing", given=name):
+        check_folder(tmp_path)
+
+
+def test_kontext_is_refused_and_its_base_model_is_not() -> None:
+    base = tiny_pipeline("flux")
+    with raises(BaseModelError, where="editing", given="FluxKontextPipeline"):
+        family(diffusers.FluxKontextPipeline(**base.components))
+    family(base)
+
+
+def test_fill_weights_in_a_text_to_image_pipeline_are_refused() -> None:
     with raises(BaseModelError, where="transformer", given=96, expected=24):
         family(tiny_pipeline("flux", in_channels=96))
+
+
+SD35 = {
+    "medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0,)},
+    "large": {"qk_norm": "rms_norm", "num_layers": 3},
+}
+
+
+@pytest.mark.parametrize("size", SD35)
+def test_stable_diffusion_35(size: str) -> None:
+    """Dual attention and normalized queries and keys: the family's call is the pipeline's, and LoRA reaches all attentions."""
+    pipe = tiny_pipeline("sd3", **SD35[size])
+    kind = family(pipe)
+    with recorded(pipe.transformer) as calls:
+        pipe(prompt=PROMPTS, height=24, width=40, guidance_scale=1.0, num_inference_steps=1, output_type="latent")
+    ((inputs, raw),) = calls
+    with torch.no_grad():
+        prediction = kind.denoise(inputs["hidden_states"], inputs["timestep"], kind.encode_text(PROMPTS))
+    assert torch.equal(prediction, raw)
+    lora = attach(pipe, "lora", rank=2)
+    kind.denoise(inputs["hidden_states"], inputs["timestep"], kind.encode_text(PROMPTS)).square().mean().backward()
+    reached = {name.rpartition(".to_q")[0] for name, (_, adapter) in lora.parts.items() if adapter.up.grad.any()}
+    attentions = {n for n, m in pipe.transformer.named_modules() if n.endswith((".attn", ".attn2"))}
+    assert len(attentions) == 3
+    assert {name.removeprefix("transformer.") for name in reached} - {""} == attentions

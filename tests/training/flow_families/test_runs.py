@@ -91,7 +91,7 @@ def test_slices_of_flux2_are_saved_as_a_lora_of_the_layer(tmp_path: Path) -> Non
     torch.testing.assert_close(forward(third), after)
 
 
-@pytest.mark.parametrize("name", ["flux2", "flux2_klein", "sana"])
+@pytest.mark.parametrize("name", ["flux2", "flux2_klein", "sana", "krea2"])
 def test_token_embeddings_of_language_models_are_refused(pipes: dict[str, Any], name: str) -> None:
     with raises(UnsupportedSite, method="textual_inversion"):
         attach(pipes[name], "textual_inversion", tokens="<toy>", initialize="toy")

@@ -3,54 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import torch
 import transformers
 
-from veneer.base_models.clip_vocabulary import byte_alphabet
 from veneer.testing.pipelines import _t5, _vae
-from veneer.testing.tokenizers import WORDS, t5_tokenizer
+from veneer.testing.tokenizers import WORDS, gemma_tokenizer, qwen_tokenizer, t5_tokenizer
 
-CHAT = (
-    "{%- for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{%- endfor %}"
-    "{%- if add_generation_prompt %}<|im_start|>assistant\n{%- endif %}"
-)
 INSTRUCT = (
     "{{ bos_token }}{%- for message in messages %}{%- if message['role'] == 'user' %}[INST]{% endif %}"
     "{{ message['content'][0]['text'] }}{%- if message['role'] == 'user' %}[/INST]{% endif %}{%- endfor %}"
 )
-
-
-def merges_of(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Merges that make one token of each word, from its start to its end."""
-    pairs: dict[tuple[str, str], None] = {}
-    for word in words:
-        for end in range(1, len(word)):
-            pairs[word[:end], word[end]] = None
-    return list(pairs)
-
-
-def qwen_tokenizer() -> Any:
-    """A `Qwen2Tokenizer` with a token for each word after a space, and bytes for everything else."""
-    merges = merges_of("Ġ" + word for word in WORDS)
-    pieces = [*byte_alphabet(), *(a + b for a, b in merges), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = transformers.Qwen2Tokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=merges)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHAT
-    return tokenizer
-
-
-def gemma_tokenizer(*texts: str) -> Any:
-    """A `GemmaTokenizer` with a token for each word after a space, those of the texts too, and characters for everything else."""
-    words = dict.fromkeys([*WORDS, *re.findall("[a-z]+", " ".join(texts))])
-    merges = merges_of("▁" + word for word in words)
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
-    pieces = dict.fromkeys([*special, "▁", "\n", *map(chr, range(33, 127)), *(a + b for a, b in merges)])
-    return transformers.GemmaTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, add_bos_token=True)
 
 
 def mistral_processor() -> Any:
@@ -116,7 +82,7 @@ def _qwen3(tokenizer: Any, width: int, layers: int) -> Any:
 
 
 def _klein(denoiser: dict[str, Any], distilled: bool = False) -> Any:
-    tokenizer = qwen_tokenizer()
+    tokenizer = qwen_tokenizer("user assistant")
     settings = {**FLUX2, "joint_attention_dim": 36, "guidance_embeds": False, **denoiser}
     return diffusers.Flux2KleinPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
@@ -175,11 +141,49 @@ def _sana(denoiser: dict[str, Any]) -> Any:
     )  # fmt: skip
 
 
+TEMPLATE = (
+    "assistant system Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of "
+    "the objects and background user"
+)
+
+
+def _krea2(denoiser: dict[str, Any], distilled: bool = False) -> Any:
+    tokenizer = qwen_tokenizer(TEMPLATE)
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12, "pad_token_id": tokenizer.pad_token_id,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2], "mrope_interleaved": True},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 20, "patch_size": 4,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    config = {
+        "in_channels": 12, "num_layers": 2, "attention_head_dim": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 28, "timestep_embed_dim": 8, "text_hidden_dim": 20, "num_text_layers": 2,
+        "text_num_attention_heads": 2, "text_num_key_value_heads": 2, "text_intermediate_size": 36,
+        "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1, "axes_dims_rope": (2, 2, 2),
+    }  # fmt: skip
+    return diffusers.Krea2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+        vae=diffusers.AutoencoderKLQwenImage(
+            base_dim=4, z_dim=3, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
+            latents_mean=[0.1, -0.2, 0.3], latents_std=[2.0, 0.5, 1.5],
+        ),
+        text_encoder=transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer,
+        transformer=diffusers.Krea2Transformer2DModel(**{**config, **denoiser}),
+        text_encoder_select_layers=(1, 3),
+        is_distilled=distilled,
+    )  # fmt: skip
+
+
 PIPELINES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "flux2": _flux2,
     "flux2_klein": _klein,
     "chroma": _chroma,
     "sana": _sana,
+    "krea2": _krea2,
 }
 
 

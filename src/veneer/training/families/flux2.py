@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from ..objective.objectives import Flow, Objective, ObjectiveOptions
 from .family import Sizes
 from .flux import Flux, pack, positions, unpack
+from .prompt_limits import LanguageModelLimits
 
 
-class Flux2(Flux):
+class Flux2(LanguageModelLimits, Flux):
     """ε − x₀ = unpack(transformer(pack(x_σ), σ, guidance, text, positions)).
 
     A latent is (z − μ)/√(var + ε) with the running statistics of the VAE's batch norm, one for each channel and place in a 2×2
@@ -68,9 +69,6 @@ class Flux2(Flux):
         texts = self.pipe.tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
         added = tokenizer.decode(tokenizer("").input_ids[:1])
         return [text.removeprefix(added) for text in texts]
-
-    def text_beyond(self, ids: list[int], limit: int, tokenizer: Any) -> str:
-        return str(tokenizer.decode(ids[limit:]))
 
     def guidance_input(self, rows: int, device: torch.device) -> Tensor | None:
         """`guidance` for each row, (batch,); None if the model has no such input."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .family import Family, Sizes
+from .prompt_limits import LanguageModelLimits
 
 
-class Sana(Family):
+class Sana(LanguageModelLimits, Family):
     """ε − x₀ = transformer(x_σ, σ·1000·`timestep_scale`, text, text mask).
 
     A prompt is lower-cased and stripped, and follows the instruction that the pipeline has as its default; the empty prompt,
@@ -53,18 +53,14 @@ class Sana(Family):
             "mask": torch.empty(rows, self.t5_tokens, dtype=torch.int64, device="meta"),
         }
 
-    def limits(self) -> Iterator[tuple[Any, int]]:
-        """The limit includes the instruction, without two tokens, as in the pipeline."""
-        tokenizer = self.pipe.tokenizer
-        yield tokenizer, len(tokenizer.encode("\n".join(self.instruction))) + self.t5_tokens - 2
+    def token_limit(self, tokenizer: Any) -> int:
+        """Includes the instruction, without two tokens, as in the pipeline."""
+        return len(tokenizer.encode("\n".join(self.instruction))) + self.t5_tokens - 2
 
     def prepare(self, prompts: list[str], tokenizer: Any) -> list[str]:
         """The prompts in lower case, after the instruction; the empty prompt alone."""
         start = "\n".join(self.instruction)
         return [start + prompt.lower().strip() if prompt.strip() else "" for prompt in prompts]
-
-    def text_beyond(self, ids: list[int], limit: int, tokenizer: Any) -> str:
-        return str(tokenizer.decode(ids[limit:]))
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:
         output: Tensor = self.tower(
