@@ -436,7 +436,7 @@ def test_other_pipelines_are_refused_by_name():
 
 
 def test_every_file_is_one_family():
-    assert list(families()) == ["dit", "flux", "pixart", "sd", "sd3", "sdxl"]
+    assert list(families()) == ["dit", "flux", "lumina2", "pixart", "qwen_image", "sd", "sd3", "sdxl", "z_image"]
     for kind in families().values():
         for name in kind.pipelines:
             assert hasattr(diffusers, name)
