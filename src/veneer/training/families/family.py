@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,6 +27,8 @@ class Family(PromptLimits, ABC):
     Class attributes:
         pipelines: supported pipeline classes (and their subclasses), the text-to-image one first.
         needs: components that must not be None. `denoiser`: the component that is trained.
+        learning_rates: method to its default learning rate on base models without a preset; the others have the method's. Those
+            of LoRA and DoRA are the ones of diffusers' training scripts.
         density: default timestep density. `packing`: number of latents per channel vector of the denoiser.
         square: True if only square images are supported. `frames`: True if the VAE is one of videos, (batch, channels, frames,
             height, width), of which an image is a frame.
@@ -42,6 +45,7 @@ class Family(PromptLimits, ABC):
     pipelines: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]]
     denoiser: ClassVar[str]
+    learning_rates: ClassVar[Mapping[str, float]] = MappingProxyType({"lora": 1e-4, "dora": 1e-4})
     density: ClassVar[str] = "uniform"
     packing: ClassVar[int] = 1
     square: ClassVar[bool] = False

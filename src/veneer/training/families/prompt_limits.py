@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import os
 import warnings
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.captions import longest_prefix
@@ -98,7 +98,7 @@ class PromptLimits:
 
 
 class LanguageModelLimits(PromptLimits):
-    """Limits of pipelines whose text encoder is a language model: prompts are within a template, and the first tokens are kept."""
+    """Limits of a language model as the text encoder: prompts are within a template, of which the first tokens are kept."""
 
     def token_limit(self, tokenizer: Any) -> int:
         return self.t5_tokens
@@ -106,5 +106,5 @@ class LanguageModelLimits(PromptLimits):
     def text_beyond(self, ids: list[int], limit: int, tokenizer: Any) -> str:
         """The part of a prompt beyond the token limit, without the end of the template."""
         template = self._token_ids([""], tokenizer)[0]
-        end = len(os.path.commonprefix([ids[::-1], template[::-1]]))
+        end = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(ids), reversed(template), strict=False)))
         return str(tokenizer.decode(ids[limit : len(ids) - end]))
