@@ -40,7 +40,8 @@ def merge_slices(attachment: Attachment) -> Iterator[FusedLoRA]:
     for site, adapter in attachment.parts.values():
         if is_slice(site, attachment.towers[site.component]):
             layers.setdefault((site.component, site.path), {})[site.name] = adapter
+    weights = [s for s in attachment.supported_sites if isinstance(s, WeightSite)]
     for (component, path), adapters in layers.items():
-        slices = [s for s in attachment.supported_sites if isinstance(s, WeightSite) and s.rows is not None]
-        slices = sorted((s for s in slices if (s.component, s.path) == (component, path)), key=lambda s: s.rows or (0, 0))
-        yield FusedLoRA(component, path, merge_adapters(NamedLayer((path,), tuple(slices)), adapters))
+        rows = {s.rows: s for s in weights if s.rows is not None and (s.component, s.path) == (component, path)}
+        slices = tuple(rows[each] for each in sorted(rows))
+        yield FusedLoRA(component, path, merge_adapters(NamedLayer((path,), slices), adapters))
