@@ -277,14 +277,6 @@ def test_flux_shift_of_krea2(pipes: dict[str, Any]) -> None:
     assert objective.mu[:2] == (1.15, 1.15)
 
 
-def test_guidance_of_krea2_is_that_of_other_pipelines(pipes: dict[str, Any]) -> None:
-    """u + s·(c − u) = c + (s − 1)·(c − u)."""
-    kind = family(pipes["krea2"])
-    assert kind.sampling_arguments({"guidance_scale": 5.5, "height": 8}, 1) == {"guidance_scale": 4.5, "height": 8}
-    assert kind.sampling_arguments({"guidance_scale": 1.0}, 1) == {"guidance_scale": 0.0}
-    assert kind.sampling_arguments({}, 1) == {}
-
-
 def test_sizes(pipes: dict[str, Any]) -> None:
     facts = {name: family(pipe) for name, pipe in pipes.items()}
     assert {n: (k.vae_factor, k.multiple, k.resolution, k.latent_channels) for n, k in facts.items()} == {

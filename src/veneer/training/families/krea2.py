@@ -17,8 +17,8 @@ from .prompt_limits import LanguageModelLimits
 class Krea2(LanguageModelLimits, Family):
     """ε − x₀ = unpack(transformer(pack(x_σ), σ, layers of the text, text mask, positions)).
 
-    A prompt is within the pipeline's template, with its padding before the template's end. A guidance scale s is s − 1 in the
-    pipeline, whose prediction is cond + scale·(cond − uncond). The distilled model has a constant μ of `flux_shift`, 1.15.
+    A prompt is within the pipeline's template, with its padding before the template's end. The distilled model has a constant μ
+    of `flux_shift`, 1.15.
     Source: Krea 2026; diffusers `Krea2Pipeline`.
     """
 
@@ -78,8 +78,3 @@ class Krea2(LanguageModelLimits, Family):
             return_dict=False,
         )[0]
         return unpack(output, height, width)
-
-    @classmethod
-    def sampling_arguments(cls, arguments: dict[str, Any], prompts: int) -> dict[str, Any]:
-        scale = arguments.get("guidance_scale")
-        return arguments if scale is None else {**arguments, "guidance_scale": max(0.0, scale - 1)}
