@@ -23,7 +23,7 @@ class FusedLoRA(NamedTuple):
 
 
 def is_slice(site: Any, tower: nn.Module) -> bool:
-    """True for rows of a fused layer that is a linear layer, without a module of their own, such as `to_q` in FLUX.2's blocks."""
+    """True for rows of a fused linear layer that are not also a module, such as `to_q` in the single-stream blocks of FLUX.2."""
     if not isinstance(site, WeightSite) or site.rows is None or site.kind != "linear":
         return False
     own = site.name.removeprefix(f"{site.component}.") if site.component else site.name
