@@ -38,7 +38,7 @@ def merge_slices(attachment: Attachment) -> Iterator[FusedLoRA]:
     """Each fused layer with adapted slices. The whole weight update is equal: the rows of other slices are zero."""
     layers: dict[tuple[str, str], dict[str, Any]] = {}
     for site, adapter in attachment.parts.values():
-        if is_slice(site, attachment.towers[site.component]):
+        if isinstance(site, WeightSite) and is_slice(site, attachment.towers[site.component]):
             layers.setdefault((site.component, site.path), {})[site.name] = adapter
     weights = [s for s in attachment.supported_sites if isinstance(s, WeightSite)]
     for (component, path), adapters in layers.items():
