@@ -45,14 +45,15 @@ def attach(pipe, checkpointing=False, rank=4):
 
 def real_step(kind, trainable, side, rows, precision="no"):
     """A forward and backward pass of a real model on random inputs, warm."""
-    noisy = torch.randn(rows, kind.pipe.vae.config.latent_channels, side // kind.vae_factor, side // kind.vae_factor)
+    noisy = torch.randn(rows, kind.latent_channels, side // kind.vae_factor, side // kind.vae_factor)
     text = {name: tensor.detach() for name, tensor in kind.encode_text([prompt(kind)] * rows).items()}
     inputs = catch_inputs(kind.tower, lambda: kind.denoise(noisy, torch.full((rows,), 5.0), text))
     dtype = AUTOCAST[precision]
 
     def predict():
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            return kind.tower(**inputs)[0]
+            output = kind.tower(**inputs)[0]
+        return output[0] if isinstance(output, list) else output  # as `count_step_cost` does
 
     def step():
         predict().float().square().mean().backward()

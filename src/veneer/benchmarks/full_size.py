@@ -139,7 +139,7 @@ def _random(tensor: Tensor) -> Tensor:
 
 def _loss(kind: Family, resolution: int) -> Tensor:
     side = resolution // kind.vae_factor
-    noisy = torch.randn(1, kind.pipe.vae.config.latent_channels, side, side)
+    noisy = torch.randn(1, kind.latent_channels, side, side)
     text = {name: _random(shape) for name, shape in kind.text_shapes(1).items()}
     return kind.denoise(noisy, torch.full((1,), 500.0), text).float().square().mean()
 

@@ -20,7 +20,8 @@ from ._io.model_spec import DIFFUSERS, HASHES, model_spec
 from ._io.reader import File
 from ._io.writer import write
 from ._peft.codec import PeftAdapter
-from ._peft.low_rank import MAGNITUDE
+from ._peft.fused_slices import is_slice, merge_slices
+from ._peft.low_rank import MAGNITUDE, A, B
 from ._peft.tensors import DORA, LORA, layers, peft_specs
 
 METADATA = "lora_adapter_metadata"
@@ -36,6 +37,9 @@ class Diffusers(Format):
     DoRA also has `….lora_magnitude_vector` (d_out) or (1, d_out, 1, 1); ai-toolkit calls it `….magnitude`. LoKr in peft's
     naming (`….lokr_w1`) and a per-module `….alpha`, as written by ai-toolkit and others, are also read; ΔW then follows the
     LyCORIS format.
+
+    LoRA of slices of a layer that diffusers has only as a whole, `to_qkv_mlp_proj` in FLUX.2, is written as one LoRA of that
+    layer, block by block.
 
     diffusers loads it into `unet`, `transformer` and the CLIP text encoders; its PixArt and DiT classes have no loader, but
     peft's `inject_adapter_in_model` takes the same tensors. Everything that it cannot hold (other methods, trained base
@@ -75,8 +79,14 @@ class Diffusers(Format):
                 part = PeftAdapter(module, site, adapter, attachment.towers)
                 found = (DORA if kind == "dora" else LORA).write(part)
                 tensors |= {f"{key}.{_end(component, end)}": tensor for end, tensor in found.items()}
-                rank = found["lora_A.weight"].shape[0]
+                rank = found[A].shape[0]
                 modules.setdefault(component, {})[module] = (rank, adapter.scaling * rank)
+            for component, path, (down, up, scaling) in merge_slices(attachment) if kind == "lora" else ():
+                if kinds.setdefault(component, kind) != kind or f"{component}.{path}.{A}" in tensors:
+                    message = f"{target}: two attachments adapt '{component}.{path}'. Save them to separate files."
+                    raise SaveError(message, file=target, where=f"{component}.{path}", given=2, expected=1)
+                tensors |= {f"{component}.{path}.{A}": down, f"{component}.{path}.{B}": up}
+                modules.setdefault(component, {})[path] = (len(down), scaling * len(down))
         if not tensors:
             raise SaveError(f"{target}: no attachment to save.", file=target, given=0, expected=1)
         _check_recognizable(modules, target)
@@ -86,9 +96,11 @@ class Diffusers(Format):
 
 
 def _parts(attachment: Attachment, target: Path) -> Iterator[tuple[str, str, Any, Any]]:
-    """(component, module path, site, adapter) of every site; raises for a site that the format cannot hold."""
+    """(component, module path, site, adapter) of every site but slices; raises for a site that the format cannot hold."""
     for site, adapter in attachment.parts.values():
         tower = attachment.towers[site.component]
+        if attachment.method.name == "lora" and site.component and is_slice(site, tower):
+            continue  # written with the other slices of its layer
         component = site.component or component_of(tower)
         path = site.name.removeprefix(site.component + ".") if site.component else site.name
         wrong = _explain(site, tower, component, path)

@@ -18,6 +18,7 @@ from .concepts.concept import concepts_of, default_subject, new_tokens, rename_f
 from .data.buckets import Crop
 from .data.dataset_fields import DatasetFields
 from .evaluation.fields import EvaluationFields
+from .families.learning_rates import family_learning_rates
 from .initial_adapter import trigger_words
 from .loop.config import TrainConfig, check_dtypes, check_sharding, loop_config, run_identity
 from .method_names import split_methods
@@ -48,7 +49,8 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
         photos: folder with photos of one subject or style, no subfolders, or one photo (default: the bundled example photos).
         concept: trigger token in captions and prompts, such as `<toy>`; required with photos of your own. `pivotal` trains it as
             a new token. For DiT a class label, by name or number.
-        base: base model: `bundled`, a folder, a .safetensors file or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, PixArt or DiT.
+        base: base model: `bundled`, a folder, a .safetensors file or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, FLUX.2,
+            Chroma, Sana, Krea 2, PixArt, DiT, Z-Image, Qwen-Image or Lumina 2.
         method: a method of `veneer methods`, several joined by `+`, or `pivotal` (token and LoRA); `--method NAME --help` has its
             options.
         options: method name to its options.
@@ -71,8 +73,8 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
             (default: the preset's, such as 300 with the bundled model, else 500).
         batch: images per micro-batch, in total over all processes (default: the preset's, else 1).
         gradient_accumulation_steps: micro-batches per optimizer step.
-        learning_rate: peak learning rate, except of token embeddings beside adapters (default: the preset's, else the method's,
-            such as 0.001 for lora).
+        learning_rate: peak learning rate, except of token embeddings beside adapters (default: the preset's, else
+            0.0001 for lora and dora, else the method's).
         text_learning_rate: learning rate of adapters in text encoders (default: half of `learning_rate`).
         token_learning_rate: learning rate of token embeddings beside adapters (default: the preset's, else 0.005).
         schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex` (default:
@@ -240,7 +242,7 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
         return dataclasses.replace(self, **rename_fields(self, new_tokens(concepts_of(self), tokenizers)))
 
     def rates(self) -> dict[str, float]:
-        """Learning rate of each method: the configured one, else that of the preset, else that of the method."""
+        """Learning rate of each method: the configured one, else the default."""
         rates = self.default_rates()
         for name in rates:
             is_token_rate = trains_token_embeddings(methods.get(name)) and len(rates) > 1
@@ -254,9 +256,10 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
         return max(int(known.get(name, {}).get("steps", 500)) for name in split_methods(self.method))
 
     def default_rates(self) -> dict[str, float]:
-        """Default learning rate of each method: that of the preset, else that of the method."""
+        """Default learning rate of each method: the preset's; without one that of the base model's family, else the method's."""
         known = base_models.preset(self.base).training
-        rates = {name: methods.get(name).learning_rate for name in split_methods(self.method)}
+        of_family = {} if known else family_learning_rates(self.base)
+        rates = {name: of_family.get(name, methods.get(name).learning_rate) for name in split_methods(self.method)}
         return {name: float(known.get(name, {}).get("learning_rate", rate)) for name, rate in rates.items()}
 
     def text_rate(self) -> float:

@@ -13,7 +13,10 @@ from veneer.injection.errors import BaseModelError
 from .errors import PromptError, PromptWarning
 from .family import Family, Sizes
 
-__all__ = ["BaseModelError", "Family", "PromptError", "PromptWarning", "Sizes", "check_folder", "families", "family"]
+__all__ = [
+    "BaseModelError", "Family", "PromptError", "PromptWarning", "Sizes", "check_folder", "families", "family",
+    "sampling_arguments",
+]  # fmt: skip
 
 
 def families() -> dict[str, type[Family]]:
@@ -35,14 +38,19 @@ def family(pipe: Any, **options: Any) -> Family:
     Raises:
         BaseModelError: an unsupported pipeline class, or a missing component.
     """
-    known = families()
-    for kind in known.values():
-        if kind.matches(pipe):
-            return kind(pipe, **options)
-    name = type(pipe).__name__
-    raise BaseModelError(
-        f"{name} is not supported for training. {_supported(known)}", where="family", given=name, expected=tuple(known)
-    )
+    if kind := _kind_of(pipe):
+        return kind(pipe, **options)
+    raise _unsupported(type(pipe).__name__)
+
+
+def sampling_arguments(pipe: Any, arguments: dict[str, Any], prompts: int) -> dict[str, Any]:
+    """`Family.sampling_arguments` of a pipeline's family; the arguments themselves if it has none."""
+    kind = _kind_of(pipe)
+    return kind.sampling_arguments(arguments, prompts) if kind else arguments
+
+
+def _kind_of(pipe: Any) -> type[Family] | None:
+    return next((kind for kind in families().values() if kind.matches(pipe)), None)
 
 
 def check_folder(folder: Path) -> None:
@@ -63,8 +71,7 @@ def check_folder(folder: Path) -> None:
     known = families()
     kind = next((kind for kind in known.values() if name in kind.pipelines), None)
     if kind is None:
-        message = f"{folder}: {name} is not supported for training. {_supported(known)}"
-        raise BaseModelError(message, file=folder, where="family", given=name, expected=tuple(known))
+        raise _unsupported(name, folder)
     missing = [part for part in kind.needs if not (index.get(part) or [None])[0] or not (folder / part).is_dir()]
     if missing:
         raise BaseModelError(
@@ -76,5 +83,19 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def _supported(known: dict[str, type[Family]]) -> str:
-    return "Supported pipelines: " + "; ".join(f"{name} ({', '.join(kind.pipelines)})" for name, kind in known.items()) + "."
+EDITING = ("Kontext", "Fill", "Edit", "Control", "Pix2Pix", "Redux")
+"""Parts of the names of pipelines whose transformer needs an image as its input."""
+
+
+def _unsupported(name: str, folder: Path | None = None) -> BaseModelError:
+    """The error for a pipeline class without a family; `where` is `editing` for a pipeline that changes given images."""
+    known, start = families(), f"{folder}: " if folder else ""
+    pipelines = "; ".join(f"{family} ({', '.join(kind.pipelines)})" for family, kind in known.items())
+    if any(part in name for part in EDITING):
+        message = (
+            f"{start}{name} is not supported for training: it edits images, which needs pairs of an image and its edit, "
+            f"and photos are not. Train on its text-to-image base model. Supported pipelines: {pipelines}."
+        )
+        return BaseModelError(message, file=folder, where="editing", given=name, expected=tuple(known))
+    message = f"{start}{name} is not supported for training. Supported pipelines: {pipelines}."
+    return BaseModelError(message, file=folder, where="family", given=name, expected=tuple(known))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,22 +14,24 @@ from torch import Tensor, nn
 
 from veneer.injection.errors import BaseModelError, OptionError
 
-from ..data.captions import longest_prefix
 from ..objective.objectives import Objective, ObjectiveOptions, from_scheduler
-from .errors import PromptError, PromptWarning
+from .prompt_limits import PromptLimits
 
 Sizes = Tensor | Sequence[Sequence[int]]
 """(original height, width, crop top, left, target height, width) of each sample, in pixels."""
 
 
-class Family(ABC):
+class Family(PromptLimits, ABC):
     """A family of diffusers pipelines. Each module of `families/` with a subclass is registered automatically.
 
     Class attributes:
         pipelines: supported pipeline classes (and their subclasses), the text-to-image one first.
         needs: components that must not be None. `denoiser`: the component that is trained.
+        learning_rates: method to its default learning rate on base models without a preset; the others have the method's. Those
+            of LoRA and DoRA are the ones of diffusers' training scripts.
         density: default timestep density. `packing`: number of latents per channel vector of the denoiser.
-        square: True if only square images are supported.
+        square: True if only square images are supported. `frames`: True if the VAE is one of videos, (batch, channels, frames,
+            height, width), of which an image is a frame.
 
     Attributes:
         pipe: the pipeline; each call uses its current components. On the meta device it needs no tokenizers.
@@ -43,9 +45,11 @@ class Family(ABC):
     pipelines: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]]
     denoiser: ClassVar[str]
+    learning_rates: ClassVar[Mapping[str, float]] = MappingProxyType({"lora": 1e-4, "dora": 1e-4})
     density: ClassVar[str] = "uniform"
     packing: ClassVar[int] = 1
     square: ClassVar[bool] = False
+    frames: ClassVar[bool] = False
 
     def __init__(
         self, pipe: Any, *, truncate: Literal["error", "warn"] = "error", max_tokens: int | None = None, guidance: float = 3.5
@@ -65,7 +69,7 @@ class Family(ABC):
                 f"base model, or pass the missing component to from_pretrained({missing[0]}=…)."
             )
             raise BaseModelError(message, where="missing", given=tuple(missing), expected=self.needs)
-        channels, latent = self.config.in_channels, self.packing * pipe.vae.config.latent_channels
+        channels, latent = self.config.in_channels, self.packing * self.latent_channels
         if channels != latent:
             message = (
                 f"the {self.denoiser} has {channels} input channels, the VAE {latent} latent channels: an inpainting, depth, "
@@ -85,20 +89,21 @@ class Family(ABC):
         return tower
 
     @property
-    def text_towers(self) -> dict[str, nn.Module]:
-        """Component name → text encoder, in the pipeline's order; empty for class-conditional models."""
-        names = [name for name in self.pipe.components if name.startswith("text_encoder")]
-        return {name: tower for name in sorted(names) if (tower := getattr(self.pipe, name)) is not None}
-
-    @property
     def config(self) -> Any:
         """The denoiser's config."""
         return self.pipe.components[self.denoiser].config
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the VAE's latents."""
+        config = self.pipe.vae.config
+        return int(config.get("latent_channels") or config.z_dim)
+
+    @property
     def vae_factor(self) -> int:
         """Pixels per latent, along a side."""
-        return int(2 ** (len(self.pipe.vae.config.block_out_channels) - 1))
+        vae = self.pipe.vae
+        return int(getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(vae.config.block_out_channels) - 1))
 
     @property
     def multiple(self) -> int:
@@ -152,13 +157,17 @@ class Family(ABC):
         if upcast:
             vae.to(torch.float32)
         try:
-            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+            mean, std = _posterior(vae.encode(self.with_frame(pixels.to(vae.device, vae.dtype))))
         finally:
             if upcast:
                 vae.to(dtype)
         shift, scale = self._latent_affine()
-        mean = (posterior.mean.float() - shift) * scale
-        return mean, posterior.std.float() * scale
+        mean, std = (part.squeeze(2) if self.frames else part for part in (mean.float(), std.float()))
+        return (mean - shift) * scale, std * scale
+
+    def with_frame(self, images: Tensor) -> Tensor:
+        """Images or latents (batch, channels, height, width) as the VAE takes them: as one frame if it is a VAE of videos."""
+        return images.unsqueeze(2) if self.frames else images
 
     def _latent_affine(self) -> tuple[Tensor | float, Tensor | float]:
         """(shift, scale) of the VAE's config: floats, or per channel if it has `latents_mean` and `latents_std`."""
@@ -190,65 +199,13 @@ class Family(ABC):
         """Device of the text encoders."""
         return next(p.device for tower in self.text_towers.values() for p in tower.parameters())
 
-    def limits(self) -> Iterator[tuple[Any, int]]:
-        """(tokenizer, token limit) of each text encoder."""
-        for name in self.text_towers:
-            tokenizer = getattr(self.pipe, name.replace("text_encoder", "tokenizer"))
-            yield tokenizer, self.t5_tokens if "T5" in type(tokenizer).__name__ else int(tokenizer.model_max_length)
-
-    @property
-    def t5_tokens(self) -> int:
-        """Token limit of T5: `max_tokens`, or the default of the pipeline's `encode_prompt`."""
-        return self.max_tokens or int(inspect.signature(self.pipe.encode_prompt).parameters["max_sequence_length"].default)
-
     @abstractmethod
     def text_shapes(self, rows: int) -> dict[str, Tensor]:
         """Tensors on the meta device with the shapes and dtypes that `encode_text` returns for `rows` prompts."""
 
-    def prepare(self, prompts: list[str], tokenizer: Any) -> list[str]:
-        """The prompts as the pipeline passes them to a tokenizer, with multi-vector tokens expanded."""
-        convert = getattr(self.pipe, "maybe_convert_prompt", None)
-        return list(convert(prompts, tokenizer)) if convert else prompts
-
-    def shorten(self, prompt: str) -> str:
-        """The longest prefix of whole words within the token limit of every text encoder.
-
-        Raises:
-            PromptError: the first word exceeds the limit.
-        """
-        short = prompt if not prompt.strip() else longest_prefix(prompt, self._fits)
-        if prompt.strip() and not short:
-            word = prompt.split()[0]
-            raise PromptError(f"the first word of the prompt exceeds the token limit of the text encoder: {word!r}.", where=word)
-        return short
-
-    def _fits(self, prompt: str) -> bool:
-        """Whether a prompt is within the token limit of every text encoder."""
-        return all(len(self._token_ids([prompt], tokenizer)[0]) <= limit for tokenizer, limit in self.limits())
-
-    def _token_ids(self, prompts: list[str], tokenizer: Any) -> list[list[int]]:
-        return tokenizer(self.prepare(prompts, tokenizer), truncation=False, padding=False, verbose=False).input_ids
-
-    def check_length(self, prompts: list[str]) -> None:
-        """Raises or warns about prompts above the token limit, with the number of tokens and the part cut off."""
-        for tokenizer, limit in self.limits():
-            for prompt, row in zip(prompts, self._token_ids(prompts, tokenizer), strict=True):
-                if len(row) <= limit:
-                    continue
-                lost = tokenizer.decode(row[limit - 1 : -1])
-                data = {"where": lost, "given": len(row), "expected": limit}
-                message = f"the prompt {prompt!r} has {len(row)} tokens, above the text encoder's limit of {limit}: {lost!r}"
-                if self.truncate == "error":
-                    raise PromptError(f"{message} does not fit. Shorten it, or use truncate='warn' to cut that part off.", **data)
-                warnings.warn(PromptWarning(f"{message} and is cut off", **data), stacklevel=3)
-
-    def text_identity(self, prompt: str) -> str:
-        """Cache identity of `encode_text` besides weights: pipeline class, token ids, token limit and padding."""
-        parts: list[Any] = [type(self.pipe).__name__, self.truncate]
-        for tokenizer, limit in self.limits():
-            ids = self._token_ids([prompt], tokenizer)[0]
-            parts.append([type(tokenizer).__name__, limit, tokenizer.pad_token_id, tokenizer.padding_side, list(ids)])
-        return repr(parts)
+    def join_text(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """One batch of several outputs of `encode_text`; sequences (batch, tokens, …) are padded with zeros to the longest."""
+        return {name: _joined([row[name] for row in rows]) for name in rows[0]}
 
     # -- the denoiser -------------------------------------------------------------------------------------------------
 
@@ -279,8 +236,8 @@ class Family(ABC):
         """
         import diffusers
 
-        pipe = self.pipe
-        if "image" in inspect.signature(type(pipe).__call__).parameters:  # an image-to-image pipeline
+        pipe, is_main = self.pipe, type(self.pipe).__name__ == self.pipelines[0]
+        if not is_main and "image" in inspect.signature(type(pipe).__call__).parameters:  # an image-to-image pipeline
             pipe = getattr(diffusers, self.pipelines[0]).from_pipe(pipe, torch_dtype=None)  # shares the components
             pipe.set_progress_bar_config(disable=True)
         parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
@@ -288,11 +245,41 @@ class Family(ABC):
         try:
             for part in parts:
                 part.eval()
+            settings = self.sampling_arguments(settings, len(prompts))
             return list(pipe(**self.inputs(prompts), generator=generators, **settings).images)
         finally:
             for module, training in modes:
                 module.training = training
 
+    @classmethod
+    def sampling_arguments(cls, arguments: dict[str, Any], prompts: int) -> dict[str, Any]:
+        """Arguments of the pipeline for settings by their common names.
+
+        Args:
+            arguments: such as `guidance_scale`, the scale of classifier-free guidance, and `negative_prompt`, one per prompt.
+            prompts: number of prompts.
+        """
+        return arguments
+
     def inputs(self, prompts: list[str]) -> dict[str, Any]:
         """Pipeline arguments of the prompts."""
-        return {"prompt": prompts}
+        return {"prompt": list(prompts)}  # a copy: some pipelines apply their chat template in place
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The concatenation of batches, (batch, …) or (batch, tokens, …); shorter sequences are padded with zeros."""
+    longest = max(part.shape[1] for part in parts) if parts[0].ndim > 1 else 0
+    return torch.cat([pad(part, longest) if part.ndim > 1 else part for part in parts])
+
+
+def pad(sequence: Tensor, tokens: int) -> Tensor:
+    """(batch, n, …) with n at most `tokens` → (batch, tokens, …), with zeros at the end."""
+    missing = sequence.new_zeros(len(sequence), tokens - sequence.shape[1], *sequence.shape[2:])
+    return torch.cat([sequence, missing], dim=1)
+
+
+def _posterior(encoded: Any) -> tuple[Tensor, Tensor]:
+    """(mean, std) of the output of a VAE's `encode`; std is 0 for an autoencoder without a posterior, such as DC-AE."""
+    if "latent" in encoded:
+        return encoded.latent, torch.zeros_like(encoded.latent)
+    return encoded.latent_dist.mean, encoded.latent_dist.std

@@ -162,7 +162,7 @@ class DenoisingLoss:
         key, device = self._text_key, self.family.device
         keys = [cache_key("text", self.family.text_identity(caption), key) for caption in captions]
         rows = [self.cache.get(k, partial(self._encode, [c])) for k, c in zip(keys, captions, strict=True)]
-        return {name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}
+        return {name: part.to(device) for name, part in self.family.join_text(rows).items()}
 
     def _encode(self, captions: list[str]) -> dict[str, Tensor]:
         """Encodes without autocast, so that cached embeddings do not depend on the precision of the run."""

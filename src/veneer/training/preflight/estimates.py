@@ -174,7 +174,7 @@ def _step(family: Family, resolution: int, rows: int, texts: Sequence[str], prec
     text_trains = any(p.requires_grad for tower in family.text_towers.values() for p in tower.parameters())
     words = [max(texts, key=len)] * rows
     latent = resolution // family.vae_factor
-    noisy = torch.zeros(rows, family.pipe.vae.config.latent_channels, latent, latent, device=family.device)
+    noisy = torch.zeros(rows, family.latent_channels, latent, latent, device=family.device)
     objective = family.objective()
     draws = [torch.Generator().manual_seed(row) for row in range(rows)]
     times = objective.model_input(objective.sample_timesteps(draws, family.tokens(resolution, resolution)).to(noisy.device))

@@ -62,8 +62,8 @@ def count_training_step(
     trainable = list(trainable)
     dtype = AUTOCAST[precision]
     latent = resolution // family.vae_factor
-    noisy = torch.empty(rows, family.pipe.vae.config.latent_channels, latent, latent, device=family.device)
-    text = {name: torch.empty_like(shape, device=family.device) for name, shape in family.text_shapes(rows).items()}
+    noisy = torch.empty(rows, family.latent_channels, latent, latent, device=family.device)
+    text = {name: torch.ones_like(shape, device=family.device) for name, shape in family.text_shapes(rows).items()}
     times = torch.zeros(rows, device=family.device)
     inputs = catch_inputs(family.tower, lambda: family.denoise(noisy, times, text))
     costs = [count_step_cost(family.tower, inputs, trainable, dtype, flops)]
@@ -80,9 +80,9 @@ def vae_bytes(family: Family, resolution: int) -> tuple[int, int]:
     vae, side = family.pipe.vae, resolution // family.vae_factor
     factor = 2 if vae.dtype == torch.float16 and vae.config.get("force_upcast", False) else 1
     photo = torch.empty(1, 3, resolution, resolution, dtype=vae.dtype, device="meta")
-    latents = torch.empty(1, vae.config.latent_channels, side, side, dtype=vae.dtype, device="meta")
-    encoding = count_forward_bytes(vae, {"x": photo}, "encode")
-    return factor * encoding, factor * count_forward_bytes(vae, {"z": latents}, "decode")
+    latents = torch.empty(1, family.latent_channels, side, side, dtype=vae.dtype, device="meta")
+    encoding = count_forward_bytes(vae, {"x": family.with_frame(photo)}, "encode")
+    return factor * encoding, factor * count_forward_bytes(vae, {"z": family.with_frame(latents)}, "decode")
 
 
 class _Caught(Exception):

@@ -70,7 +70,8 @@ def _component(folder: Path, library: str, name: str) -> Any:
 
     kind = getattr(diffusers if library == "diffusers" else transformers, name)
     if hasattr(kind, "load_config"):
-        return kind.from_config(kind.load_config(folder))
+        with torch.device("meta" if issubclass(kind, nn.Module) else "cpu"):  # some schedulers compute with their tensors
+            return kind.from_config(kind.load_config(folder))
     config = getattr(kind, "config_class", None)
     return None if config is None else kind(config.from_pretrained(folder))
 

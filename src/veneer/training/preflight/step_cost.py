@@ -12,12 +12,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from veneer.injection.sharded_tensor import local_bytes
+
+
+class MaskValues(FakeTensorMode):
+    """Fake tensors, except that masks keep their values: a model may read the lengths of texts from them."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def may_turn_const(self, t: Tensor) -> bool:
+        return not t.is_floating_point() and not t.is_complex() and not t.is_meta and not isinstance(t, FakeTensor)
+
+    def mask(self, values: Tensor) -> Tensor:
+        """A fake tensor with values."""
+        fake: Tensor = self.fake_tensor_converter.from_real_tensor(self, values, make_constant=True)
+        return fake
 
 
 @dataclass(frozen=True)
@@ -133,7 +148,7 @@ def fake_pass(
     device = next(tower.parameters()).device
     if device.type == "meta":
         device = torch.device("cpu")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = MaskValues()
 
     def fake(t: Tensor) -> Tensor:
         with mode:
@@ -142,7 +157,12 @@ def fake_pass(
 
     memo: dict[int, Any] = {id(t): fake(t) for t in (*tower.parameters(), *tower.buffers())}
     twin = copy.deepcopy(tower, memo)
-    fake_inputs = tree_map(lambda v: fake(v) if isinstance(v, Tensor) else v, dict(inputs))
+    masks = {
+        name: mode.mask(torch.ones_like(v, device=device) if v.is_meta else v.to(device))
+        for name, v in inputs.items()
+        if "mask" in name and isinstance(v, Tensor) and not v.is_floating_point()
+    }
+    fake_inputs = {**tree_map(lambda v: fake(v) if isinstance(v, Tensor) else v, dict(inputs)), **masks}
     call = twin if method == "forward" else getattr(twin, method)
 
     def run() -> Any:

@@ -20,6 +20,7 @@ from veneer.injection.attachment.attachment import Attachment
 from veneer.injection.errors import OptionError, VeneerError
 
 from ..encoder_offload import restore_encoders
+from ..families import sampling_arguments
 from ..loop.seeds import generator
 from .png_metadata import save_png
 
@@ -237,7 +238,7 @@ def _arguments(pipe: Any, accepts: set[str], part: Sequence[_Job], settings: Pre
         wanted["negative_prompt"] = [settings.negative] * len(part)
     if settings.size:
         wanted["height"], wanted["width"] = settings.size
-    return {name: value for name, value in wanted.items() if name in accepts}
+    return sampling_arguments(pipe, {name: value for name, value in wanted.items() if name in accepts}, len(prompts))
 
 
 def _label(pipe: Any, prompt: str) -> int:

@@ -1,0 +1,47 @@
+"""LoRA of some slices of a fused layer as one LoRA of the layer, for models whose only layer is the fused one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from veneer.injection import Attachment
+from veneer.injection.sites import WeightSite
+
+from .._names.kohya import NamedLayer
+from .._names.kohya_fused import LoRAFactors, merge_adapters
+
+
+class FusedLoRA(NamedTuple):
+    """A fused layer's component, path and factors: block-diagonal, with the sum of the slices' ranks."""
+
+    component: str
+    path: str
+    factors: LoRAFactors
+
+
+def is_slice(site: Any, tower: nn.Module) -> bool:
+    """True for rows of a fused linear layer that are not also a module, such as `to_q` in the single-stream blocks of FLUX.2."""
+    if not isinstance(site, WeightSite) or site.rows is None or site.kind != "linear":
+        return False
+    own = site.name.removeprefix(f"{site.component}.") if site.component else site.name
+    try:
+        tower.get_submodule(own)
+    except AttributeError:
+        return isinstance(tower.get_submodule(site.path), nn.Linear)
+    return False
+
+
+def merge_slices(attachment: Attachment) -> Iterator[FusedLoRA]:
+    """Each fused layer with adapted slices. The whole weight update is equal: the rows of other slices are zero."""
+    layers: dict[tuple[str, str], dict[str, Any]] = {}
+    for site, adapter in attachment.parts.values():
+        if isinstance(site, WeightSite) and is_slice(site, attachment.towers[site.component]):
+            layers.setdefault((site.component, site.path), {})[site.name] = adapter
+    weights = [s for s in attachment.supported_sites if isinstance(s, WeightSite)]
+    for (component, path), adapters in layers.items():
+        rows = {s.rows: s for s in weights if s.rows is not None and (s.component, s.path) == (component, path)}
+        slices = tuple(rows[each] for each in sorted(rows))
+        yield FusedLoRA(component, path, merge_adapters(NamedLayer((path,), slices), adapters))
