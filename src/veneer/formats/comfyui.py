@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from veneer.injection.towers import Tower
@@ -13,7 +13,7 @@ from ._core.lora_reader import DOWN, KOHYA, UP
 from ._io.model_spec import COMFYUI
 from ._io.reader import File
 from ._names.kohya import NamedLayer
-from ._names.modules import T5, original_modules
+from ._names.modules import T5, diffusers_modules, original_modules, sliced_modules
 
 PREFIXES = ("diffusion_model.", "text_encoders.")
 
@@ -21,10 +21,11 @@ PREFIXES = ("diffusion_model.", "text_encoders.")
 class ComfyUI(LayerTableFormat):
     """`diffusion_model.{path}.lora_down.weight` (r, d_in[, k, k]), `….lora_up.weight` (d_out, r[, 1, 1]), `….alpha` ().
 
-    `{path}`: that of the original release, such as `double_blocks.0.img_attn.qkv` (FLUX), `joint_blocks.0.x_block.attn.qkv`
-    (SD 3), `blocks.0.attn.qkv` (PixArt) or `input_blocks.4.1.proj_in` (SD). Text encoders:
-    `text_encoders.{clip_l, clip_h, clip_g, t5xxl}.transformer.{path}`. ΔW = (alpha / r)·B A, alpha = r if it is missing.
-    `lora_A` and `lora_B`, as written by diffusion-pipe and others, are also read.
+    `{path}`: that of ComfyUI, mostly of the original release, such as `double_blocks.0.img_attn.qkv` (FLUX, Chroma),
+    `joint_blocks.0.x_block.attn.qkv` (SD 3), `layers.0.attention.qkv` (Lumina 2, Z-Image) or `input_blocks.4.1.proj_in` (SD).
+    Text encoders: `text_encoders.{clip_l, clip_h, clip_g, t5xxl}.transformer.{path}`. ΔW = (alpha / r)·B A, alpha = r if it is
+    missing. Also read are `lora_A` and `lora_B`, as written by diffusion-pipe and others, and diffusers' paths behind the
+    prefix, as written by ai-toolkit: `diffusion_model.layers.0.attention.to_q`.
     Source: ComfyUI `comfy/lora.py`, `comfy/weight_adapter/lora.py`.
     """
 
@@ -46,7 +47,16 @@ class ComfyUI(LayerTableFormat):
         prefix = "diffusion_model"
         if type(tower.module).__name__ in (*ENCODERS, T5):
             prefix = f"text_encoders.{encoder(tower)}.transformer"
-        return [NamedLayer((f"{prefix}.{m.path}",), m.sites, m.swapped) for m in original_modules(tower)]
+        modules = (*sliced_modules(tower), *original_modules(tower))
+        return [NamedLayer(_names(prefix, (m.path, *m.spellings)), m.sites, m.swapped) for m in modules]
+
+    def readable(self, tower: Tower) -> Iterable[NamedLayer]:
+        yield from (NamedLayer((f"diffusion_model.{m.path}",), m.sites) for m in diffusers_modules(tower))
+        yield from self.places(tower)
+
+
+def _names(prefix: str, paths: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{prefix}.{path}" for path in paths)
 
 
 def encoder(tower: Tower) -> str:
