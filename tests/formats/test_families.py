@@ -125,6 +125,21 @@ def test_architectures_of_every_layout(name: str) -> None:
         assert architecture_of(attention) == ("flux" if name == "chroma" else name)
 
 
+@pytest.mark.parametrize(("rows", "family"), [(27648, "FLUX.2"), (21504, "FLUX, Chroma or HunyuanVideo")])
+def test_gated_feed_forwards_tell_flux2_from_flux(rows: int, family: str) -> None:
+    """A file of a few blocks: the rows of queries, keys, values and the feed-forward's input, at the width of both."""
+    name = "lora_unet_single_blocks_3_linear1"
+    assert family_of({f"{name}.lora_down.weight": (1, 3072), f"{name}.lora_up.weight": (rows, 1)}) == family
+
+
+def test_metadata_decides_between_architectures_that_fit() -> None:
+    shapes = {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (1, 3072)}
+    assert architecture_of(shapes) == "flux"
+    assert architecture_of(shapes, model_spec="chroma/lora") == "chroma"
+    assert architecture_of(shapes, model_spec="hunyuan-video/lora") == "hunyuan-video"
+    assert architecture_of(shapes, model_spec="z-image/lora") == "flux"
+
+
 def test_names_of_hunyuan_video_and_flux_are_alike_but_for_their_number() -> None:
     def attention(blocks: int, single: int, width: int = 3072) -> dict[str, tuple[int, ...]]:
         names = [f"lora_unet_double_blocks_{i}_img_attn_qkv" for i in range(blocks)]

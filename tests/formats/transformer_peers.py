@@ -178,6 +178,8 @@ PEERS = (
     Peer("flux2", "ComfyUI", COMFY, KOHYA, FLUX2, "comfyui", "", FLUX2_OUTSIDE, True),
     Peer("flux2", "diffusers behind ComfyUI's prefix", COMFY, PEFT, FLUX2_OWN, "comfyui", F2),
     Peer("flux2", "diffusers", TRANSFORMER, PEFT, FLUX2_OWN, "diffusers", F2, is_written=True),
+    Peer("flux2", "Black Forest Labs", "", PEFT, FLUX2, "bfl"),
+    Peer("flux2", "peft", "base_model.model.", PEFT, FLUX2, "bfl", F2),
     Peer("flux2", "OneTrainer", TRANSFORMER, KOHYA, FLUX2_OWN, "onetrainer"),
     Peer("chroma", "sd-scripts", UNET, KOHYA, CHROMA, "kohya", "FluxLoraLoaderMixin", is_written=True),
     Peer("chroma", "diffusion-pipe", COMFY, PEFT, CHROMA, "comfyui", "", CHROMA_OUTSIDE),
@@ -195,6 +197,7 @@ PEERS = (
     Peer("wan_image", "musubi-tuner", UNET, KOHYA, WAN, "kohya", "WanLoraLoaderMixin", is_written=True),
     Peer("wan_image", "ComfyUI", COMFY, KOHYA, WAN, "comfyui", "", {"head.head": "proj_out"}, True),
     Peer("hunyuan_video", "musubi-tuner", UNET, KOHYA, HUNYUAN, "kohya"),
+    Peer("hunyuan_video", "diffusion-pipe", TRANSFORMER, PEFT, HUNYUAN, "comfyui"),
     Peer("hunyuan_video", "HunyuanVideo", COMFY, PEFT, HUNYUAN, "comfyui", "HunyuanVideoLoraLoaderMixin", HUNYUAN_OUTSIDE),
     Peer("sana", "diffusers", TRANSFORMER, PEFT, SANA, "diffusers", "SanaLoraLoaderMixin", is_written=True),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
@@ -14,8 +15,11 @@ from ._io.model_spec import COMFYUI
 from ._io.reader import File
 from ._names.kohya import NamedLayer
 from ._names.modules import T5, diffusers_modules, original_modules, sliced_modules
+from ._names.transformers import names_of
 
 PREFIXES = ("diffusion_model.", "text_encoders.")
+BLOCKS = re.compile(r"transformer\.(?:double|single)_blocks\..+\.lora_[AB]\.")
+"""Keys of HunyuanVideo in earlier versions of diffusion-pipe. OneTrainer has the prefix with other ends."""
 
 
 class ComfyUI(LayerTableFormat):
@@ -41,22 +45,23 @@ class ComfyUI(LayerTableFormat):
     def reads(self, file: File) -> bool:
         """True unless the file has `bundle_emb.` keys, which OneTrainer adds to the same names."""
         others = any(".processor." in key or key.startswith("bundle_emb.") for key in file.shapes)
-        return any(key.startswith(PREFIXES) for key in file.shapes) and not others
+        return any(key.startswith(PREFIXES) or BLOCKS.match(key) for key in file.shapes) and not others
 
     def places(self, tower: Tower) -> Sequence[NamedLayer]:
-        prefix = "diffusion_model"
+        record = names_of(tower.module)
+        prefixes = record.prefixes if record is not None else ("diffusion_model",)
         if type(tower.module).__name__ in (*ENCODERS, T5):
-            prefix = f"text_encoders.{encoder(tower)}.transformer"
+            prefixes = (f"text_encoders.{encoder(tower)}.transformer",)
         modules = (*sliced_modules(tower), *original_modules(tower))
-        return [NamedLayer(_names(prefix, (m.path, *m.spellings)), m.sites, m.swapped) for m in modules]
+        return [NamedLayer(_names(prefixes, (m.path, *m.spellings)), m.sites, m.swapped) for m in modules]
 
     def readable(self, tower: Tower) -> Iterable[NamedLayer]:
         yield from (NamedLayer((f"diffusion_model.{m.path}",), m.sites) for m in diffusers_modules(tower))
         yield from self.places(tower)
 
 
-def _names(prefix: str, paths: Iterable[str]) -> tuple[str, ...]:
-    return tuple(f"{prefix}.{path}" for path in paths)
+def _names(prefixes: Iterable[str], paths: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{prefix}.{path}" for prefix in prefixes for path in paths)
 
 
 def encoder(tower: Tower) -> str:

@@ -102,11 +102,15 @@ def family_of(shapes: Shapes, form: str | None = None) -> str | None:
     return _double_stream_family(shapes) or _single_stream_family(shapes)
 
 
-def architecture_of(shapes: Shapes, form: str | None = None) -> str | None:
+def architecture_of(shapes: Shapes, form: str | None = None, model_spec: str = "") -> str | None:
     """Name of the architecture that a file's layers fit, one of `veneer.base_models.ARCHITECTURES`; None if several or none do.
 
-    SD3.5 medium has every layer of SD3, with wider modulation layers. A file that also fits FLUX.1 is taken as one of FLUX.1:
-    the layers that Chroma and HunyuanVideo share with it have the same names and shapes.
+    SD3.5 medium has every layer of SD3, with wider modulation layers. The layers that Chroma and HunyuanVideo share with FLUX.1
+    have the same names and shapes: a file of no other layers is taken as one of FLUX.1.
+
+    Args:
+        form: name of the file's format, if known.
+        model_spec: architecture in the file's metadata, which decides between several that fit.
     """
     families = re.split(", | or ", family_of(shapes, form) or "")
     if SD3 in families:
@@ -114,6 +118,8 @@ def architecture_of(shapes: Shapes, form: str | None = None) -> str | None:
             return "sd35-large"
         return "sd3" if any(9216 in shape and SD3_MODULATION.search(key) for key, shape in shapes.items()) else "sd35"
     known = [name for family in families if (name := FAMILY_ARCHITECTURES.get(family) or _size_of(family, shapes))]
+    if (declared := model_spec.partition("/")[0]) in known:
+        return declared
     return known[0] if len(known) == 1 or "flux" in known[:1] else None
 
 

@@ -36,6 +36,7 @@ RECORD = TransformerNames(
     },
     swapped=(MODULATION,),
     spellings=(ORIGINAL,),
+    prefixes=("diffusion_model", "transformer"),
     network_module="networks.lora",
     model_spec=lambda config: "hunyuan-video",
 )  # fmt: skip

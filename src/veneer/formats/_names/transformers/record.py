@@ -41,6 +41,7 @@ class TransformerNames:
         blocks: lists of blocks. `modules`: modules outside of the blocks.
         swapped: modules whose halves of rows, shift and scale, have the other order in diffusers.
         spellings: further spellings of the original paths that are read; each is a list of replacements (text, by).
+        prefixes: before dotted original paths; the first is written.
         network_module: of kohya's trainers, which write the family as `lora_unet_…`; None if they do not support it.
         version: `ss_base_model_version` of kohya's trainers, if they have one.
         model_spec: maps a model's config to the architecture that ModelSpec and kohya's trainers name.
@@ -51,6 +52,7 @@ class TransformerNames:
     modules: Paths
     swapped: tuple[str, ...] = ()
     spellings: tuple[Mapping[str, str], ...] = ()
+    prefixes: tuple[str, ...] = ("diffusion_model",)
     network_module: str | None = None
     version: str | None = None
     model_spec: Callable[[Mapping[str, Any]], str | None] = field(default=lambda config: None)
