@@ -41,7 +41,7 @@ SIZES = {
 }
 """Architectures of a family by the width of their blocks, largest first if another layer has the width of a smaller one."""
 WIDTH = re.compile(
-    r"(?:self_attn|attn1|attn)[._]|linear1|(?:img|txt)_mlp[._]0|ff(?:_context)?[._]linear_in|ffn[._](?:0|net[._]0)"
+    r"(?:(?:self|cross)_attn|attn[12]?)[._]|linear1|(?:img|txt)_mlp[._]0|ff(?:_context)?[._]linear_in|ffn[._](?:0|net[._]0)"
 )
 IMAGE_KEYS = re.compile(r"cross_attn[._][kv]_img|attn2[._]add_[kv]_proj")  # of Wan from image to video
 NEXT_DIT = re.compile(r"(?:layers|(?:noise|context)_refiner)[._]\d+[._](?:attention|attn|feed_forward)[._]")
