@@ -106,8 +106,8 @@ def test_transformers(name: str) -> None:
     """Every weight at the published sizes; HunyuanVideo in its own spelling, which is not ComfyUI's."""
     convert, others = CONVERTERS[name]
     (tower,) = towers_of(architecture(name).components["transformer"])
-    spelled = {m.path: m.spellings[0] for m in original_modules(tower) if m.spellings}
-    state = {key.replace(path := key.rpartition(".")[0], spelled.get(path, path)): t for key, t in coded(tower).items()}
+    spellings = {m.path: m.spellings[0] for m in original_modules(tower) if m.spellings}
+    state = {key.replace(path := key.rpartition(".")[0], spellings.get(path, path)): t for key, t in coded(tower).items()}
     assert_as(convert(state | others()), tower)
 
 

@@ -103,11 +103,11 @@ def test_other_methods_of_other_tools(
     family: str, name: str, method: str, block: str, rows: dict[str, int], tmp_path: Path
 ) -> None:
     """By the equations of the papers, with alpha / rank; written in LyCORIS' format and read again."""
-    model, torch_state = tiny(family), torch.Generator().manual_seed(0)
+    model, generator = tiny(family), torch.Generator().manual_seed(0)
     height, width = sum(rows.values()), model.get_submodule(f"{block}.{next(iter(rows))}").weight.shape[1]
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=torch_state)
+        return torch.randn(*shape, generator=generator)
 
     weight = torch.cat([model.get_submodule(f"{block}.{path}").weight.detach().double() for path in rows])
     if method == "lokr":
@@ -123,12 +123,12 @@ def test_other_methods_of_other_tools(
         whole = weight + parts["lora_up.weight"].double() @ parts["lora_down.weight"].double() * 1.5
         want = parts["dora_scale"].double() * whole / whole.norm(dim=1, keepdim=True) - weight
     save_file({f"{name}.{end}": t for end, t in parts.items()} | {f"{name}.alpha": torch.tensor(3.0)}, tmp_path / "a.safetensors")
-    split = dict(zip([f"{block}.{path}" for path in rows], want.split([*rows.values()]), strict=True))
+    by_site = dict(zip([f"{block}.{path}" for path in rows], want.split([*rows.values()]), strict=True))
     loaded = veneer.load_all(model, tmp_path / "a")
     assert [attached.method.name for attached in loaded] == [method]
-    lycoris_cases.assert_same(lycoris_cases.changes(loaded), split)
+    lycoris_cases.assert_same(lycoris_cases.changes(loaded), by_site)
     path = formats.get("lycoris")().save(loaded, tmp_path / "b")
-    lycoris_cases.assert_same(lycoris_cases.changes(veneer.load_all(tiny(family), path)), split)
+    lycoris_cases.assert_same(lycoris_cases.changes(veneer.load_all(tiny(family), path)), by_site)
 
 
 @pytest.mark.parametrize("form", ["comfyui", "kohya"])

@@ -215,8 +215,8 @@ def tiny(family: str) -> Any:
 @torch.no_grad()
 def output(model: Any) -> Tensor:
     """The output of a transformer for fixed inputs."""
-    found = model(**DiffusersDiT().sample(model), return_dict=False)[0]
-    return torch.stack(found) if isinstance(found, list) else found
+    images = model(**DiffusersDiT().sample(model), return_dict=False)[0]
+    return torch.stack(images) if isinstance(images, list) else images
 
 
 def load_in_diffusers(model: Any, family: str, mixin: str, path: Any) -> None:

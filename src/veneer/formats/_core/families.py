@@ -118,8 +118,8 @@ def architecture_of(shapes: Shapes, form: str | None = None, model_spec: str = "
             return "sd35-large"
         return "sd3" if any(9216 in shape and SD3_MODULATION.search(key) for key, shape in shapes.items()) else "sd35"
     known = [name for family in families if (name := FAMILY_ARCHITECTURES.get(family) or _size_of(family, shapes))]
-    if (declared := model_spec.partition("/")[0]) in known:
-        return declared
+    if (name := model_spec.partition("/")[0]) in known:
+        return name
     return known[0] if len(known) == 1 or "flux" in known[:1] else None
 
 

@@ -50,8 +50,8 @@ def named_layers(tower: Tower, numbered: bool = False) -> list[NamedLayer]:
 
 def readable_layers(tower: Tower) -> list[NamedLayer]:
     """Every module of a tower under all names that are read: for a transformer also under its path in diffusers."""
-    written = named_layers(tower)
-    return [*(_unet_layer(module) for module in diffusers_modules(tower) if written), *written]
+    layers = named_layers(tower)
+    return [*(_unet_layer(module) for module in diffusers_modules(tower) if layers), *layers]
 
 
 def base_model_version(model: nn.Module) -> str | None:

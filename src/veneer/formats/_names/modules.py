@@ -66,12 +66,12 @@ def sliced_modules(tower: Tower) -> list[OriginalModule]:
     for site in tower.sites:
         if isinstance(site, WeightSite) and site.rows is not None:
             slices.setdefault(site.path, []).append(site)
-    found = []
+    modules = []
     for module in original_modules(tower):
         parts = sorted(slices.get(module.sites[0].path, []), key=lambda site: site.rows or ())
         if module.sites[0].fused and sum(site.d_out for site in parts) == module.sites[0].d_out:
-            found.append(replace(module, sites=tuple(parts)))
-    return found
+            modules.append(replace(module, sites=tuple(parts)))
+    return modules
 
 
 def diffusers_modules(tower: Tower) -> list[OriginalModule]:

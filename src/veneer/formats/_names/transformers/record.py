@@ -59,19 +59,19 @@ class TransformerNames:
 
     def names(self, model: nn.Module) -> Names:
         """The modules of a model by their original paths; also those that the model may lack."""
-        found: Names = {}
+        names: Names = {}
         for blocks in self.blocks:
             last = _length(model, blocks.own) - 1
             for i in range(last + 1):
                 for name, paths in blocks.modules.items():
                     own = tuple(f"{blocks.own}.{i}.{path}" for path in paths)
-                    found[f"{blocks.original}.{i}.{name}"] = own, i == last and name in blocks.swapped_last
-        return found | {name: (paths, name in self.swapped) for name, paths in self.modules.items()}
+                    names[f"{blocks.original}.{i}.{name}"] = own, i == last and name in blocks.swapped_last
+        return names | {name: (paths, name in self.swapped) for name, paths in self.modules.items()}
 
     def other_spellings(self, path: str) -> tuple[str, ...]:
         """Further spellings of an original path."""
-        found = dict.fromkeys(_replace(path, replacements) for replacements in self.spellings)
-        return tuple(name for name in found if name != path)
+        spellings = dict.fromkeys(_replace(path, replacements) for replacements in self.spellings)
+        return tuple(name for name in spellings if name != path)
 
 
 def two_layers(own: str, *names: str) -> Paths:
