@@ -19,6 +19,19 @@ COUNTS = {
     "flux": {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656},
     "pixart": {"transformer": 611_349_152},
     "dit": {"transformer": 749_826_464},
+    "chroma": {"transformer": 8_899_983_424, "text_encoder": 4_762_310_656},
+    "flux2": {"transformer": 32_223_281_152},
+    "flux2-klein-4b": {"transformer": 3_875_544_576},
+    "flux2-klein-9b": {"transformer": 9_078_581_248},
+    "z-image": {"transformer": 6_154_908_736},
+    "qwen-image": {"transformer": 20_430_401_088},
+    "lumina2": {"transformer": 2_609_769_152},
+    "wan-1.3b": {"transformer": 1_418_996_800},
+    "wan-5b": {"transformer": 4_999_787_712},
+    "wan-14b": {"transformer": 14_288_491_584},
+    "wan-14b-i2v": {"transformer": 16_394_878_784},
+    "hunyuan-video": {"transformer": 12_821_012_544},
+    "sana": {"transformer": 1_604_462_752},
 }
 """Parameters of the published checkpoints. The fixed position embedding of DiT-XL/2 is not a parameter."""
 

@@ -101,8 +101,7 @@ CODE = """
 import sys
 from veneer import base_models
 from veneer.injection.towers import towers_of
-parts = base_models.architecture("sd15")
-sites = [s for tower in towers_of(parts) for s in tower.sites]
+sites = [s for name in ("sd15", "z-image") for tower in towers_of(base_models.architecture(name)) for s in tower.sites]
 before = [m for m in ("diffusers", "transformers") if m in sys.modules]
 print(len(sites) > 1000, before, "transformers" in sys.modules)
 """

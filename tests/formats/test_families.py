@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 import veneer
 from tests.hosts import published
 from tests.raising import raises
+from veneer import base_models
+from veneer.base_models.skeletons.transformer_configs import TRANSFORMERS
 from veneer.formats import formats, read
-from veneer.formats._core.families import family_of
+from veneer.formats._core.families import architecture_of, family_of
 from veneer.formats._names.kohya import named_layers
 from veneer.formats._names.modules import weight_paths
 from veneer.injection import LoadError
@@ -36,7 +38,7 @@ ATTENTION = {
 # diffusers' classes, with the family of a LoRA of all layers, of attention, of queries alone and of feed-forward layers
 CLASSES: dict[str, tuple[dict[str, Any], tuple[str | None, ...]]] = {
     "ChromaTransformer2DModel": ({}, ("Chroma", *["FLUX, Chroma, Bria or LongCat"] * 3)),
-    "Flux2Transformer2DModel": ({}, ("FLUX.2", "FLUX.2", "FLUX.2", None)),
+    "Flux2Transformer2DModel": ({}, ("FLUX.2",) * 4),
     "QwenImageTransformer2DModel": ({}, ("Qwen-Image", "Qwen-Image", "Qwen-Image", None)),
     "HunyuanVideoTransformer3DModel": ({}, ("HunyuanVideo",) * 4),
     "HunyuanVideo15Transformer3DModel": ({}, ("HunyuanVideo 1.5",) * 4),
@@ -106,6 +108,36 @@ def test_of_transformers_that_no_host_knows(name: str) -> None:
             flat = {p: p.replace(".", "_") if pattern.startswith("lora") else p for p in chosen}
             shapes = {pattern.format(flat[path]): (1, shape[1]) for path, shape in chosen.items()}
             assert family_of(shapes) == family, (part, pattern)
+
+
+@pytest.mark.parametrize("name", ["flux", "chroma", *TRANSFORMERS])
+def test_architectures_of_every_layout(name: str) -> None:
+    """Of whole models, and of attention alone; only Chroma's attention is also FLUX.1's."""
+    (tower,) = towers_of(base_models.architecture(name).components["transformer"])
+    own = [(f"transformer.{path}", site.d_out, site) for path, site in weight_paths(tower).items()]
+    comfy = [(p.names[0], sum(s.d_out for s in p.sites), p.sites[0]) for p in formats.get("comfyui")().places(tower)]
+    kohya = [(p.names[0], sum(s.d_out for s in p.sites), p.sites[0]) for p in named_layers(tower)]
+    for layers in filter(None, (own, comfy, kohya)):
+        shapes = {f"{key}.lora_down.weight": (1, *site.weight_shape[1:]) for key, _, site in layers}
+        shapes |= {f"{key}.lora_up.weight": (rows, 1) for key, rows, _ in layers}
+        assert architecture_of(shapes) == name
+        attention = {key: shape for key, shape in shapes.items() if "att" in key and "refiner" not in key}
+        assert architecture_of(attention) == ("flux" if name == "chroma" else name)
+
+
+@pytest.mark.parametrize(("rows", "family"), [(27648, "FLUX.2"), (21504, "FLUX, Chroma or HunyuanVideo")])
+def test_gated_feed_forwards_tell_flux2_from_flux(rows: int, family: str) -> None:
+    """A file of a few blocks: the rows of queries, keys, values and the feed-forward's input, at the width of both."""
+    name = "lora_unet_single_blocks_3_linear1"
+    assert family_of({f"{name}.lora_down.weight": (1, 3072), f"{name}.lora_up.weight": (rows, 1)}) == family
+
+
+def test_metadata_decides_between_architectures_that_fit() -> None:
+    shapes = {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (1, 3072)}
+    assert architecture_of(shapes) == "flux"
+    assert architecture_of(shapes, model_spec="chroma/lora") == "chroma"
+    assert architecture_of(shapes, model_spec="hunyuan-video/lora") == "hunyuan-video"
+    assert architecture_of(shapes, model_spec="z-image/lora") == "flux"
 
 
 def test_names_of_hunyuan_video_and_flux_are_alike_but_for_their_number() -> None:

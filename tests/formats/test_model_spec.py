@@ -121,6 +121,15 @@ def test_inspection_shows_the_trigger_phrase(tmp_path: Path) -> None:
         ("sd35-large", "stable-diffusion-3-5-large"),
         ("flux", "flux-1-dev"),
         ("pixart", None),
+        ("chroma", "chroma"),
+        ("flux2", "Flux.2-dev"),
+        ("flux2-klein-4b", "Flux.2-klein-4b"),
+        ("flux2-klein-9b", "Flux.2-klein-9b"),
+        ("z-image", "Z-Image"),
+        ("qwen-image", "Qwen-Image"),
+        ("lumina2", "lumina-2"),
+        ("wan-14b", "wan2.1"),
+        ("hunyuan-video", "hunyuan-video"),
     ],
 )
 def test_architectures_of_published_models(architecture: str, expected: str | None) -> None:

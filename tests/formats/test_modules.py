@@ -10,6 +10,7 @@ from diffusers.loaders import single_file_utils as converters
 from torch import Tensor
 
 from tests.hosts import published
+from veneer.base_models import architecture
 from veneer.formats._names.modules import original_modules, original_names, weight_paths
 from veneer.injection.towers import towers_of
 
@@ -68,6 +69,46 @@ def test_flux() -> None:
         state |= {name: torch.zeros(1) for name in norms}
     state |= {f"single_blocks.{i}.norm.{half}_norm.scale": torch.zeros(1) for i in range(38) for half in ("query", "key")}
     assert_as(converters.convert_flux_transformer_checkpoint_to_diffusers(state), tower)
+
+
+def chroma_norms() -> dict[str, Tensor]:
+    halves, names = ("query", "key"), [f"distilled_guidance_layer.norms.{i}.scale" for i in range(5)]
+    names += [
+        f"double_blocks.{i}.{stream}_attn.norm.{half}_norm.scale"
+        for i in range(19)
+        for stream in ("img", "txt")
+        for half in halves
+    ]
+    names += [f"single_blocks.{i}.norm.{half}_norm.scale" for i in range(38) for half in halves]
+    return {name: torch.zeros(1) for name in names}
+
+
+def sana_others() -> dict[str, Tensor]:
+    """Tensors without LoRA, which the converter expects: tables, norms, and the grouped convolution."""
+    names = ["pos_embed", "y_embedder.y_embedding", "attention_y_norm.weight", "final_layer.scale_shift_table"]
+    blocks = ("scale_shift_table", "mlp.depth_conv.conv.weight", "mlp.depth_conv.conv.bias")
+    return {name: torch.zeros(1) for name in [*names, *(f"blocks.{i}.{end}" for i in range(20) for end in blocks)]}
+
+
+CONVERTERS: dict[str, tuple[Any, Any]] = {
+    "flux2-klein-4b": (converters.convert_flux2_transformer_checkpoint_to_diffusers, dict),
+    "z-image": (converters.convert_z_image_transformer_checkpoint_to_diffusers, dict),
+    "chroma": (converters.convert_chroma_transformer_checkpoint_to_diffusers, chroma_norms),
+    "lumina2": (converters.convert_lumina2_to_diffusers, dict),
+    "wan-14b-i2v": (converters.convert_wan_transformer_to_diffusers, dict),
+    "hunyuan-video": (converters.convert_hunyuan_video_transformer_to_diffusers, dict),
+    "sana": (converters.convert_sana_transformer_to_diffusers, sana_others),
+}
+
+
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_transformers(name: str) -> None:
+    """Every weight at the published sizes; HunyuanVideo in its own spelling, which is not ComfyUI's."""
+    convert, others = CONVERTERS[name]
+    (tower,) = towers_of(architecture(name).components["transformer"])
+    spellings = {m.path: m.spellings[0] for m in original_modules(tower) if m.spellings}
+    state = {key.replace(path := key.rpartition(".")[0], spellings.get(path, path)): t for key, t in coded(tower).items()}
+    assert_as(convert(state | others()), tower)
 
 
 @pytest.mark.parametrize("base", ["sd15", "sd21", "sdxl"])

@@ -197,7 +197,16 @@ FLUX = {
 SD3 = {
     "transformer.transformer_blocks.0.attn.to_q": (1536, 1536), "transformer.transformer_blocks.23.attn.add_k_proj": (1536, 1536),
 }  # fmt: skip
-PUBLISHED = {"sdxl": XL, "flux": FLUX, "sd35": SD3}
+FLUX2 = {
+    "transformer.transformer_blocks.4.attn.to_k": (3072, 3072),
+    "transformer.single_transformer_blocks.19.attn.to_qkv_mlp_proj": (27648, 3072),
+}
+Z_IMAGE = {"transformer.layers.29.attention.to_v": (3840, 3840), "transformer.noise_refiner.1.feed_forward.w2": (3840, 10240)}
+LUMINA = {"transformer.layers.25.attn.to_q": (2304, 2304), "transformer.layers.25.attn.to_v": (768, 2304)}
+WAN = {"transformer.blocks.29.attn2.to_out.0": (1536, 1536), "transformer.blocks.0.ffn.net.2": (1536, 8960)}
+PUBLISHED = {
+    "sdxl": XL, "flux": FLUX, "sd35": SD3, "flux2-klein-4b": FLUX2, "z-image": Z_IMAGE, "lumina2": LUMINA, "wan-1.3b": WAN,
+}  # fmt: skip
 
 
 def published(family: str, folder: Path, rank: int = 3) -> tuple[Path, dict[str, Tensor]]:

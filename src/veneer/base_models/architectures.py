@@ -17,6 +17,7 @@ from veneer.injection.errors import UnknownName
 
 from .clip_vocabulary import DeferredTokenizer, clip_tokenizer, has_vocabulary
 from .skeletons.meta_modules import meta_modules
+from .skeletons.transformer_configs import CHROMA, TRANSFORMERS
 
 Config = Mapping[str, Any]
 
@@ -97,8 +98,10 @@ ARCHITECTURES: dict[str, dict[str, tuple[str, Config]]] = {
     },
     "pixart": {"transformer": ("PixArtTransformer2DModel", PIXART), "text_encoder": (T5, T5_XXL)},
     "dit": {"transformer": ("DiTTransformer2DModel", DIT)},
+    "chroma": {"transformer": CHROMA, "text_encoder": (T5, T5_XXL)},
+    **{name: {"transformer": transformer} for name, transformer in TRANSFORMERS.items()},
 }  # fmt: skip
-"""Name to the denoiser and the text encoders of its pipeline: component to class and config."""
+"""Name to the denoiser and the text encoders of its pipeline that take adapters: component to class and config."""
 PIPELINES: dict[str, tuple[str, Config]] = {
     "sd15": ("StableDiffusionPipeline", VAE),
     "sd21": ("StableDiffusionPipeline", VAE),
@@ -108,7 +111,7 @@ PIPELINES: dict[str, tuple[str, Config]] = {
     "pixart": ("PixArtAlphaPipeline", VAE),
     "dit": ("DiTPipeline", VAE),
 }
-"""Name to the class of its pipeline and the config of its VAE."""
+"""Name to the class of its pipeline and the config of its VAE, for the architectures that `veneer personalize` trains."""
 
 
 def architecture(name: str) -> Any:
@@ -118,7 +121,9 @@ def architecture(name: str) -> Any:
     tokens of textual inversion.
 
     Args:
-        name: one of `ARCHITECTURES`: `sd15`, `sd21`, `sdxl`, `sd3`, `sd35` (medium), `sd35-large`, `flux`, `pixart`, `dit`.
+        name: one of `ARCHITECTURES`: `sd15`, `sd21`, `sdxl`, `sd3`, `sd35` (medium), `sd35-large`, `flux`, `pixart`, `dit`,
+            `chroma`, `flux2`, `flux2-klein-4b`, `flux2-klein-9b`, `z-image`, `qwen-image`, `lumina2`, `wan-1.3b`, `wan-5b`,
+            `wan-14b`, `wan-14b-i2v`, `hunyuan-video`, `sana`.
     Raises:
         UnknownName: no such architecture.
     """
@@ -146,7 +151,7 @@ def autoencoder(name: str) -> Any:
     """The VAE of a published model on the meta device.
 
     Args:
-        name: one of `ARCHITECTURES`.
+        name: one of `PIPELINES`.
     """
     with torch.device("meta"):
         return _build("AutoencoderKL", PIPELINES[name][1])

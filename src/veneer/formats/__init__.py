@@ -52,7 +52,7 @@ def architecture_of(path: str | PathLike[str]) -> str | None:
     """
     file = read(path)
     known = format_of(file)
-    return families.architecture_of(file.shapes, known.name if known else None)
+    return families.architecture_of(file.shapes, known.name if known else None, file.metadata.get("modelspec.architecture", ""))
 
 
 def load(

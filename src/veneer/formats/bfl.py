@@ -1,4 +1,4 @@
-"""LoRA of FLUX.1 with the names of Black Forest Labs' original release, such as their control LoRAs."""
+"""LoRA of FLUX.1, FLUX.2 and Chroma with the names of Black Forest Labs' original release, such as their control LoRAs."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ._names.modules import original_modules
 from ._peft.config import NAME, read_config, reject_unsupported, scaled_alpha
 from .comfyui import ComfyUI
 
+CLASSES = ("FluxTransformer2DModel", "Flux2Transformer2DModel", "ChromaTransformer2DModel")
 PEFT = "base_model.model."
 STARTS = ("double_blocks.", "single_blocks.", f"{PEFT}double_blocks.", f"{PEFT}single_blocks.")
 BIAS = ".lora_B.bias"
@@ -38,10 +39,10 @@ NORMS = {(None, "query"): "norm_q", (None, "key"): "norm_k", ("img", "query"): "
 class BFL(LayerTableFormat):
     """`double_blocks.{i}.img_attn.qkv.lora_A.weight` (r, d_in), `….lora_B.weight` (d_out, r), `….lora_B.bias` (d_out).
 
-    ΔW = B A; ComfyUI's names without a prefix. The control LoRAs (Canny, Depth) have biases, which become a bitfit attachment,
-    and complete query and key norms, which become trained base parameters. Their `img_in` reads the control image concatenated
-    with the latents, 128 channels, so that they need a FLUX widened to this input. peft's prefix `base_model.model.` is also
-    accepted: with peft's config beside the file, ΔW = (alpha / r)·B A with its alphas. Read only.
+    ΔW = B A; ComfyUI's names without a prefix. FLUX.1's control LoRAs (Canny, Depth) have biases, which become a bitfit
+    attachment, and complete query and key norms, which become trained base parameters. Their `img_in` reads the control image
+    concatenated with the latents, 128 channels, so that they need a FLUX widened to this input. peft's prefix
+    `base_model.model.` is also accepted: with peft's config beside the file, ΔW = (alpha / r)·B A with its alphas. Read only.
     """
 
     name: ClassVar[str] = "bfl"
@@ -53,8 +54,8 @@ class BFL(LayerTableFormat):
         return any(key.startswith(STARTS) for key in file.shapes) and not any(".processor." in key for key in file.shapes)
 
     def places(self, tower: Tower) -> Sequence[NamedLayer]:
-        flux = type(tower.module).__name__ == "FluxTransformer2DModel"
-        return [NamedLayer((m.path, PEFT + m.path), m.sites, m.swapped) for m in original_modules(tower) if flux]
+        modules = original_modules(tower) if type(tower.module).__name__ in CLASSES else []
+        return [NamedLayer((m.path, PEFT + m.path), m.sites, m.swapped) for m in modules]
 
     def layers(self, file: File) -> list[LayerInfo]:
         beside = [key for key in file.shapes if key.endswith(BIAS) or NORM.fullmatch(key)]

@@ -19,6 +19,7 @@ from ._core.lora_config import ENCODERS, component_of, reject_other_methods, rej
 from ._io.model_spec import DIFFUSERS, HASHES, model_spec
 from ._io.reader import File
 from ._io.writer import write
+from ._names.modules import is_always_fused
 from ._peft.codec import PeftAdapter
 from ._peft.fused_slices import is_slice, merge_slices
 from ._peft.low_rank import MAGNITUDE, A, B
@@ -43,7 +44,8 @@ class Diffusers(Format):
 
     diffusers loads it into `unet`, `transformer` and the CLIP text encoders; its PixArt and DiT classes have no loader, but
     peft's `inject_adapter_in_model` takes the same tensors. Everything that it cannot hold (other methods, trained base
-    parameters, T5, embeddings, grouped convolutions, whole fused projections) is rejected, never dropped.
+    parameters, T5, embeddings, grouped convolutions, projections fused by `fuse_qkv_projections`, slices of the projections
+    that FLUX.2 always fuses) is rejected, never dropped.
     Source: diffusers 0.42 `loaders/lora_base.py`, `loaders/peft.py`; peft `LoraConfig`.
     """
 
@@ -121,7 +123,10 @@ def _explain(site: Any, tower: nn.Module, component: str, path: str) -> tuple[st
         return "embedding", "is an embedding, into which diffusers cannot load LoRA"
     if site.groups != 1:
         return "groups", f"is a convolution with {site.groups} groups, for which peft uses another low-rank form"
-    if site.fused or not isinstance(_module(tower, path), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    always = is_always_fused(site)
+    if always and site.rows is not None:
+        return "slice", f"is a slice of '{site.path}', of which diffusers loads only LoRA of the whole. Use comfyui or kohya"
+    if (site.fused and not always) or not isinstance(_module(tower, path), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         why = "is a fused projection, which diffusers has only after fuse_qkv_projections(). Unfuse before attaching"
         return "fused", why
     return None

@@ -22,7 +22,7 @@ from ._core.token_embeddings import UNNAMED, check_vectors, encoder_names, rows_
 from ._io.reader import File
 from ._io.writer import write
 from ._names.kohya import NamedLayer
-from ._names.kohya import named_layers as kohya_places
+from ._names.kohya import readable_layers as kohya_places
 from ._names.modules import T5, original_modules, weight_paths
 from ._peft.low_rank import MAGNITUDE
 from ._peft.tensors import peft_specs as peft_wanted
@@ -77,7 +77,7 @@ class OneTrainer(LayerTableFormat):
         yield from kohya_places(tower)
         yield from self.places(tower)
         yield from _dotted_layers(tower)
-        yield from ComfyUI().places(tower)
+        yield from ComfyUI().readable(tower)
         first = _omi(tower)
         for module in original_modules(tower) if first else ():
             path = "img_in.proj" if module.path == "img_in" else module.path

@@ -9,26 +9,45 @@ from .._io.reader import File
 
 Shapes = Mapping[str, tuple[int, ...]]
 SD1, SD2, SDXL, SD3 = "Stable Diffusion 1", "Stable Diffusion 2", "Stable Diffusion XL", "Stable Diffusion 3"
+WAN, Z_IMAGE, LUMINA = "Wan", "Z-Image", "Lumina 2"
 # families without a host in veneer, by layer names that occur nowhere else: musubi-tuner and others use the same layouts
 UNSUPPORTED = {
-    r"blocks[._]\d+[._](?:self|cross)_attn[._][qkvo]\.": "Wan",
+    r"(?:double|single)_stream_blocks": "HiDream",
+    r"audio_attn[12]|audio_to_video_attn|video_to_audio_attn": "LTX-2",
+}
+NAMES = {
+    r"blocks[._]\d+[._](?:self|cross)_attn[._](?:[qkvo]|[kv]_img)\.": WAN,
+    r"(?<!transformer_)blocks[._]\d+[._](?:attn[12][._](?:to|add)_|ffn[._]net[._])": WAN,
     r"(?:img|txt)_mlp[._]fc[12]|(?:img|txt)_mod[._]linear|single_blocks[._]\d+[._]modulation[._]linear": "HunyuanVideo",
     r"transformer_blocks[._]\d+[._](?:img|txt)_(?:mod|mlp)": "Qwen-Image",
-    r"double_stream_modulation|to_qkv_mlp_proj": "FLUX.2",
-    r"(?:double|single)_stream_blocks": "HiDream",
-    r"layers[._]\d+[._]attention[._]": "Lumina or Z-Image",
+    r"(?:double|single)_stream_modulation|to_qkv_mlp_proj|ff(?:_context)?[._]linear_(?:in|out)": "FLUX.2",
     r"joint_transformer_blocks|single_transformer_blocks[._]\d+[._](?:attn[._]to_out[._]0|ff[._])": "AuraFlow",
     r"double_blocks\.\d+\.(?:img|txt)_attn_": "HunyuanVideo",
     r"distilled_guidance_layer": "Chroma",
-    r"audio_attn[12]|audio_to_video_attn|video_to_audio_attn": "LTX-2",
     r"ff[._]conv_inverted|mlp[._]inverted_conv": "Sana",
-}
-NAMES = {
     r"joint_blocks": SD3,
     r"processor[._](?:qkv|proj)_lora": "FLUX",
     r"norm1[._]emb[._]timestep_embedder|proj_out_[12]": "DiT",
 }
-FAMILY_ARCHITECTURES = {SD1: "sd15", SD2: "sd21", SDXL: "sdxl", "FLUX": "flux", "PixArt": "pixart", "DiT": "dit"}
+"""Families by layer names that occur nowhere else."""
+FAMILY_ARCHITECTURES = {
+    SD1: "sd15", SD2: "sd21", SDXL: "sdxl", "FLUX": "flux", "PixArt": "pixart", "DiT": "dit", "Chroma": "chroma",
+    Z_IMAGE: "z-image", LUMINA: "lumina2", "Qwen-Image": "qwen-image", "HunyuanVideo": "hunyuan-video",
+}  # fmt: skip
+SIZES = {
+    "FLUX.2": {6144: "flux2", 3072: "flux2-klein-4b", 4096: "flux2-klein-9b"},
+    WAN: {1536: "wan-1.3b", 3072: "wan-5b", 5120: "wan-14b"},
+    "Sana": {2240: "sana"},
+}
+"""Architectures of a family by the width of their blocks, largest first if another layer has the width of a smaller one."""
+WIDTH = re.compile(
+    r"(?:(?:self|cross)_attn|attn[12]?)[._]|linear1|(?:img|txt)_mlp[._]0|ff(?:_context)?[._]linear_in|ffn[._](?:0|net[._]0)"
+)
+IMAGE_KEYS = re.compile(r"cross_attn[._][kv]_img|attn2[._]add_[kv]_proj")  # of Wan from image to video
+NEXT_DIT = re.compile(r"(?:layers|(?:noise|context)_refiner)[._]\d+[._](?:attention|attn|feed_forward)[._]")
+NEXT_DIT_WIDTHS = {3840: Z_IMAGE, 2304: LUMINA}
+LUMINA_KEYS = re.compile(r"(?:layers|_refiner)[._]\d+[._](?:attn[._]to_|feed_forward[._]linear_)")  # of diffusers
+Z_IMAGE_KEYS = re.compile(r"(?:layers|_refiner)[._]\d+[._]attention[._]to_")
 UNET = re.compile(r"(?:^|[._])(?:down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)[._]|^unet:")
 DEEP = re.compile(r"(?:attentions|blocks|block)[._]\d+[._](?:\d+[._])?transformer_blocks[._][2-9][._]")
 SECOND = re.compile(r"(?:^|[._])(?:te2|text_encoder_2|clip_g|label_emb|add_embedding)(?:[._]|$)")
@@ -47,7 +66,10 @@ QUERIES = re.compile(
 MODULATED = re.compile(r"norm1?(?:_context)?[._]linear|(?:img|txt)_mod[._]lin|modulation[._]lin")
 # modulation of an image stream that has two attentions in SD3.5 medium, and there 13,824 rows
 SD3_MODULATION = re.compile(r"(?:transformer|joint)_blocks[._](?:\d|1[0-2])[._](?:norm1[._]linear|x_block[._]adaLN_modulation)")
-STREAM_WIDTHS = {1536: SD3, 2432: SD3, 2048: "HunyuanVideo 1.5", 3584: "HunyuanImage"}
+STREAM_WIDTHS = {1536: SD3, 2432: SD3, 2048: "HunyuanVideo 1.5", 3584: "HunyuanImage", 4096: "FLUX.2"}
+# sizes of the first feed-forward layer, alone or behind queries, keys and values: those of FLUX.2 have a gate
+FEED_FORWARD = re.compile(r"single_blocks[._]\d+[._]linear1|(?:img|txt)_mlp[._]0")
+GATED, UNGATED = {18432, 27648}, {12288, 21504}
 # transformers of width 3072: number of double- and single-stream blocks, and whether blocks have modulation layers
 STREAMS = {
     "FLUX": (19, 38, True), "Chroma": (19, 38, False), "Bria": (19, 38, True), "LongCat": (19, 38, True),
@@ -75,21 +97,30 @@ def family_of(shapes: Shapes, form: str | None = None) -> str | None:
         return family
     if any(UNET.search(key) for key in shapes):
         return _unet_family(shapes)
+    if any(NEXT_DIT.search(key) for key in shapes):
+        return _next_dit_family(shapes)
     return _double_stream_family(shapes) or _single_stream_family(shapes)
 
 
-def architecture_of(shapes: Shapes, form: str | None = None) -> str | None:
+def architecture_of(shapes: Shapes, form: str | None = None, model_spec: str = "") -> str | None:
     """Name of the architecture that a file's layers fit, one of `veneer.base_models.ARCHITECTURES`; None if several or none do.
 
-    SD3.5 medium has every layer of SD3, with wider modulation layers.
+    SD3.5 medium has every layer of SD3, with wider modulation layers. The layers that Chroma and HunyuanVideo share with FLUX.1
+    have the same names and shapes: a file of no other layers is taken as one of FLUX.1.
+
+    Args:
+        form: name of the file's format, if known.
+        model_spec: architecture in the file's metadata, which decides between several that fit.
     """
     families = re.split(", | or ", family_of(shapes, form) or "")
     if SD3 in families:
         if any(width == 2432 for _, width in _input_widths(shapes)):
             return "sd35-large"
         return "sd3" if any(9216 in shape and SD3_MODULATION.search(key) for key, shape in shapes.items()) else "sd35"
-    known = [FAMILY_ARCHITECTURES[family] for family in families if family in FAMILY_ARCHITECTURES]
-    return known[0] if len(known) == 1 else None
+    known = [name for family in families if (name := FAMILY_ARCHITECTURES.get(family) or _size_of(family, shapes))]
+    if (name := model_spec.partition("/")[0]) in known:
+        return name
+    return known[0] if len(known) == 1 or "flux" in known[:1] else None
 
 
 def unsupported_family(shapes: Shapes) -> str | None:
@@ -103,6 +134,24 @@ def family_sentence(file: File) -> str:
     if family is None:
         return ""
     return f" It is for {family}" + (", which veneer does not support." if unsupported_family(file.shapes) else ".")
+
+
+def _size_of(family: str, shapes: Shapes) -> str | None:
+    """The architecture of a family in several sizes, by the width of its blocks."""
+    widths = {width for key, width in _input_widths(shapes) if WIDTH.search(key)}
+    name = next((name for width, name in SIZES.get(family, {}).items() if width in widths), None)
+    return f"{name}-i2v" if name == "wan-14b" and any(IMAGE_KEYS.search(key) for key in shapes) else name
+
+
+def _next_dit_family(shapes: Shapes) -> str | None:
+    """Z-Image or Lumina-Image 2, which have the same names in ComfyUI: by diffusers' names, else by width."""
+    if any(LUMINA_KEYS.search(key) for key in shapes):
+        return LUMINA
+    widths = {width for key, width in _input_widths(shapes) if NEXT_DIT.search(key)}
+    families = [family for width, family in NEXT_DIT_WIDTHS.items() if width in widths]
+    if len(families) == 1 or any(Z_IMAGE_KEYS.search(key) for key in shapes):
+        return families[0] if len(families) == 1 else None
+    return None if widths else f"{LUMINA} or {Z_IMAGE}"
 
 
 def _unet_family(shapes: Shapes) -> str | None:
@@ -150,8 +199,11 @@ def _double_stream_family(shapes: Shapes) -> str | None:
 def _matching_families(shapes: Shapes, lasts: Sequence[int], modulated: bool) -> list[str]:
     """The families in `STREAMS` that have these block counts and layer names."""
     away = set[str]()
-    if _any_match(r"(?:img|txt)_attn\.", shapes):
-        away.add("HunyuanVideo")
+    sizes = {size for key, shape in shapes.items() if FEED_FORWARD.search(key) for size in shape}
+    if sizes & GATED:
+        return ["FLUX.2"]
+    if sizes & UNGATED:
+        away.add("FLUX.2")
     if _any_match("(?:double|single)_blocks", shapes):
         away.update(DIFFUSERS_ONLY)
     if _any_match("time_text_embed", shapes):

@@ -88,14 +88,14 @@ def adapters_by_layer(attachment: Attachment, target: Path, places: LayerNames) 
     beside = dict.fromkeys(site.component for site in attachment.supported_sites)  # all text encoders, adapted or not
     towers = [dataclasses.replace(t, component=c, components=beside) for c, m in attachment.towers.items() for t in towers_of(m)]
     known = {site.name: place for tower in towers for place in places(tower) for site in place.sites}
-    found: dict[tuple[str, ...], tuple[NamedLayer, dict[str, Any]]] = {}
+    found: dict[tuple[tuple[str, ...], str], tuple[NamedLayer, dict[str, Any]]] = {}
     for name, (site, adapter) in attachment.parts.items():
         place = known.get(name)
         if place is None:
             kind, why = _explain(site, attachment.towers[site.component], bool(known))
             message = f"{target}: '{name}' {why}. Select other sites, or use the native format."
             raise SaveError(message, file=target, where=name, given=kind)
-        found.setdefault(place.names, (place, {}))[1][name] = adapter
+        found.setdefault((place.names, place.sites[0].name), (place, {}))[1][name] = adapter
     return list(found.values())
 
 

@@ -10,8 +10,8 @@
 
 A file has no date and no name unless its provenance has them, so that equal weights give equal files.
 
-Source: github.com/Stability-AI/ModelSpec, version 1.0.0; kohya-ss/sd-scripts `library/sai_model_spec.py`, whose names of
-architectures and implementations are used.
+Source: github.com/Stability-AI/ModelSpec, version 1.0.0; kohya-ss/sd-scripts `library/sai_model_spec.py` and musubi-tuner
+`utils/sai_model_spec.py`, whose names of architectures and implementations are used.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 from veneer.injection import Attachment
 
 from .._names.kohya import base_model_version
+from .._names.transformers import names_of
 
 SPEC = "1.0.0"
 HASHES = {"modelspec.hash_sha256": "0x", "sshs_model_hash": ""}
@@ -114,10 +115,6 @@ def architecture_id(tower: Any, prediction: object = None) -> str | None:
     if version == "sd_v2":
         is_v = prediction == "v_prediction" or (prediction is None and config.get("sample_size") == 96)
         return "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"
-    if version == "flux1":
-        return "flux-1-dev" if config.get("guidance_embeds") else "flux-1-schnell"
-    if type(tower).__name__ == "SD3Transformer2DModel":
-        if config.get("dual_attention_layers"):
-            return "stable-diffusion-3-5-medium"
-        return "stable-diffusion-3-5-large" if config.get("num_layers") == 38 else "stable-diffusion-3-m"
+    if (record := names_of(tower)) is not None:
+        return record.model_spec(config)
     return {"sd_v1": "stable-diffusion-v1", "sdxl_base_v1-0": "stable-diffusion-xl-v1-base"}.get(version or "")

@@ -13,6 +13,7 @@ from veneer.injection.towers import Tower, towers_of
 from .._core.lora_config import ENCODERS
 from .._io.reader import File
 from .._names.kohya import NamedLayer, named_layers
+from .._names.kohya import readable_layers as kohya_layers
 from .._peft.tensors import default_component
 from ..comfyui import ComfyUI
 
@@ -30,7 +31,7 @@ def readable_layers(model: Any, file: File, names: Collection[str]) -> dict[str,
         LoadError: the names begin with `lycoris_`, which does not identify a component, and several components match.
     """
     towers = towers_of(model)
-    known = {name: place for tower in towers for place in named_layers(tower) for name in place.names}
+    known = {name: place for tower in towers for place in kohya_layers(tower) for name in place.names}
     known |= {OFT + name.removeprefix("lora_unet_"): p for name, p in known.items() if name.startswith("lora_unet_")}
     known |= ComfyUI().known(model)
     known |= {name: place for tower in towers for place in dotted_layers(tower) for name in place.names}

@@ -11,9 +11,8 @@ from veneer.injection.sites import WeightSite
 from veneer.injection.towers import Tower
 
 from .._core.lora_config import ENCODERS
-from .modules import T5, OriginalModule, original_modules
-
-SUPPORTED = ("FluxTransformer2DModel", "SD3Transformer2DModel")  # transformers supported by sd-scripts
+from .modules import T5, OriginalModule, diffusers_modules, original_modules, sliced_modules
+from .transformers import names_of
 
 
 @dataclass(frozen=True)
@@ -38,25 +37,38 @@ def named_layers(tower: Tower, numbered: bool = False) -> list[NamedLayer]:
         numbered: writes the first of several text encoders as `lora_te1` instead of `lora_te`.
     """
     kind, model = type(tower.module).__name__, tower.module
-    found = original_modules(tower)
+    found, record = original_modules(tower), names_of(model)
     if hasattr(model, "down_blocks"):
         first = base_model_version(model) == "sdxl_base_v1-0"
         return [NamedLayer(_kohya_names(("lora_unet",), _unet_spellings(m, first)), m.sites) for m in found]
     if kind in ENCODERS or kind == T5:
         return [NamedLayer(_kohya_names(_encoder_prefixes(tower, numbered), (m.path,)), m.sites) for m in found]
-    return [NamedLayer(_kohya_names(("lora_unet",), (m.path,)), m.sites, m.swapped) for m in found if kind in SUPPORTED]
+    if record is None or record.network_module is None:
+        return []
+    return [_unet_layer(module) for module in (*sliced_modules(tower), *found)]
+
+
+def readable_layers(tower: Tower) -> list[NamedLayer]:
+    """Every module of a tower under all names that are read: for a transformer also under its path in diffusers."""
+    layers = named_layers(tower)
+    return [*(_unet_layer(module) for module in diffusers_modules(tower) if layers), *layers]
 
 
 def base_model_version(model: nn.Module) -> str | None:
     """sd-scripts' name of a denoiser's base model: `sd_v1`, `sd_v2`, `sdxl_base_v1-0` or `flux1`; None if unknown."""
     config: Any = getattr(model, "config", {})
-    if type(model).__name__ == "FluxTransformer2DModel":
-        return "flux1"
+    if (record := names_of(model)) is not None:
+        return record.version
     if not hasattr(model, "down_blocks"):
         return None
     if config.get("addition_embed_type") == "text_time":
         return "sdxl_base_v1-0"
     return "sd_v2" if config.get("use_linear_projection") else "sd_v1"
+
+
+def _unet_layer(module: OriginalModule) -> NamedLayer:
+    names = _kohya_names(("lora_unet",), (module.path, *module.spellings))
+    return NamedLayer(tuple(dict.fromkeys(names)), module.sites, module.swapped)
 
 
 def _unet_spellings(module: OriginalModule, first: bool) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -13,14 +13,13 @@ from veneer.injection.towers import Tower
 
 from .._core.lora_config import ENCODERS
 from .ldm import RESNET
-from .transformer import flux, pixart, sd3
+from .transformers import names_of
 
 OUTER_LAYERS = {
     "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }  # fmt: skip
-TRANSFORMERS = {"FluxTransformer2DModel": flux, "SD3Transformer2DModel": sd3, "PixArtTransformer2DModel": pixart}
 T5 = "T5EncoderModel"
 
 
@@ -32,22 +31,25 @@ class OriginalModule:
         path: dotted, in that release. `own`: its path in diffusers or transformers, or None if fused.
         sites: the weights that make up its output rows, in order; one for most modules, several for a fused projection.
         swapped: the halves of the rows are swapped (scale and shift of an adaptive norm before the last layer).
+        spellings: further spellings of `path` in files.
     """
 
     path: str
     own: str | None
     sites: tuple[WeightSite, ...]
     swapped: bool = False
+    spellings: tuple[str, ...] = ()
 
 
 def original_modules(tower: Tower) -> list[OriginalModule]:
     """Every module of a tower that LoRA can adapt, under its original name; empty if the original names are unknown."""
     sites, model, kind = weight_paths(tower), tower.module, type(tower.module).__name__
-    if kind in TRANSFORMERS:
-        found = TRANSFORMERS[kind](model).items()
+    if (record := names_of(model)) is not None:
         return [
-            OriginalModule(path, own[0] if len(own) == 1 else None, tuple(sites[p] for p in own), swapped)
-            for path, (own, swapped) in found
+            OriginalModule(
+                path, own[0] if len(own) == 1 else None, tuple(sites[p] for p in own), swapped, record.other_spellings(path)
+            )
+            for path, (own, swapped) in record.names(model).items()
             if all(p in sites for p in own)
         ]
     if hasattr(model, "down_blocks") and hasattr(model, "up_blocks"):
@@ -58,13 +60,45 @@ def original_modules(tower: Tower) -> list[OriginalModule]:
     return []
 
 
+def sliced_modules(tower: Tower) -> list[OriginalModule]:
+    """The modules whose slices are sites, under their original names: the slices of each, if they are all of its rows."""
+    slices: dict[str, list[WeightSite]] = {}
+    for site in tower.sites:
+        if isinstance(site, WeightSite) and site.rows is not None:
+            slices.setdefault(site.path, []).append(site)
+    modules = []
+    for module in original_modules(tower):
+        parts = sorted(slices.get(module.sites[0].path, []), key=lambda site: site.rows or ())
+        if module.sites[0].fused and sum(site.d_out for site in parts) == module.sites[0].d_out:
+            modules.append(replace(module, sites=tuple(parts)))
+    return modules
+
+
+def diffusers_modules(tower: Tower) -> list[OriginalModule]:
+    """Every module of a diffusion transformer with known original names, under its path in diffusers."""
+    if names_of(tower.module) is None:
+        return []
+    return [OriginalModule(path, path, (site,)) for path, site in weight_paths(tower).items()]
+
+
 def weight_paths(tower: Tower) -> dict[str, WeightSite]:
     """Path in diffusers or transformers, without `text_model.`, of every weight that LoRA of any tool can adapt.
 
-    Excludes grouped convolutions, whose low-rank form differs between tools.
+    Excludes grouped convolutions, whose low-rank form differs between tools. Of a fused projection, the whole weight is listed
+    if the model always has it, else its slices.
     """
     weights = [s for s in tower.sites if isinstance(s, WeightSite)]
-    return {_path(tower, s): s for s in weights if s.kind != "embedding" and s.groups == 1 and not s.fused}
+    return {_path(tower, s): s for s in weights if s.kind != "embedding" and s.groups == 1 and _is_module(s)}
+
+
+def is_always_fused(site: WeightSite) -> bool:
+    """True for a fused projection, or a slice of one, that is not the result of `fuse_qkv_projections`, which has a guard."""
+    return site.guard is None and (site.fused or site.rows is not None)
+
+
+def _is_module(site: WeightSite) -> bool:
+    """True if a site has a module of this path in an unfused model."""
+    return site.fused or site.rows is None if is_always_fused(site) else not site.fused
 
 
 def _path(tower: Tower, site: WeightSite) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.base_models.architectures import ARCHITECTURES, PIPELINES, autoencoder, library_architecture
+from veneer.base_models.architectures import PIPELINES, autoencoder, library_architecture
 from veneer.base_models.folders import read_json
 from veneer.base_models.loading import find
 from veneer.extras import require
@@ -28,7 +28,7 @@ def meta_family(base: str | Path, dtype: torch.dtype) -> Family:
         BaseModelError: a base model without configs on this machine: a hub name, a single file or an unknown name.
     """
     require("diffusers", "transformers")
-    pipe = _architecture(str(base)) if base in ARCHITECTURES and not Path(base).exists() else _folder(base)
+    pipe = _architecture(str(base)) if base in PIPELINES and not Path(base).exists() else _folder(base)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             _cast(part.eval().requires_grad_(False), dtype)
@@ -50,10 +50,10 @@ def _folder(base: str | Path) -> Any:
     folder = find(base)
     if isinstance(folder, str) or not folder.is_dir():
         message = (
-            f"check: {base} has no configs on this machine; expected the name of an architecture ({', '.join(ARCHITECTURES)}), "
+            f"check: {base} has no configs on this machine; expected the name of an architecture ({', '.join(PIPELINES)}), "
             "'bundled' or a diffusers folder."
         )
-        raise BaseModelError(message, where="base", given=str(base), expected=tuple(ARCHITECTURES))
+        raise BaseModelError(message, where="base", given=str(base), expected=tuple(PIPELINES))
     index = read_json(folder / "model_index.json")
     entries = {
         name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
