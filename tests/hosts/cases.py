@@ -17,6 +17,7 @@ from veneer.injection.sites import Site
 
 HOSTS = (
     "diffusers_unet", "diffusers_dit", "clip_text", "timm_vit", "timm_swin", "timm_convnext", "timm_conv", "open_clip",
+    "transformers_vit",
 )  # fmt: skip
 
 

@@ -213,7 +213,8 @@ def remaining(
             yield from part.layer(leaf, role, called=not leaf.endswith(read), inert_bias=leaf.endswith(inert_biases))
         elif isinstance(module, nn.Module):
             for param in own_parameters(module):
-                yield part.parameter(leaf, param, first.get(param, "other"), inert=f"{leaf}.{param}".endswith(inert))
+                role = first.get(param, roles.get(param, "other"))
+                yield part.parameter(leaf, param, role, inert=f"{leaf}.{param}".endswith(inert))
 
 
 def _role(path: str, roles: Mapping[str, str]) -> str | None:
