@@ -102,4 +102,4 @@ def _classifier() -> nn.Module:
 
     record = records()["dinov2_with_registers"]
     model = record.build(**record.tiny["dinov2_registers"])
-    return ImageClassifier(model, 10, record.pooling, (28, 28)).eval()
+    return ImageClassifier(model, 10, (28, 28)).eval()

@@ -6,7 +6,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -16,7 +16,6 @@ from .._describe import SampleInputs, TowerPart
 from .._records.model_record import ModelRecord
 from .vision_parts import VisionPart
 
-Pooling = Literal["pooler", "class", "class_mean"]
 PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 ROLES = {
     "cls_token": "embed.class", "class_embedding": "embed.class", "distillation_token": "embed.distil",
@@ -49,8 +48,6 @@ class VisionRecord(ModelRecord):
     """A family of vision models of transformers. Further arguments as for `ModelRecord`.
 
     Args:
-        pooling: features of a new classifier: `pooler` (the model's `pooler_output`), `class` (the class token after the last
-            norm) or `class_mean` (the class token and the mean of the patches, concatenated).
         heads: name of each class with a classifier to the model in it.
         options: arguments of the class beside the config.
         can_insert: False for a config whose attention fixes the number of tokens.
@@ -62,7 +59,6 @@ class VisionRecord(ModelRecord):
     default_roles: ClassVar[Mapping[str, str]] = ROLES
     sample: Callable[[SampleInputs, Any], dict[str, Any]] = image_inputs
     inert: tuple[str, ...] = ("mask_token",)  # only masked image modeling reads it
-    pooling: Pooling = "pooler"
     heads: Mapping[str, Head] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     can_insert: Callable[[Any], bool] = lambda config: True

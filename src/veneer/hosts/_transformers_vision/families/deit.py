@@ -9,7 +9,6 @@ from .vit import BLOCK, TINY
 RECORD = VisionRecord(
     classes=("DeiTModel",),
     modules=("embeddings", Blocks("layers", BLOCK), "layernorm", "pooler"),
-    pooling="class",
     heads={"DeiTForImageClassification": Head("deit")},
     options={"add_pooling_layer": False},
     tiny={"deit": TINY},

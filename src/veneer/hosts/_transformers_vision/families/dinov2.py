@@ -16,7 +16,6 @@ GIANT = {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24
 RECORD = VisionRecord(
     classes=("Dinov2Model",),
     modules=("embeddings", Blocks("encoder.layer", BLOCK), "layernorm"),
-    pooling="class_mean",
     heads={"Dinov2ForImageClassification": Head("dinov2")},
     tiny={"dinov2": TINY, "dinov2_gated": {**TINY, "use_swiglu_ffn": True}},
     full_size={

@@ -9,7 +9,6 @@ from .dinov2 import BLOCK, TINY
 RECORD = VisionRecord(
     classes=("Dinov2WithRegistersModel",),
     modules=("embeddings", Blocks("encoder.layer", BLOCK), "layernorm"),
-    pooling="class_mean",
     heads={"Dinov2WithRegistersForImageClassification": Head("dinov2_with_registers")},
     tiny={"dinov2_registers": {**TINY, "num_register_tokens": 2}},
     mean=(0.485, 0.456, 0.406),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from veneer.injection.sites import Site, StreamSite
 
 from ..._describe import TowerPart
-from ..._records.block_parts import Blocks, FeedForward, Single
+from ..._records.block_parts import Blocks, FeedForward, Part, Single
 from ..vision_parts import MLP, Parameters, SelfAttention, Tokens, VisionPart
 from ..vision_record import Head, VisionRecord
 
@@ -53,7 +53,7 @@ def _stage(index: int) -> tuple[Blocks, Single]:
         FeedForward("mlp", norm="layernorm_after", layers=MLP, plain_norm=True),
         Tokens("layernorm_before"),
     )
-    block = (
+    block: tuple[Part, ...] = (
         Parameters("attention.relative_position_bias", "embed.position"), *(InStage(part, index) for part in parts),
     )  # fmt: skip
     return Blocks(f"{path}.blocks", block, stage), Single(f"{path}.downsample", (Merging(),), stage)

@@ -18,7 +18,6 @@ TINY = {
 RECORD = VisionRecord(
     classes=("ViTModel",),
     modules=("embeddings", Blocks("layers", BLOCK), "layernorm", "pooler"),
-    pooling="class",
     heads={"ViTForImageClassification": Head("vit")},
     options={"add_pooling_layer": False},
     tiny={"vit": TINY},
