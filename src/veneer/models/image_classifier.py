@@ -75,7 +75,7 @@ class ImageClassifier(nn.Module):
         patches = output.last_hidden_state[:, 1 + getattr(config, "num_register_tokens", 0) :]
         return torch.cat((token, patches.mean(1)), 1)
 
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
+    def activation_checkpointing_enable(self) -> None:
         """Enables gradient checkpointing of the model."""
         model: Any = self.backbone
-        model.gradient_checkpointing_enable(**options)
+        model.activation_checkpointing_enable()
