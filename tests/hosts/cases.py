@@ -144,6 +144,7 @@ UNCOMMON: dict[tuple[str, str], Callable[[], nn.Module]] = {
     ("timm_vit", "dinov3"): lambda: _vit("vit_small_patch16_dinov3", depth=2),
     ("timm_vit", "rope_mixed"): lambda: _vit("vit_small_patch16_rope_mixed_224"),
 }
+UNCOMMON |= {("transformers_vit", key): functools.partial(clips.with_text, key) for key in ("CLIPModel", "SiglipModel")}
 UNCOMMON |= {("open_clip", key): build for key, build in clips.UNCOMMON.items()}
 UNCOMMON |= {(host, key): build for host, builders in nets.UNCOMMON.items() for key, build in builders.items()}
 TINY = [(host, key) for host in HOSTS for key in hosts.get(host)().tiny()]

@@ -49,6 +49,7 @@ class VisionRecord(ModelRecord):
 
     Args:
         heads: name of each class with a classifier to the model in it.
+        with_text: names of the classes with the model at `vision_model` and a text tower at `text_model`.
         options: arguments of the class beside the config.
         can_insert: False for a config whose attention fixes the number of tokens.
         takes_images: False if the inputs are patches, with a mask and the shape of the grid, instead of images.
@@ -60,6 +61,7 @@ class VisionRecord(ModelRecord):
     sample: Callable[[SampleInputs, Any], dict[str, Any]] = image_inputs
     inert: tuple[str, ...] = ("mask_token",)  # only masked image modeling reads it
     heads: Mapping[str, Head] = field(default_factory=dict)
+    with_text: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     can_insert: Callable[[Any], bool] = lambda config: True
     takes_images: bool = True

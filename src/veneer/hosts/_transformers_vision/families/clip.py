@@ -10,6 +10,7 @@ RECORD = VisionRecord(
     classes=("CLIPVisionModel",),
     modules=("embeddings", "pre_layrnorm", Blocks("encoder.layers", BLOCK), "post_layernorm"),
     heads={"CLIPForImageClassification": Head("vision_model", unused=("post_layernorm",))},
+    with_text=("CLIPModel",),
     tiny={"clip": TINY},
     full_size={"openai/clip-vit-base-patch32": ({}, 87_456_000)},
     mean=(0.48145466, 0.4578275, 0.40821073),

@@ -20,6 +20,7 @@ RECORD = VisionRecord(
     classes=("SiglipVisionModel",),
     modules=MODULES,
     heads={"SiglipForImageClassification": Head("vision_model", unused=("head.",))},
+    with_text=("SiglipModel",),
     tiny={"siglip": TINY},
     full_size={"google/siglip-base-patch16-224": ({}, 92_884_224)},
 )
