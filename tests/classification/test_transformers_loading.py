@@ -90,7 +90,7 @@ def test_resized_sides_survive_timms_rounding() -> None:
         assert int(224 / config["crop_pct"]) == resized
 
 
-@pytest.mark.parametrize("kind", ["vit", "beit"])
+@pytest.mark.parametrize("kind", ["vit", "beit", "registers"])
 def test_a_kept_head_gives_the_logits_of_transformers(tmp_path: Path, kind: str) -> None:
     folder = transformers_folder(tmp_path, kind)
     classifier = open_classifier(f"hf:{folder}", CLASSES, keep_head=True)

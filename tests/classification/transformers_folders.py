@@ -17,7 +17,8 @@ def transformers_folder(parent: Path, kind: str) -> Path:
 
     Args:
         kind: `dinov2` (of 64 pixels; its processor crops 32 of 40), `siglip` and `clip` (with a text tower), `siglip_tower` and
-            `clip_tower`, `vit` and `beit` (with a head of three labels), `siglip2`, or `bert` (without image processor).
+            `clip_tower`, `vit`, `beit` and `registers` (DINOv2, with a head of three labels), `siglip2`, or `bert` (without image
+            processor).
     """
     torch.manual_seed(5)
     model, processor = _pair(kind)
@@ -49,6 +50,12 @@ def _pair(kind: str) -> tuple[Any, Any]:
         "beit": lambda: (
             t.BeitForImageClassification(t.BeitConfig(**labels, use_relative_position_bias=True)),
             t.BeitImageProcessor(size={"height": 40, "width": 40}, crop_size=SQUARE, do_center_crop=True),
+        ),
+        "registers": lambda: (
+            t.Dinov2WithRegistersForImageClassification(
+                t.Dinov2WithRegistersConfig(**SHAPE, mlp_ratio=2, image_size=32, num_register_tokens=2, num_labels=3)
+            ),
+            t.BitImageProcessor(**crop, image_mean=MEAN, image_std=STD),
         ),
         "siglip2": lambda: (
             t.Siglip2VisionModel(t.Siglip2VisionConfig(**SHAPE, intermediate_size=48, num_patches=16)),

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from tests.hosts.cases import outputs
+from tests.hosts.cases import case, outputs
 from veneer.hosts._transformers_vision import records
 from veneer.hosts.transformers_vit import CORE, TransformersViT
 from veneer.injection import attach, sites
-from veneer.injection.registry import host_of
-from veneer.injection.sites import FeatureSite, ParamSite, TokenSite, WeightSite
+from veneer.injection.registry import host_of, hosts
+from veneer.injection.sites import BranchSite, FeatureSite, ParamSite, StreamSite, TokenSite, WeightSite
 
 LAYERS = (nn.Linear, nn.Embedding, nn.Conv2d)
 PUBLISHED = [(family, name) for family, record in records().items() for name in record.full_size]
@@ -88,6 +90,32 @@ def test_tokens_cannot_be_inserted_with_windows_relative_positions_or_a_mask() -
     for key, build in TransformersViT().tiny().items():
         can_insert = {site.can_insert for site in sites(build()) if isinstance(site, TokenSite)}
         assert can_insert == {key not in ("swin", "beit", "siglip2")}, key
+
+
+@pytest.mark.parametrize("key", [key for key in TransformersViT().tiny() if not key.startswith("beit")])
+def test_a_block_adds_its_branches_to_the_stream(key: str) -> None:
+    """The layer scales of BEiT are applied after the branches, those of other models inside."""
+    found = case("transformers_vit", key)
+    branches = {(s.depth, s.role): s for s in found.sites if isinstance(s, BranchSite)}
+    for stream in (s for s in found.sites if isinstance(s, StreamSite) and s.depth is not None):
+        attn, mlp = (branches[stream.depth, role] for role in ("attn", "mlp"))
+        reads = [found.tensors[site.read.path, "in"] for site in (attn, mlp)]
+        writes = [found.tensors[site.write.path, "out"] for site in (attn, mlp)]
+        torch.testing.assert_close(reads[0] + writes[0], reads[1])
+        torch.testing.assert_close(reads[1] + writes[1], found.tensors[stream.path, "out"])
+        grid = math.prod(stream.grid) if stream.grid else 9
+        assert reads[0].shape[1] == stream.prefix_tokens + grid
+
+
+def test_patterns_without_a_tower_leave_the_image_encoder_of_a_pipeline() -> None:
+    class Pipeline:
+        components: ClassVar[dict[str, nn.Module]] = {
+            "transformer": hosts.get("diffusers_dit")().tiny()["dit"](), "image_encoder": TransformersViT().tiny()["clip"]()
+        }  # fmt: skip
+
+    assert {site.component for site, _ in attach(Pipeline(), "lora", where="attn.q").parts.values()} == {"transformer"}
+    named = attach(Pipeline(), "lora", where="vision:attn.q")
+    assert {site.component for site, _ in named.parts.values()} == {"image_encoder"}
 
 
 def test_prefix_tokens_are_counted() -> None:
