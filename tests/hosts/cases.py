@@ -143,6 +143,7 @@ UNCOMMON: dict[tuple[str, str], Callable[[], nn.Module]] = {
     ("timm_vit", "eva_unfused"): lambda: _vit("eva02_tiny_patch14_224", qkv_fused=False),
     ("timm_vit", "dinov3"): lambda: _vit("vit_small_patch16_dinov3", depth=2),
     ("timm_vit", "rope_mixed"): lambda: _vit("vit_small_patch16_rope_mixed_224"),
+    ("transformers_vit", "vit_pooler"): clips.pooled_vit,
 }
 UNCOMMON |= {("transformers_vit", key): functools.partial(clips.with_text, key) for key in ("CLIPModel", "SiglipModel")}
 UNCOMMON |= {("open_clip", key): build for key, build in clips.UNCOMMON.items()}

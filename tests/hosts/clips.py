@@ -48,6 +48,14 @@ def with_text(cls: str) -> nn.Module:
     return getattr(transformers, cls)(config)
 
 
+def pooled_vit() -> nn.Module:
+    """A ViT of transformers with the pooler and the mask token that its classifier lacks."""
+    import transformers
+
+    tower = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.ViTModel(transformers.ViTConfig(**tower, image_size=32, patch_size=8), use_mask_token=True)
+
+
 UNCOMMON: dict[str, Callable[[], nn.Module]] = {
     "custom": lambda: build(vision=CUSTOM, text=CUSTOM),
     "pooled": lambda: build(vision={"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True}),

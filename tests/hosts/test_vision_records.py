@@ -114,7 +114,7 @@ def test_patterns_without_a_tower_leave_the_image_encoder_of_a_pipeline() -> Non
         }  # fmt: skip
 
     assert {site.component for site, _ in attach(Pipeline(), "lora", where="attn.q").parts.values()} == {"transformer"}
-    named = attach(Pipeline(), "lora", where="vision:attn.q")
+    named = attach(Pipeline(), "lora", where="vision/attn.q")
     assert {site.component for site, _ in named.parts.values()} == {"image_encoder"}
 
 
