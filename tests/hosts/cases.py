@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.hosts import clips, nets
+from tests.hosts import clips, nets, vision_models
 from veneer.injection.host import Host
 from veneer.injection.registry import hosts
 from veneer.injection.sites import Site
@@ -143,9 +143,8 @@ UNCOMMON: dict[tuple[str, str], Callable[[], nn.Module]] = {
     ("timm_vit", "eva_unfused"): lambda: _vit("eva02_tiny_patch14_224", qkv_fused=False),
     ("timm_vit", "dinov3"): lambda: _vit("vit_small_patch16_dinov3", depth=2),
     ("timm_vit", "rope_mixed"): lambda: _vit("vit_small_patch16_rope_mixed_224"),
-    ("transformers_vit", "vit_pooler"): clips.pooled_vit,
 }
-UNCOMMON |= {("transformers_vit", key): functools.partial(clips.with_text, key) for key in ("CLIPModel", "SiglipModel")}
+UNCOMMON |= {("transformers_vit", key): build for key, build in vision_models.UNCOMMON.items()}
 UNCOMMON |= {("open_clip", key): build for key, build in clips.UNCOMMON.items()}
 UNCOMMON |= {(host, key): build for host, builders in nets.UNCOMMON.items() for key, build in builders.items()}
 TINY = [(host, key) for host in HOSTS for key in hosts.get(host)().tiny()]

@@ -36,26 +36,6 @@ def _timm(name: str, **vision: Any) -> Callable[[], nn.Module]:
     return lambda: build("CustomTextCLIP", {"timm_model_name": name, "image_size": 160, **vision})
 
 
-def with_text(cls: str) -> nn.Module:
-    """A model of transformers with both towers."""
-    import transformers
-
-    tower = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = getattr(transformers, cls).config_class(
-        text_config={**tower, "vocab_size": 64, "max_position_embeddings": 8, "eos_token_id": 63, "projection_size": 24},
-        vision_config={**tower, "image_size": 32, "patch_size": 8},
-    )
-    return getattr(transformers, cls)(config)
-
-
-def pooled_vit() -> nn.Module:
-    """A ViT of transformers with the pooler and the mask token that its classifier lacks."""
-    import transformers
-
-    tower = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return transformers.ViTModel(transformers.ViTConfig(**tower, image_size=32, patch_size=8), use_mask_token=True)
-
-
 UNCOMMON: dict[str, Callable[[], nn.Module]] = {
     "custom": lambda: build(vision=CUSTOM, text=CUSTOM),
     "pooled": lambda: build(vision={"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True}),

@@ -28,8 +28,5 @@ RECORD = VisionRecord(
     modules=("embeddings", "shared_position_bias", Blocks("layers", BLOCK), "layernorm", "pooler"),
     heads={"BeitForImageClassification": Head("beit")},
     can_insert=_is_absolute,
-    tiny={
-        "beit": {**TINY, "use_relative_position_bias": True, "use_mask_token": True},
-        "beit_absolute": {**TINY, "use_absolute_position_embeddings": True, "use_mean_pooling": False},
-    },
+    tiny={"beit": {**TINY, "use_relative_position_bias": True, "use_mask_token": True}},
 )

@@ -17,7 +17,7 @@ RECORD = VisionRecord(
     classes=("Dinov2Model",),
     modules=("embeddings", Blocks("encoder.layer", BLOCK), "layernorm"),
     heads={"Dinov2ForImageClassification": Head("dinov2")},
-    tiny={"dinov2": TINY, "dinov2_gated": {**TINY, "use_swiglu_ffn": True}},
+    tiny={"dinov2": TINY},
     full_size={
         "facebook/dinov2-base": ({"image_size": 518, "patch_size": 14}, 86_580_480),
         "facebook/dinov2-giant": ({"image_size": 518, "patch_size": 14, **GIANT}, 1_136_480_768),
