@@ -157,6 +157,14 @@ def test_errors_of_weights(tmp_path: Path) -> None:
         open_classifier(f"hf:{siglip}", CLASSES, keep_head=True)
 
 
+def test_a_hub_name_without_a_connection_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("veneer.hub.connection.unreachable", lambda: "offline")
+    check_name("hf:user/none")
+    for name in ("hf:user/none", "hf:user/none@v2"):
+        with raises(ModelError, where="hub", given=name):
+            open_classifier(name, CLASSES)
+
+
 def test_an_image_processor_without_a_fixed_size_is_an_error(tmp_path: Path) -> None:
     folder = transformers_folder(tmp_path, "dinov2")
     file = folder / "preprocessor_config.json"

@@ -21,7 +21,7 @@ from veneer.injection.sites import PixelSite
 from veneer.models.image_classifier import ImageClassifier, pooling_of
 from veneer.training.loop.seeds import mix
 
-from .classifier import Classifier, ModelError, digest_of, download_error
+from .classifier import Classifier, ModelError, digest_of
 from .image_processors import data_config
 
 PREFIX = "hf:"
@@ -160,7 +160,9 @@ def _config(source: Source, why: str) -> Any:
         message = f"{source.name}: transformers cannot read its config.json ({_first_line(error)}). Expected an image model."
         raise ModelError(message, where="config.json", given="unknown", expected="image model") from error
     except OSError as error:
-        raise download_error(source.name, why, error) from error
+        reason = why or _first_line(error)
+        message = f"{source.name}: the config could not be loaded ({reason}). Check name and connection, or use hf:FOLDER."
+        raise ModelError(message, where="hub", given=source.name) from error
 
 
 def _image_processor(source: Source, why: str) -> Any:
