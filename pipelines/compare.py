@@ -43,7 +43,8 @@ class CompareConfig(OptimizerOptions):
             dataset of Hugging Face (folder or hub name) with such files, or `digits` of scikit-learn (default: digits).
         protocol: `none`, or `vtab-1k`, `fgvc` or `coop` for all tasks of the benchmark in the folder `data`, with its splits,
             preprocessing and selection.
-        model: a timm name or folder, `bundled` (the image encoder of the bundled CLIP), or for methods that use class names,
+        model: a timm name or folder, `hf:` and a folder or hub name of a vision model of transformers, such as
+            `hf:facebook/dinov2-base`, `bundled` (the image encoder of the bundled CLIP), or for methods that use class names,
             such as `coop`, `bundled_clip` or `open_clip:NAME/TAG`, such as `open_clip:ViT-B-32/laion2b_s34b_b79k`.
         weights: a .safetensors file for the model, or `none` for random weights (default: the published weights).
         methods: rows of the table: methods, with options in parentheses, or joined by `+`, all in quotes: `'lora,

@@ -6,12 +6,14 @@ import argparse
 import itertools
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from veneer.cli import parser_for
 from veneer.command_line.examples import EXAMPLES
 from veneer.commands import COMMANDS
-from veneer.hosts._diffusion_transformers import records
+from veneer.hosts._diffusion_transformers import records as diffusion_transformers
+from veneer.hosts._transformers_vision import records as vision_models
 from veneer.injection import methods as registry
 from veneer.listing import support_matrix
 from veneer.method_catalog import MethodEntry, Option, catalog
@@ -81,14 +83,20 @@ need and hosts offer, on the small models of each host: ✓ if all of them are s
 The families of `diffusers_dit`, with the parameters of their published models. Adapters attach to all of them; which of
 them the commands train is on the page of [`veneer personalize`](cli.md).
 
-{transformer_table()}
+{record_table(diffusion_transformers())}
+
+## Vision models of transformers
+
+The families of `transformers_vit`; `veneer transfer --model hf:NAME` trains them.
+
+{record_table(vision_models())}
 """
 
 
-def transformer_table() -> str:
-    """The families of diffusion transformers: their classes, published models, and small models in the matrix."""
+def record_table(records: Mapping[str, Any]) -> str:
+    """The families of a host: their classes, published models, and small models in the matrix."""
     lines = ["| class | published models | small models |", "|---|---|---|"]
-    for record in records().values():
+    for record in records.values():
         sizes = ", ".join(f"{name}: {parameters:,}" for name, (_, parameters) in record.full_size.items())
         lines.append(f"| {', '.join(f'`{c}`' for c in record.classes)} | {sizes or '–'} | {', '.join(record.tiny)} |")
     return "\n".join(lines)

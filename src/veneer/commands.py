@@ -165,8 +165,8 @@ def _command_group(**commands: tuple[str, AddFlags]) -> AddFlags:
 def _sites(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument(
         "base",
-        help="a diffusion model: `bundled`, a diffusers folder, a .safetensors file or a hub name; or a classifier: a timm name, "
-        "`bundled_clip` or `open_clip:NAME/TAG`",
+        help="a diffusion model: `bundled`, a diffusers folder, a .safetensors file or a hub name; or a vision model: a timm "
+        "name, `hf:` and a folder or hub name of transformers, `bundled_clip` or `open_clip:NAME/TAG`",
     )
     parser.add_argument(
         "--peft",
@@ -211,7 +211,7 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
         _training_command("personalize", "PersonalizeConfig", "photos"),
     ),
     "transfer": (
-        "fine-tune a timm or open_clip model for image classification",
+        "fine-tune a timm, open_clip or transformers model for image classification",
         _training_command("transfer", "TransferConfig", "data"),
     ),
     "caption": (

@@ -45,7 +45,7 @@ REMARKS = ("torchao", "bitsandbytes.backends.cpu.ops", "diffusers.quantizers.tor
 
 
 def require(*modules: str) -> None:
-    """Check that libraries are installed, without importing them. With diffusers, `REMARKS` then log errors only.
+    """Check that libraries are installed, without importing them. With diffusers or transformers, `REMARKS` log errors only.
 
     Raises:
         MissingExtra: the first one that is not installed; names the extra that installs it.
@@ -55,7 +55,7 @@ def require(*modules: str) -> None:
             from veneer.injection.errors import MissingExtra
 
             raise MissingExtra(advice(module), library=module, extra=EXTRAS[module])
-    if "diffusers" in modules:
+    if not {"diffusers", "transformers"}.isdisjoint(modules):
         for name in REMARKS:
             logger = logging.getLogger(name)
             logger.setLevel(logger.level or logging.ERROR)

@@ -18,12 +18,13 @@ from veneer.apps.classifier_cache import MAX_CLASSIFIERS, ClassifierCache
 from veneer.apps.context import Context
 from veneer.apps.limits import LIMITS
 from veneer.apps.pages.classify import classify_page
-from veneer.apps.pages.classify.request import ClassifyRequest, submit_jobs
+from veneer.apps.pages.classify.request import ClassifyRequest, resolve_model, submit_jobs
 from veneer.apps.pages.classify.results import accuracy_curve, describe, result_values, stamp
 from veneer.apps.pages.shared.job_view import delete_job
 from veneer.apps.workspace import Workspace
 
 from tests.classification.small import CLASSES, image_folder, model_folder
+from tests.classification.transformers_folders import transformers_folder
 from tests.raising import raises
 from veneer.classification.train.epoch_selection import read_epochs
 from veneer.cli import main
@@ -49,6 +50,17 @@ def wanted(pets: Path, vit: str) -> ClassifyRequest:
     return ClassifyRequest(
         source="zip", file=str(pets), model=vit, methods=["linear_probe", "bitfit"], epochs=3, batch=8, augment="none"
     )
+
+
+def test_a_login_reads_models_of_transformers_from_the_hub_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = transformers_folder(tmp_path / "models", "vit")
+    assert resolve_model(Workspace(tmp_path), "hf:models/vit") == f"hf:{folder.resolve()}"
+    anna = Workspace(tmp_path, "anna")
+    assert resolve_model(anna, "hf:user/model") == "hf:user/model"
+    for name in (f"hf:{folder}", "hf:models/vit", f"hf:{tmp_path}/none"):
+        with raises(OptionError, option="model", given=name, expected="hf:USER/REPO"):
+            resolve_model(anna, name)
 
 
 def run(job: jobs.Job) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.hosts import clips, nets
+from tests.hosts import clips, nets, vision_models
 from veneer.injection.host import Host
 from veneer.injection.registry import hosts
 from veneer.injection.sites import Site
 
 HOSTS = (
     "diffusers_unet", "diffusers_dit", "clip_text", "timm_vit", "timm_swin", "timm_convnext", "timm_conv", "open_clip",
+    "transformers_vit",
 )  # fmt: skip
 
 
@@ -143,6 +144,7 @@ UNCOMMON: dict[tuple[str, str], Callable[[], nn.Module]] = {
     ("timm_vit", "dinov3"): lambda: _vit("vit_small_patch16_dinov3", depth=2),
     ("timm_vit", "rope_mixed"): lambda: _vit("vit_small_patch16_rope_mixed_224"),
 }
+UNCOMMON |= {("transformers_vit", key): build for key, build in vision_models.UNCOMMON.items()}
 UNCOMMON |= {("open_clip", key): build for key, build in clips.UNCOMMON.items()}
 UNCOMMON |= {(host, key): build for host, builders in nets.UNCOMMON.items() for key, build in builders.items()}
 TINY = [(host, key) for host in HOSTS for key in hosts.get(host)().tiny()]

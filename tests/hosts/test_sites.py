@@ -45,7 +45,8 @@ def test_names_are_unique_and_plain(host: str, key: str) -> None:
 def test_roles_and_labels_are_canonical(host: str, key: str) -> None:
     found = case(host, key)
     assert [(s.name, s.role) for s in found.sites if s.role not in ROLES[type(s)]] == []
-    others = {"text", "joint"} | ({"decoder"} if key == "coca" else set()) if host == "open_clip" else set()
+    has_text = host == "open_clip" or key in ("CLIPModel", "SiglipModel")
+    others = {"text", "joint"} | ({"decoder"} if key == "coca" else set()) if has_text else set()
     assert {s.tower for s in found.sites} == {found.host.tower} | others
     depths = sorted({s.depth for s in found.sites if s.depth is not None})
     assert depths == list(range(len(depths)))

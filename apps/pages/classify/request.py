@@ -15,6 +15,8 @@ from veneer.classification.config import TransferConfig
 from veneer.classification.data.sources import open_source
 from veneer.classification.models.compatibility import compatible_methods
 from veneer.classification.models.loading import check_name
+from veneer.classification.models.transformers_loading import is_transformers_name
+from veneer.hub.names import is_repository
 from veneer.injection import OptionError, VeneerError
 from veneer.training.data.image_io import DataError
 from veneer.training.method_names import split_methods
@@ -136,9 +138,12 @@ def resolve_model(workspace: Workspace, name: str) -> str:
         VeneerError: unknown model.
     """
     name = check_text(name or "", "model")
-    folder = Path(name).expanduser()
-    if workspace.user is None and folder.is_dir() and ("/" in name or "\\" in name):
-        return str(folder.resolve())
+    prefix, path = ("hf:", name.removeprefix("hf:")) if is_transformers_name(name) else ("", name)
+    folder = Path(path).expanduser()
+    if workspace.user is None and folder.is_dir() and ("/" in path or "\\" in path):
+        return f"{prefix}{folder.resolve()}"
+    if workspace.user is not None and prefix and not is_repository(path):
+        raise OptionError(f"{name}: expected hf:USER/REPO of the hub.", option="model", given=name, expected="hf:USER/REPO")
     check_name(name)
     return name
 

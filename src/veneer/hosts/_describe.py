@@ -187,7 +187,7 @@ def geometry(module: nn.Module) -> dict[str, Any]:
         return {"kind": "embedding", "d_out": module.embedding_dim, "d_in": module.num_embeddings}
     if isinstance(module, CONVS):
         pads_dynamically = any(c.__name__ in SAME_PADDED for c in type(module).__mro__)
-        padding = "same" if pads_dynamically else module.padding
+        padding = "same" if pads_dynamically else (0,) * len(module.kernel_size) if module.padding == "valid" else module.padding
         fields = {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}
         return {"kind": "conv", "d_out": module.out_channels, "d_in": module.in_channels, "kernel": module.kernel_size, **fields}
     linear: Any = module

@@ -196,12 +196,14 @@ def remaining(
     first: Mapping[str, str] = MappingProxyType({}),
     inert_biases: tuple[str, ...] = (".pool.k_proj",),
     read: tuple[str, ...] = (),
+    inert: tuple[str, ...] = (),
 ) -> Iterator[Site]:
     """Everything below `path`: norms, and layers with the role of the last path component in `roles`, else `other`.
 
     Args:
         first: roles that also hold inside condition embedders. `inert_biases`: ends of paths of layers whose bias has no effect.
         read: ends of paths of layers whose tensors are read by another module, which does not call them.
+        inert: ends of paths of parameters without effect.
     """
     for leaf, module in part.modules_with_parameters(path):
         if is_norm(module):
@@ -211,7 +213,8 @@ def remaining(
             yield from part.layer(leaf, role, called=not leaf.endswith(read), inert_bias=leaf.endswith(inert_biases))
         elif isinstance(module, nn.Module):
             for param in own_parameters(module):
-                yield part.parameter(leaf, param, first.get(param, "other"))
+                role = first.get(param, roles.get(param, "other"))
+                yield part.parameter(leaf, param, role, inert=f"{leaf}.{param}".endswith(inert))
 
 
 def _role(path: str, roles: Mapping[str, str]) -> str | None:

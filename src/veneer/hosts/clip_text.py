@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.injection.host import Host, module_names
 from veneer.injection.sites import Port, Site, VocabularySite
@@ -34,17 +34,11 @@ class ClipText(Host):
     def sites(self, model: nn.Module, component: str = "", components: Mapping[str, Any] | None = None) -> Iterator[Site]:
         part = TowerPart(model, self.tower, component)
         tokenizer = (components or {}).get(component.replace("text_encoder", "tokenizer")) if component else None
-        return _t5(part, tokenizer) if part.module("encoder.block") is not None else _clip(part, tokenizer)
+        return _t5(part, tokenizer) if part.module("encoder.block") is not None else clip_sites(part, tokenizer)
 
     def sample(self, model: nn.Module) -> dict[str, Any]:
         bare: Any = model
-        config, draw = bare.config, SampleInputs(model)
-        length = min(8, getattr(config, "max_position_embeddings", 8))
-        last = config.vocab_size - 1
-        ids = draw.ids(3, last, 2, length)
-        # CLIP pools at the end token: the configured one, or, for the legacy value 2, the largest id.
-        ids[:, -1] = config.eos_token_id if config.eos_token_id not in (None, 2) and config.eos_token_id <= last else last
-        return {"input_ids": ids}
+        return {"input_ids": sample_ids(SampleInputs(model), bare.config)}
 
     def tiny(self) -> dict[str, Callable[[], nn.Module]]:
         return {
@@ -52,6 +46,16 @@ class ClipText(Host):
             "clip_with_projection": lambda: _build("CLIPTextModelWithProjection"),
             "t5": _build_t5,
         }
+
+
+def sample_ids(draw: SampleInputs, config: Any) -> Tensor:
+    """Token ids (2, length) for the config of a text model, that end with the end token."""
+    length = min(8, getattr(config, "max_position_embeddings", 8))
+    last = config.vocab_size - 1
+    ids = draw.ids(3, last, 2, length)
+    # CLIP pools at the end token: the configured one, or, for the legacy value 2, the largest id.
+    ids[:, -1] = config.eos_token_id if config.eos_token_id not in (None, 2) and config.eos_token_id <= last else last
+    return ids
 
 
 def _build(cls: str) -> nn.Module:
@@ -76,13 +80,16 @@ def _build_t5() -> nn.Module:
     return model.eval()
 
 
-def _clip(part: TowerPart, tokenizer: Any) -> Iterator[Site]:
+def clip_sites(part: TowerPart, tokenizer: Any) -> Iterator[Site]:
+    """The sites of a CLIP or SigLIP text tower, bare or at `text_model`."""
     root = "text_model." if part.module("text_model") is not None else ""
     yield from _vocabulary(part, f"{root}embeddings.token_embedding", tokenizer)
     yield from part.layer(f"{root}embeddings.position_embedding", "embed.position")
     for depth in range(len(part.module(f"{root}encoder.layers"))):
         yield from _clip_block(part.at(depth=depth), f"{root}encoder.layers.{depth}")
     yield from part.norm(f"{root}final_layer_norm")
+    if root:
+        yield from part.layer(f"{root}head", "proj.out")
     yield from part.layer("text_projection", "proj.out")
 
 

@@ -17,6 +17,7 @@ from veneer.training.loop.seeds import mix
 
 from .classifier import Classifier, ModelError, check_weights, digest_of, download_error
 from .open_clip_loading import open_clip_classifier, source_of
+from .transformers_loading import check_transformers_name, is_transformers_name, transformers_classifier, transformers_outline
 
 
 def is_clip_name(name: str) -> bool:
@@ -25,12 +26,15 @@ def is_clip_name(name: str) -> bool:
 
 
 def check_name(name: str) -> None:
-    """Checks that a model name is known: a bundled model, or one of timm or open_clip. Folders are not read.
+    """Checks that a model name is known: a bundled model, or one of timm, open_clip or transformers, without a connection.
 
     Raises:
-        ModelError: unknown name; the error lists similar ones.
+        ModelError: unknown name; the error lists similar ones. A folder of transformers without its configs.
     """
     if name in ("bundled", "bundled_clip"):
+        return
+    if is_transformers_name(name):
+        check_transformers_name(name)
         return
     if is_clip_name(name):
         source_of(name)
@@ -46,15 +50,19 @@ def check_name(name: str) -> None:
 
 
 def build_without_weights(name: str) -> nn.Module | None:
-    """Builds a timm or open_clip model without its pretrained weights, to inspect its structure; None if the name is neither.
+    """Builds a timm, open_clip or transformers model without its pretrained weights, to inspect its structure.
 
+    Returns:
+        The model; None if the name is that of none of these libraries.
     Raises:
-        ModelError: unknown `timm:` or `open_clip:` model.
+        ModelError: unknown `timm:`, `open_clip:` or `hf:` model.
     """
-    import timm
-
+    if is_transformers_name(name):
+        return transformers_outline(name)
     if name == "bundled_clip":
         return base_models.load_clip().model
+    import timm
+
     if is_clip_name(name):
         import open_clip
 
@@ -80,7 +88,8 @@ def open_classifier(
     """Builds a classifier.
 
     Args:
-        name: `bundled`, `bundled_clip`, `open_clip:NAME/TAG`, or a timm name, optionally with the prefix `timm:`.
+        name: `bundled`, `bundled_clip`, `open_clip:NAME/TAG`, `hf:` and a folder or hub name of transformers, or a timm name,
+            optionally with the prefix `timm:`.
         weights: a safetensors file, `none` for random initialization (default: the pretrained weights).
         keep_head: keep the model's head, for methods that map its labels. The head of a CLIP are its class embeddings.
         size: side of the input images (default: the model's own).
@@ -90,6 +99,8 @@ def open_classifier(
     """
     if is_clip_name(name):
         return open_clip_classifier(name, classes, weights=weights, seed=seed, templates=templates)
+    if is_transformers_name(name):
+        return transformers_classifier(name, classes, weights=weights, keep_head=keep_head, size=size, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(seed, "model"))
         source = str(base_models.path("bundled_clip")) if name == "bundled" else name.removeprefix("timm:")

@@ -1,28 +1,18 @@
-"""Parts of a transformer block, in the order of its forward pass. Each yields the sites of the modules that it names."""
+"""Parts of a block of a diffusion transformer: modulation, and attention with a processor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
-from torch import nn
+from veneer.injection.sites import AttentionSite, Port, Site
 
-from veneer.injection.sites import AttentionSite, Layout, Port, Site
-
-from .._describe import LAYERS, TowerPart, geometry, is_norm
+from .._describe import TowerPart, geometry
 from .._diffusers import NAMES, AttentionNames, adaptive_norm, attention, attention_shape
+from .._records.block_parts import Branch, FeedForward, Stream, owner_of, read_port
 
-
-class Part(Protocol):
-    """A part of a block."""
-
-    def sites(self, part: TowerPart, block: str, order: Mapping[str, int]) -> Iterator[Site]:
-        """Sites of the block at the path `block`; modules that it lacks have none.
-
-        Args:
-            order: index of each attention module by path.
-        """
+__all__ = ["Attention", "Branch", "FeedForward", "FusedAttention", "Modules", "Stream"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +35,8 @@ class Modules:
     def sites(self, part: TowerPart, block: str, order: Mapping[str, int]) -> Iterator[Site]:
         for name in self.paths:
             path = f"{block}.{name}"
-            if part.has(*_owner(path)):
-                yield part.parameter(*_owner(path), self.table)
+            if part.has(*owner_of(path)):
+                yield part.parameter(*owner_of(path), self.table)
             elif self.role == "adaln":
                 yield from adaptive_norm(part, path)
             else:
@@ -82,7 +72,7 @@ class Attention:
         yield from attention(part, path, order[path], names)
         if self.branch:
             width, role = attention_shape(attn, self.names)["width"], "xattn" if self.names.is_cross(attn) else "attn"
-            yield part.branch(path, role, _read(part, block, self.norm, path), Port(path, "out"), width)
+            yield part.branch(path, role, read_port(part, block, self.norm, path), Port(path, "out"), width)
             out = f"{path}.{self.names.added_out}"
             if self.context_norm and part.module(out) is not None:
                 read = Port(f"{block}.{self.context_norm}", "in")
@@ -118,76 +108,3 @@ class FusedAttention:
             name=f"{path}.processor", role="attn.processor", path=path, width=width, context_width=width, heads=attn.heads,
             cross=False, index=order[path], **part.labels,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """A feed-forward: layers in the order of the forward pass, and its branch.
-
-    Args:
-        path: of the module. `norm`: norm before it, where the branch is read; without one, at the module's own input, as where
-            two streams share the module.
-        role: `mlp`, or `mlp.context` for that of a second stream.
-        layers: name of each layer to the last component of its role; the last layer writes the branch.
-        layout: of the branch.
-        branch: False if the block adds the output together with another one.
-    """
-
-    path: str = "ff"
-    norm: str = ""
-    role: str = "mlp"
-    layers: Mapping[str, str] = field(default_factory=lambda: {"net.0.proj": "in", "net.2": "out"})
-    layout: Layout = "NLC"
-    branch: bool = True
-
-    def sites(self, part: TowerPart, block: str, order: Mapping[str, int]) -> Iterator[Site]:
-        path = f"{block}.{self.path}"
-        last = part.module(f"{path}.{[*self.layers][-1]}")
-        if not isinstance(last, LAYERS):
-            return
-        for name, kind in self.layers.items():
-            yield from part.layer(f"{path}.{name}", f"{self.role}.{kind}")
-        if self.branch:
-            read = _read(part, block, self.norm, path)
-            yield part.branch(path, self.role, read, Port(path, "out"), geometry(last)["d_out"], layout=self.layout)
-
-
-@dataclass(frozen=True)
-class Branch:
-    """A branch between two modules of the block, such as attention and feed-forward with one output layer."""
-
-    role: str
-    read: str
-    write: str
-
-    def sites(self, part: TowerPart, block: str, order: Mapping[str, int]) -> Iterator[Site]:
-        width = geometry(part.module(f"{block}.{self.write}"))["d_out"]
-        yield part.branch(block, self.role, Port(f"{block}.{self.read}", "in"), Port(f"{block}.{self.write}", "out"), width)
-
-
-@dataclass(frozen=True)
-class Stream:
-    """The residual stream through the block, of the width of the module at `path`: a norm, an attention or a layer."""
-
-    path: str
-
-    def sites(self, part: TowerPart, block: str, order: Mapping[str, int]) -> Iterator[Site]:
-        yield part.stream(block, _width(part.module(f"{block}.{self.path}")))
-
-
-def _width(module: Any) -> int:
-    if is_norm(module):
-        return int(module.weight.numel())
-    return int(geometry(module)["d_in"]) if isinstance(module, LAYERS) else attention_shape(module)["width"]
-
-
-def _read(part: TowerPart, block: str, norm: str, path: str) -> Port:
-    """The input of the norm, or of the module at `path` if there is no norm."""
-    has_norm = bool(norm) and isinstance(part.module(f"{block}.{norm}"), nn.Module)
-    return Port(f"{block}.{norm}" if has_norm else path, "in")
-
-
-def _owner(path: str) -> tuple[str, str]:
-    """Path of a module, and name of a parameter in it."""
-    owner, _, param = path.rpartition(".")
-    return owner, param

@@ -1,0 +1,1 @@
+"""One module with the record of each family."""
