@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from tests.hosts import clips, nets
+from veneer.hosts._timm_fallback import tiny
 from veneer.injection.host import Host
 from veneer.injection.registry import hosts
 from veneer.injection.sites import Site
 
 HOSTS = (
-    "diffusers_unet", "diffusers_dit", "clip_text", "timm_vit", "timm_swin", "timm_convnext", "timm_conv", "open_clip",
+    "diffusers_unet", "diffusers_dit", "clip_text", "timm_vit", "timm_swin", "timm_convnext", "timm_conv", "timm_fallback",
+    "open_clip",
 )  # fmt: skip
 
 
@@ -144,6 +146,7 @@ UNCOMMON: dict[tuple[str, str], Callable[[], nn.Module]] = {
     ("timm_vit", "rope_mixed"): lambda: _vit("vit_small_patch16_rope_mixed_224"),
 }
 UNCOMMON |= {("open_clip", key): build for key, build in clips.UNCOMMON.items()}
+UNCOMMON |= {("timm_fallback", key): build for key, build in tiny.UNCOMMON.items()}
 UNCOMMON |= {(host, key): build for host, builders in nets.UNCOMMON.items() for key, build in builders.items()}
 TINY = [(host, key) for host in HOSTS for key in hosts.get(host)().tiny()]
 ALL = [*TINY, *UNCOMMON]
