@@ -116,7 +116,7 @@ class TowerPart:
     def norm(
         self, path: str, role: str = "norm", *, called: bool = True, inert: bool = False, inert_bias: bool = False
     ) -> Iterator[Site]:
-        """The norm at `path`, its weight and its bias; empty if there is no norm. `called`: False if only its tensors are sites."""
+        """The norm at `path`, its weight and its bias; empty without a norm. `called`: False if only its tensors are sites."""
         module = self.module(path)
         called = called and ends_with_norm(module)
         if isinstance(weight := getattr(module, "weight", None), Tensor) and type(module).__name__ not in OFFSET_NORMS:

@@ -55,7 +55,7 @@ def sites_resolve(traced: Trace) -> None:
 
 
 def called_is_true_by_tracing(traced: Trace) -> None:
-    """A site is `called` if and only if a forward pass calls its layer, which is a product with its weight, of the site's widths."""
+    """A site is `called` if and only if its layer is called, and is a product with its weight, of the site's widths."""
     for site in traced.sites:
         if not isinstance(site, WeightSite):
             continue

@@ -17,7 +17,16 @@ from .roles import is_bias_cancelled, parameter_role, weight_role
 
 PLAIN_FORWARDS = ("Linear", *SAME_PADDED)  # timm's subclasses whose own forward computes the same
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _BatchNorm)
-NORM_NAMES = ("RmsNorm", "RmsNorm2d", "RmsNormFp32", "RmsNorm2dFp32", "SimpleNorm", "SimpleNorm2d", "SimpleNormFp32", "RmsNormAct2d")
+NORM_NAMES = (
+    "RmsNorm",
+    "RmsNorm2d",
+    "RmsNormFp32",
+    "RmsNorm2dFp32",
+    "SimpleNorm",
+    "SimpleNorm2d",
+    "SimpleNormFp32",
+    "RmsNormAct2d",
+)
 
 
 def layer_sites(part: TowerPart, trace: MetaForward) -> Iterator[Site]:

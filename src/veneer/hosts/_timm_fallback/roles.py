@@ -27,7 +27,9 @@ MLP = {
 }  # fmt: skip
 IS_ATTENTION = re.compile(r"att(?:entio)?n|^xca$|^gpsa$|^mhca$|^mhsa$", re.IGNORECASE)
 IS_MLP = re.compile(r"mlp|ffn|feed_?forward|^glu", re.IGNORECASE)
-IS_GATE = re.compile(r"squeeze|^se$|^se_|semodule|^eca|cbam|effectivese|globalcontext|gatherexcite|splitattn|selectivekernel", re.IGNORECASE)
+IS_GATE = re.compile(
+    r"squeeze|^se$|^se_|semodule|^eca|cbam|effectivese|globalcontext|gatherexcite|splitattn|selectivekernel", re.IGNORECASE
+)
 IS_SAMPLING = re.compile(r"down|transition|shortcut|reduc|merg|upsampl|^pool")
 TOKENS = (("cls_token", "embed.class"), ("dist_token", "embed.distil"), ("reg_token", "embed.register"), ("latent", "embed.pool"))
 POSITION = re.compile(r"pos|rel_|_rel$|attention_biases")

@@ -16,11 +16,13 @@ def build(architecture: str, **options: Any) -> nn.Module:
     """A timm architecture with other sizes, for images of 32 pixels, or `img_size`, and 10 classes."""
     import timm
 
-    return _configured(timm.create_model(architecture, pretrained=False, num_classes=10, **options), options.get("img_size", SIDE))
+    return _configured(
+        timm.create_model(architecture, pretrained=False, num_classes=10, **options), options.get("img_size", SIDE)
+    )
 
 
 def build_class(path: str, **options: Any) -> nn.Module:
-    """A class of `timm.models`, `module.Class`, for images of 32 pixels and 10 classes. Some architectures accept no other sizes."""
+    """A class of `timm.models`, `module.Class`, with other sizes, which its architectures fix; for images of 32 pixels."""
     module, _, name = path.rpartition(".")
     return _configured(getattr(import_module(f"timm.models.{module}"), name)(num_classes=10, **options))
 
@@ -38,7 +40,9 @@ def _group_norm() -> Any:
 
 
 def _resnet() -> nn.Module:
-    return build_class("resnetv2.ResNetV2", layers=(1, 1), channels=(16, 24), stem_chs=8, bottle_ratio=0.5, norm_layer=_group_norm())
+    return build_class(
+        "resnetv2.ResNetV2", layers=(1, 1), channels=(16, 24), stem_chs=8, bottle_ratio=0.5, norm_layer=_group_norm()
+    )
 
 
 def _poolformer() -> nn.Module:
@@ -65,13 +69,10 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "cait": partial(build, "cait_xxs24_224", **SMALL_VIT),
     "nfnet": partial(build, "dm_nfnet_f0", **NFNET),
     "resnetv2": _resnet,
-    "coatnet": partial(build, "coatnet_nano_rw_224", **COATNET),
     "levit": partial(build, "levit_128s", **LEVIT),
-    "coat": partial(build, "coat_lite_tiny", **COAT),
-    "poolformer": _poolformer,
 }
-"""Grouped convolutions with gates; attention; standardized weights with gains, and with a convolution as the head; convolutions and
-attention with biases by position; norms after linear layers and two heads; modules that are called twice; pooling."""
+"""Depthwise convolutions with gates; attention; standardized weights with gains; a convolution as the head; norms after linear
+layers and two heads."""
 
 CORE = ("ghostnet", "cait")
 
@@ -82,5 +83,8 @@ UNCOMMON: dict[str, Callable[[], nn.Module]] = {
         build, "tnt_s_legacy_patch16_224", img_size=SIDE, embed_dim=24, inner_dim=8, depth=2, num_heads_inner=2, num_heads_outer=2
     ),
     "caformer": _caformer,
+    "poolformer": _poolformer,
+    "coatnet": partial(build, "coatnet_nano_rw_224", **COATNET),
+    "coat": partial(build, "coat_lite_tiny", **COAT),
 }
 """Checked by tests of sites only."""
