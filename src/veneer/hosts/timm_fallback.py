@@ -25,7 +25,8 @@ class TimmFallback(Host):
     Weights of linear layers and convolutions, norms, biases, all other parameters, the image input and the head. Depth counts
     the groups of layers by which timm scales learning rates. A weight is `called` if its module is, and computes a plain
     product or convolution; it is `inert` if the output does not depend on it. There are no branches, streams and tokens:
-    methods that need them are rejected. Weights of an LSTM have no sites.
+    methods that need them are rejected. Weights of an LSTM, and attention biases that a
+    module caches in evaluation mode, have no sites.
     """
 
     name: ClassVar[str] = "timm_fallback"

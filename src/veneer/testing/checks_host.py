@@ -192,7 +192,8 @@ def is_product(module: nn.Module, args: Any, kwargs: Any) -> bool:
     if type(module).__module__.startswith("torch.nn.modules."):
         return True
     weight: Any = module.weight
-    bias = {"bias": torch.zeros_like(module.bias)} if isinstance(getattr(module, "bias", None), Tensor) else {}
+    shift = getattr(module, "bias", None)
+    bias = {"bias": torch.zeros_like(shift)} if isinstance(shift, Tensor) else {}
     with torch.no_grad():
         once, twice = (torch.func.functional_call(module, {"weight": w, **bias}, args, kwargs) for w in (weight, 2 * weight))
     return torch.allclose(twice, 2 * once)

@@ -107,6 +107,8 @@ def _norm_or_parameters(part: TowerPart, path: str, trace: MetaForward) -> Itera
     if norm and _scales_last(module):
         inert, inert_bias = not uses[path, "weight"], "bias" in names and not uses[path, "bias"]
         yield from part.norm(path, role, called=trace.calls[path] > 0, inert=inert, inert_bias=inert_bias)
+    if hasattr(module, "attention_bias_cache"):  # in evaluation mode, a change after the first pass would have no effect
+        names = [name for name in names if name != "attention_biases"]
     for name in names:
         if norm and name in ("weight", "bias"):
             if not _scales_last(module):

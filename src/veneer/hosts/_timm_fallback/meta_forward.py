@@ -104,6 +104,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         twin = torch.empty(tensor.shape, dtype=dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(twin, twin.is_floating_point()) if isinstance(tensor, nn.Parameter) else twin
+    for tensor in _cached_tensors(model):
+        memo.setdefault(id(tensor), torch.empty_like(tensor, device="meta", requires_grad=False))
     made: nn.Module = copy.deepcopy(model, memo).eval()
     for module in made.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
@@ -111,6 +113,13 @@ def meta_copy(model: nn.Module) -> nn.Module:
         if getattr(module, "grad_checkpointing", False) is True:
             module.grad_checkpointing = False  # type: ignore[assignment]
     return made
+
+
+def _cached_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors in attributes of modules, such as cached attention biases; `deepcopy` rejects those with a graph."""
+    for module in model.modules():
+        for value in vars(module).values():
+            yield from (t for t in (value.values() if isinstance(value, dict) else (value,)) if isinstance(t, Tensor))
 
 
 def _own_class(module: nn.Module) -> type:

@@ -34,7 +34,7 @@ def _configured(model: Any, side: int = SIDE) -> nn.Module:
 
 
 def _group_norm() -> Any:
-    from timm.layers import GroupNormAct
+    from timm.layers.norm_act import GroupNormAct
 
     return partial(GroupNormAct, num_groups=8)
 
@@ -66,19 +66,18 @@ COATNET = {"img_size": SIDE, "depths": (1, 1), "embed_dim": (32, 32), "stem_widt
 NFNET = {"depths": (1, 1), "channels": (16, 24), "stem_chs": 16, "group_size": 8, "num_features": 32}
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "ghostnet": partial(build_class, "ghostnet.GhostNet", cfgs=GHOST),
-    "cait": partial(build, "cait_xxs24_224", **SMALL_VIT),
+    "xcit": partial(build, "xcit_nano_12_p16_224", img_size=SIDE, embed_dim=16, depth=2, num_heads=2, cls_attn_layers=1),
     "nfnet": partial(build, "dm_nfnet_f0", **NFNET),
     "resnetv2": _resnet,
-    "levit": partial(build, "levit_128s", **LEVIT),
 }
-"""Depthwise convolutions with gates; attention; standardized weights with gains; a convolution as the head; norms after linear
-layers and two heads."""
+"""Depthwise convolutions with gates; attention; standardized weights with gains; a convolution as the head."""
 
-CORE = ("ghostnet", "cait")
+CORE = ("ghostnet", "xcit")
 
 UNCOMMON: dict[str, Callable[[], nn.Module]] = {
+    "cait": partial(build, "cait_xxs24_224", **SMALL_VIT),
+    "levit": partial(build, "levit_128s", **LEVIT),
     "mixer": partial(build_class, "mlp_mixer.MlpMixer", img_size=SIDE, patch_size=8, num_blocks=2, embed_dim=24),
-    "xcit": partial(build, "xcit_nano_12_p16_224", img_size=SIDE, embed_dim=16, depth=2, num_heads=2, cls_attn_layers=1),
     "tnt": partial(
         build, "tnt_s_legacy_patch16_224", img_size=SIDE, embed_dim=24, inner_dim=8, depth=2, num_heads_inner=2, num_heads_outer=2
     ),
