@@ -12,8 +12,8 @@ from veneer.injection.sites import PixelSite, Port, Site
 
 from ._describe import SampleInputs, TowerPart
 from ._timm_fallback import tiny
-from ._timm_fallback.layers import layer_sites
 from ._timm_fallback.meta_forward import Size, meta_forward
+from ._timm_fallback.module_sites import layer_sites
 
 PACKAGE = "timm.models."
 WRAPPERS = "timm.models._features"  # models that return feature maps
