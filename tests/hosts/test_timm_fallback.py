@@ -19,6 +19,7 @@ from veneer.pipelines.transfer import transfer
 
 import veneer
 from tests.classification.small import image_folder
+from tests.hosts.timm_coverage import Coverage, coverage, page
 from veneer.classification.config import TransferConfig
 from veneer.hosts._timm_fallback.depths import depths
 from veneer.hosts._timm_fallback.tiny import BUILDERS, UNCOMMON
@@ -222,6 +223,16 @@ def test_stages_of_a_model_without_a_matcher_are_split_into_blocks() -> None:
         model, ["stem.conv.weight", "stages.0.blocks.0.norm1.weight", "stages.0.blocks.1.norm1.weight", "head.fc.weight"]
     )
     assert found == {"stages.0.blocks.0.norm1.weight": 0, "stages.0.blocks.1.norm1.weight": 1}
+
+
+def test_coverage_lists_the_methods_with_default_sites_and_reasons() -> None:
+    row = coverage("test_nfnet")
+    assert (row.host, row.family) == ("timm_fallback", "nfnet.NormFreeNet")
+    assert row.methods == ["lora", "bitfit", "linear_probe", "evp"]
+    text = page([row, Coverage("none", reason="not built on meta: ValueError: 3")], 10)
+    assert "| `timm_fallback` | 1 | 1 | 1 | 0 | 1 | 1 | 1 |" in text
+    assert "| `norm_tuning`: no default site, nfnet.NormFreeNet | 1 (test_nfnet) |" in text
+    assert "| not built on meta: ValueError: n | 1 (none) |" in text
 
 
 RUNS = [

@@ -72,7 +72,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 }
 """Depthwise convolutions with gates; attention; standardized weights with gains; a convolution as the head."""
 
-CORE = ("ghostnet", "xcit")
+CORE = ("ghostnet",)
 
 UNCOMMON: dict[str, Callable[[], nn.Module]] = {
     "cait": partial(build, "cait_xxs24_224", **SMALL_VIT),
