@@ -29,8 +29,8 @@ from veneer.injection.towers import cache_towers, towers_of
 METHODS = ("lora", "norm_tuning", "bitfit", "linear_probe", "evp")
 HEAD = """# Hosts of timm's architectures
 
-{built:,} of the {total:,} architectures of `timm.list_models()` were built on the meta device, first those of modules without a class that
-[another host](architectures.md) matches.
+{built:,} of the {total:,} architectures of `timm.list_models()` were built on the meta device,
+first those of modules without a class that [another host](architectures.md) matches.
 {hosted:,} of them, {share:.1%}, have a host; {able:,}, {able_share:.1%}, have a host and default sites of all of {methods}.
 A method is counted if the model has a site of its default selection or of its fallback.
 
