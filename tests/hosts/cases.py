@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from tests.hosts import clips, nets, vision_models
+from veneer.hosts._timm_fallback import tiny
 from veneer.injection.host import Host
 from veneer.injection.registry import hosts
 from veneer.injection.sites import Site
 
 HOSTS = (
-    "diffusers_unet", "diffusers_dit", "clip_text", "timm_vit", "timm_swin", "timm_convnext", "timm_conv", "open_clip",
-    "transformers_vit",
+    "diffusers_unet", "diffusers_dit", "clip_text", "timm_vit", "timm_swin", "timm_convnext", "timm_conv", "timm_fallback",
+    "open_clip", "transformers_vit",
 )  # fmt: skip
 
 
@@ -146,6 +147,7 @@ UNCOMMON: dict[tuple[str, str], Callable[[], nn.Module]] = {
 }
 UNCOMMON |= {("transformers_vit", key): build for key, build in vision_models.UNCOMMON.items()}
 UNCOMMON |= {("open_clip", key): build for key, build in clips.UNCOMMON.items()}
+UNCOMMON |= {("timm_fallback", key): build for key, build in tiny.UNCOMMON.items()}
 UNCOMMON |= {(host, key): build for host, builders in nets.UNCOMMON.items() for key, build in builders.items()}
 TINY = [(host, key) for host in HOSTS for key in hosts.get(host)().tiny()]
 ALL = [*TINY, *UNCOMMON]

@@ -33,7 +33,7 @@ from veneer.injection.sites import PixelSite, Site
 from veneer.injection.towers import Tower, towers_of
 
 LIBRARIES = {
-    "timm": ("timm_vit", "timm_swin", "timm_convnext", "timm_conv"),
+    "timm": ("timm_vit", "timm_swin", "timm_convnext", "timm_conv"),  # timm_fallback: `timm_coverage`
     "open_clip": ("open_clip", "clip_classifier"),
 }
 FAMILIES = {*timm_vit.FAMILIES, *timm_swin.FAMILIES, *timm_conv.FAMILIES, "timm.models.convnext.ConvNeXt"}

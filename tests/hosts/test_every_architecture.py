@@ -18,7 +18,7 @@ from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.registry import methods
 from veneer.injection.sites import WeightSite
 
-EVERY = [host for hosts in LIBRARIES.values() for host in hosts]
+EVERY = ["timm_fallback", *(host for hosts in LIBRARIES.values() for host in hosts)]
 SAMPLE = {
     "timm/vit_tiny_patch16_224": ["timm_vit"],
     "timm/eva02_tiny_patch14_224": ["timm_vit"],
@@ -29,7 +29,8 @@ SAMPLE = {
     "timm/resnest14d": ["timm_conv"],
     "timm/regnety_002": ["timm_conv"],
     "timm/mobilenetv4_conv_small": ["timm_conv"],
-    "timm/vgg11": [""],
+    "timm/vgg11": ["timm_fallback"],
+    "timm/levit_128s": ["timm_fallback"],
     "open_clip/RN50": ["open_clip", "clip_classifier"],
     "open_clip/roberta-ViT-B-32": [""],
 }
@@ -142,7 +143,11 @@ def test_finished_architectures_are_skipped(tmp_path: Path, monkeypatch: pytest.
     found = run(records, ["timm_conv"], ["lora"], done.append)
     assert [line.split()[1] for line in done] == ["timm/vgg11", "timm/resnet26"]
     assert found[0] == first
-    assert {o.name: o.host for o in found} == {"timm/resnet18": "timm_conv", "timm/vgg11": "", "timm/resnet26": "timm_conv"}
+    assert {o.name: o.host for o in found} == {
+        "timm/resnet18": "timm_conv",
+        "timm/vgg11": "timm_fallback",
+        "timm/resnet26": "timm_conv",
+    }
     assert run(records, ["timm_conv"], ["lora"], done.append) == found
     assert len(done) == 2
     run(records, ["timm_conv"], ["lora", "bitfit"], done.append)

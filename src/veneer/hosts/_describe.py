@@ -113,10 +113,12 @@ class TowerPart:
             name=f"{name or path}.bias", role=f"bias.{role}", path=path, param="bias", shape=shape, **fields, **self.labels
         )
 
-    def norm(self, path: str, role: str = "norm", *, inert: bool = False, inert_bias: bool = False) -> Iterator[Site]:
-        """The norm at `path`, its weight and its bias; empty if there is no norm."""
+    def norm(
+        self, path: str, role: str = "norm", *, called: bool = True, inert: bool = False, inert_bias: bool = False
+    ) -> Iterator[Site]:
+        """The norm at `path`, its weight and its bias; empty without a norm. `called`: False if only its tensors are sites."""
         module = self.module(path)
-        called = ends_with_norm(module)
+        called = called and ends_with_norm(module)
         if isinstance(weight := getattr(module, "weight", None), Tensor) and type(module).__name__ not in OFFSET_NORMS:
             bias = f"{path}.bias" if isinstance(getattr(module, "bias", None), Tensor) else ""
             yield NormSite(

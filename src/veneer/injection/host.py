@@ -19,12 +19,14 @@ class Host(ABC):
         tower: label of its sites in patterns (`vision`, `unet`, `dit`, `text`).
         library: import name of the package of the models; imported only inside methods.
         main: True if patterns without a tower select from this tower of a pipeline.
+        fallback: True if every other host that matches a model is preferred.
     """
 
     name: ClassVar[str]
     tower: ClassVar[str]
     library: ClassVar[str]
     main: ClassVar[bool] = True
+    fallback: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:

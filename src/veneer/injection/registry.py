@@ -123,12 +123,13 @@ hosts: Registry[Host] = Registry(Host, "veneer.hosts", "veneer.hosts")
 
 
 def host_of(model: nn.Module) -> Host | None:
-    """The host that matches `model`, or None.
+    """The host that matches `model`, or None. A fallback is used only if no other host matches.
 
     Raises:
         VeneerError: two hosts match.
     """
-    found = [h for h in (hosts.get(name)() for name in hosts.names()) if h.matches(model)]
+    matching = [h for h in (hosts.get(name)() for name in hosts.names()) if h.matches(model)]
+    found = [h for h in matching if not h.fallback] or matching
     if len(found) > 1:
         raise VeneerError(
             f"{type(model).__name__} is claimed by the hosts {', '.join(h.name for h in found)}; one must give way.",

@@ -62,7 +62,7 @@ class WeightSite(Site):
         kind: `linear` (d_out, d_in), `conv` (d_out, d_in / groups, *kernel) or `embedding` (rows d_in, width d_out).
         d_out, d_in: widths of output and input (of the slice, if `rows` is given).
         kernel, stride, padding, dilation, groups: geometry of a convolution.
-        called: True if the host calls the module, so that hooks fire; False if it reads the tensor (`F.linear(x, m.weight)`).
+        called: True if hooks fire on the module and see a product with the tensor; False if it is read or standardized first.
         bias: path of the bias that is added after it, with the parameter's name (`blocks.0.attn.q_bias`), or "" for none.
         bias_rows: (start, stop) in that bias, or None for all of it.
     """

@@ -28,8 +28,8 @@ KINDS: dict[str, tuple[type, ...]] = {
 
 
 def exactly_one_host_matches(traced: Trace) -> None:
-    """The model matches this host and no other."""
-    others = [hosts.get(name) for name in hosts.names() if name != traced.host.name]
+    """The model matches this host and no other, apart from fallbacks."""
+    others = [hosts.get(name) for name in hosts.names() if name != traced.host.name and not hosts.get(name).fallback]
     claims = [cls.name for cls in others if cls().matches(traced.model)]
     if claims:
         raise AssertionError(f"{type(traced.model).__name__} also matches {', '.join(claims)}")
@@ -55,13 +55,15 @@ def sites_resolve(traced: Trace) -> None:
 
 
 def called_is_true_by_tracing(traced: Trace) -> None:
-    """A site is `called` if and only if its layer is called in a forward pass, with the site's widths."""
+    """A site is `called` if and only if its layer is called, and is a product with its weight, of the site's widths."""
     for site in traced.sites:
         if not isinstance(site, WeightSite):
             continue
         called = site.param == "weight" and (site.path, "out") in traced.order  # other parameters are read by their module
+        called = called and is_product(traced.module(site), *traced.inputs[site.path])
         if called != site.called:
-            raise AssertionError(f"{site.name}: called={site.called}, but the host {'calls' if called else 'does not call'} it")
+            does = "calls" if called else "does not call, or does not multiply by,"
+            raise AssertionError(f"{site.name}: called={site.called}, but the host {does} it")
         if called:
             dim, module = (1 if site.kind == "conv" else -1), traced.module(site)
             x, y = traced.tensors[site.path, "in"], traced.tensors[site.path, "out"]
@@ -183,6 +185,18 @@ def sample_is_a_fixed_batch_of_two(traced: Trace) -> None:
     half = nn.Module.to(_copy(traced), torch.bfloat16)
     if not all(torch.isfinite(t).all() for t in run(half, traced.host.sample(half))):
         raise AssertionError(f"{traced.host.name}: sample() gives non-finite outputs in bfloat16")
+
+
+def is_product(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """True if a layer's output is proportional to its weight, apart from the bias; false for standardized weights."""
+    if type(module).__module__.startswith("torch.nn.modules."):
+        return True
+    weight: Any = module.weight
+    shift = getattr(module, "bias", None)
+    bias = {"bias": torch.zeros_like(shift)} if isinstance(shift, Tensor) else {}
+    with torch.no_grad():
+        once, twice = (torch.func.functional_call(module, {"weight": w, **bias}, args, kwargs) for w in (weight, 2 * weight))
+    return torch.allclose(twice, 2 * once)
 
 
 def _resolve(module: nn.Module, site: Any) -> None:

@@ -22,7 +22,8 @@ PROJECTIONS = {
     f"{kind}.{x}" for kind in ("attn", "xattn", "attn.context", "xattn.context") for x in ("q", "k", "v", "out", "qkv")
 }
 WEIGHTS = PROJECTIONS | {
-    "xattn.kv", "attn.gate", "xattn.gate", "mlp.in", "mlp.out", "mlp.gate", "mlp.in_gate", "mlp.conv", "mlp.context.in",
+    "attn.kv", "xattn.kv", "attn.gate", "xattn.gate",
+    "mlp.in", "mlp.out", "mlp.gate", "mlp.in_gate", "mlp.conv", "mlp.context.in",
     "mlp.context.gate", "mlp.context.in_gate", "mlp.context.out", "single.in", "single.out", "proj.in", "proj.out", "conv.res",
     "conv.sample", "conv.io", "conv.patch", "conv.stem", "conv.dw", "conv.pw", "conv.route", "se.in", "se.out", "embed.merge",
     "time.res", "time.embed", "class.embed", "adaln", "embed.patch", "embed.context", "embed.token", "embed.position", "head",

@@ -129,7 +129,7 @@ class TipAdapter(Method):
     uses: ClassVar[tuple[str, ...]] = ("few_labels",)
     recommended_for: ClassVar[tuple[str, ...]] = ("few_labels",)
     paper: ClassVar[str] = "Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, ECCV 2022"
-    needs: ClassVar[tuple[Need, ...]] = (Need(FeatureSite, roles=("logits",)),)
+    needs: ClassVar[tuple[Need, ...]] = (Need(FeatureSite, roles=("logits",), where={"read": ...}),)
     default: ClassVar[tuple[str, ...]] = ("logits",)
     identity_at_start: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-3
