@@ -54,6 +54,8 @@ class TransferConfig(TrainingOptions, SiteOptions):
         gradient_accumulation_steps: micro-batches per optimizer step.
         learning_rate: peak learning rate of the first method, and of a new head beside it (default: the method's, such as 0.001
             for lora). Other methods keep their ratio to it; it does not scale with the batch.
+        layer_decay: layer-wise learning-rate decay, such as 0.75, above 0 to 1: the learning rate of block d, 0 to D - 1, is the
+            peak times layer_decay^(D - d), with d = -1 for the embedding or stem and D for the last norm and the head; 1: none.
         schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`.
         warmup: share of the steps with linear warmup before the schedule, 0 to 1.
         weight_decay: decoupled weight decay of all trained parameters.
@@ -102,6 +104,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
     batch: int = 32
     gradient_accumulation_steps: int = 1
     learning_rate: float | None = None
+    layer_decay: float = 1.0
     schedule: str = "cosine"
     warmup: float = 0.1
     weight_decay: float = 1e-4
@@ -142,6 +145,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
         for name in ("mixup", "cutmix"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0, or a finite alpha above 0")
         self._check("ema", 0 <= self.ema < 1, "0, or a decay below 1")
+        self._check("layer_decay", 0 < self.layer_decay <= 1, "above 0, at most 1")
         self._check("class_weights", self.class_weights in ("none", "balanced"), "none or balanced")
         self._check("shots", self.shots is None or self.shots >= 1, "at least 1")
         self._check("steps", self.steps is None or self.steps >= 1, "at least 1")

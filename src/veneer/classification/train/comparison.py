@@ -141,7 +141,7 @@ class RunMetrics:
     seconds: float
 
 
-DEFAULTS: Mapping[str, Any] = {**IF_SET, "block_lr": {}, "init_from": None, "keep_epoch": "best"}
+DEFAULTS: Mapping[str, Any] = {**IF_SET, "block_lr": {}, "layer_decay": 1.0, "init_from": None, "keep_epoch": "best"}
 """Options that are part of the hash of a run only if they differ from these."""
 
 

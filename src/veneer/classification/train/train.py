@@ -33,6 +33,7 @@ from ..report.metrics import ClassificationMetrics, compute_metrics
 from .attach_methods import adapters_disabled
 from .batches import Batch, ClassifyingLoss, Order, balanced_weights, logits_of
 from .epoch_selection import Epoch, EpochSelection
+from .layer_decay import layer_factors, with_layer_decay
 from .mixing import Mixing
 
 
@@ -84,6 +85,8 @@ class ClassifierTrainer:
         self.dtype = AUTOCAST[config.mixed_precision]
         classifier.model.to(accelerator.device)
         self.model: Any = classifier.model
+        if config.layer_decay != 1:
+            layer_factors(attached, config.layer_decay)  # raises before any feature is computed
         self.mixing = Mixing(config.mixup, config.cutmix, config.seed)
         cached = config.cache and not self.mixing.enabled and reads_features_only(classifier, attached)
         self._frozen = features or CachedFeatures(classifier, views, config.batch, self.dtype)
@@ -263,6 +266,7 @@ class ClassifierTrainer:
                 scale = group.get("lr_scale", 1.0) * ratio
                 if group["params"]:
                     groups.append({"params": group["params"], "lr_scale": scale, "name": f"{attachment.name}.{number}"})
+        groups = with_layer_decay(groups, self.attached, self.config.layer_decay)
         return with_block_rates(groups, self.attached, self.config.block_lr)
 
     def _evaluate(self, step: int, losses: Sequence[float]) -> None:
