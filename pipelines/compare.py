@@ -17,6 +17,7 @@ from veneer.classification.config import TransferConfig
 from veneer.classification.data.run_data import Data, Views, open_data
 from veneer.classification.data.transforms import Augmentation
 from veneer.classification.models.loading import is_clip_name, open_classifier
+from veneer.classification.objectives.support import check_support
 from veneer.classification.protocols.benchmark_tasks import COOP, PROTOCOLS, SHOTS, Protocol
 from veneer.classification.protocols.protocol_table import TaskRun, protocol_page, summarize, task_runs
 from veneer.classification.protocols.task_data import open_task
@@ -30,8 +31,8 @@ __all__ = ["CompareConfig", "compare"]
 
 DEFAULTS = {"epochs": 20, "batch": 32, "first_seed": 0}
 """Values of options that a protocol may set."""
-OF_SPLITS = ("validation", "test", "split_seed")
-"""Options without effect on the splits of a protocol."""
+OF_SPLITS = ("validation", "test", "split_seed", "multi_label")
+"""Options without effect on the data of a protocol."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class CompareConfig(OptimizerOptions):
     Args:
         data: image folder (`CLASS/IMAGE`, or `train/CLASS/IMAGE` and so on), a CSV of path, label and optionally split, a
             dataset of Hugging Face (folder or hub name) with such files, or `digits` of scikit-learn (default: digits).
+        multi_label: images may have several labels, separated by `;` or `|` in the label column of a table or in a JSON list; one
+            sigmoid per class, mean average precision instead of accuracy.
         protocol: `none`, or `vtab-1k`, `fgvc` or `coop` for all tasks of the benchmark in the folder `data`, with its splits,
             preprocessing and selection.
         model: a timm name or folder, `bundled` (the image encoder of the bundled CLIP), or for methods that use class names,
@@ -85,6 +88,7 @@ class CompareConfig(OptimizerOptions):
     """
 
     data: str | None = None
+    multi_label: bool = False
     protocol: Literal["none", "vtab-1k", "fgvc", "coop"] = "none"
     model: str = "bundled"
     weights: str | None = None
@@ -176,6 +180,8 @@ def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Pa
         out.mkdir(parents=True, exist_ok=True)
         if config.protocol != "none":
             return _run_protocol(config, PROTOCOLS[config.protocol], rows, out, accelerator)
+        for row in rows:
+            check_support(dataclasses.replace(base, method=row.method))
         data = open_data(base, out)
         for note in data.notes:
             print(f"note: {note}", flush=True)
@@ -231,8 +237,9 @@ def _run(
             for row in rows:
                 run = comparison.run(row, seed)
                 measured.append(run)
-                accuracies = f"test accuracy {run.test_accuracy:.1%}, validation accuracy {run.val_accuracy:.1%}"
-                print(f"{row.label}, seed {seed}: {accuracies}", flush=True)
+                metric = data.objective.short
+                scores = f"test {metric} {run.test_accuracy:.1%}, validation {metric} {run.val_accuracy:.1%}"
+                print(f"{row.label}, seed {seed}: {scores}", flush=True)
                 _write(config, comparison, out)
     return measured
 
@@ -249,13 +256,14 @@ def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:
     runs, data = comparison.current, comparison.views.data
     known = list(dict.fromkeys(m.row for m in runs))
     lines = summarize_runs(runs, known)
-    splits = data.splits
+    splits, metric = data.splits, data.objective.short
     write_json(
         out / "results.json",
         {
             "config": asdict(config),
             "data": {"where": data.source.where, "classes": list(data.classes), "split_digest": splits.digest},
             "model": {"name": comparison.classifier.name, "weights": comparison.classifier.weights},
+            **({"metric": data.objective.metric} if data.objective.multiple else {}),
             "search": comparison.searches(),
             "runs": [asdict(m) for m in runs],
             "other_runs": [asdict(m) for m in comparison.done if m not in runs],
@@ -269,10 +277,10 @@ def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:
         f"{len(data.classes)} classes; {counts}. {config.epochs} epochs, batch size {config.batch}, augmentation "
         f"{config.augment}. ± is half a 95 % interval over seeds (Student's t); differences are paired by seed.",
         "",
-        table(lines),
+        table(lines, metric),
         "",
-        *verdict(lines),
+        *verdict(lines, metric),
         "",
     ]
     write_atomically(out / "compare.md", "\n".join(page).encode())
-    write_accuracy_plot(lines, title, out / "accuracy.png")
+    write_accuracy_plot(lines, title, out / "accuracy.png", metric)

@@ -20,6 +20,7 @@ from veneer.training.report.run_folder import new_folder
 from veneer.training.training_options import BY_CONTENT, SiteOptions, TrainingOptions
 
 from .data.transforms import Augmentation
+from .objectives.support import check_support
 
 WITHOUT_EFFECT = (*BY_CONTENT, "data", "model", "weights", "cache", "resume", "dry_run", "out", "workers", "search")
 """Options that a resumed run may change, or that are compared by content."""
@@ -32,6 +33,8 @@ class TransferConfig(TrainingOptions, SiteOptions):
     Args:
         data: image folder (`CLASS/IMAGE`, or `train/CLASS/IMAGE` and so on), a CSV of path, label and optionally split, a
             dataset of Hugging Face (folder or hub name) with such files, or `digits` of scikit-learn (default: digits).
+        multi_label: images may have several labels, separated by `;` or `|` in the label column of a table or in a JSON list; one
+            sigmoid per class, selection by mean average precision.
         model: a timm name or folder, `bundled` (the image encoder of the bundled CLIP), or for methods that use class names,
             such as `coop`, `bundled_clip` or `open_clip:NAME/TAG`, such as `open_clip:ViT-B-32/laion2b_s34b_b79k`.
         weights: a .safetensors file for the model, or `none` for random weights (default: the published weights).
@@ -59,8 +62,10 @@ class TransferConfig(TrainingOptions, SiteOptions):
         schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`.
         warmup: share of the steps with linear warmup before the schedule, 0 to 1.
         weight_decay: decoupled weight decay of all trained parameters.
-        label_smoothing: share of the target that is spread over all classes, 0 to 1.
-        class_weights: weights of the classes in the loss: `none`, or `balanced`, in inverse proportion to their training images.
+        label_smoothing: share of the target that is spread over all classes, or over both outcomes of each of several labels,
+            0 to 1.
+        class_weights: weights of the classes in the loss: `none`, or `balanced`, in inverse proportion to their training images;
+            with several labels the images without a label per image with it, as weight of the latter.
         mixup: alpha of mixup, typically 0.2; 0 disables it.
         cutmix: alpha of CutMix, typically 1; 0 disables it. With both, each pair of images gets one of them.
         ema: decay of an exponential moving average of the trained weights, such as 0.999; the average is evaluated and saved; 0
@@ -70,11 +75,12 @@ class TransferConfig(TrainingOptions, SiteOptions):
         squash: resize to a square that ignores the aspect ratio, without a crop, as VTAB does.
         size: side of the images in pixels (default: the model's).
         mixed_precision: autocast of the forward pass to this dtype; `no` disables it.
-        patience: early stopping after this many epochs without a better validation accuracy; 0 disables it.
+        patience: early stopping after this many epochs without a better validation metric; 0 disables it.
         search: candidates of the search for learning rate and adapter scale, by successive halving on the validation
             split; 7 are rates of three decades; 0 disables it.
         search_epochs: passes over the training images per candidate; this budget is shared by all rounds of the search.
-        keep_epoch: epoch whose weights are evaluated and saved: `best` by validation accuracy, or `last`.
+        keep_epoch: epoch whose weights are evaluated and saved: `best` by validation accuracy (with several labels mean average
+            precision), or `last`.
         cache: compute the features of each image once, without augmentation, if only the head and methods on features are
             trained; not with mixup or CutMix.
         seed: seed of all random numbers.
@@ -87,6 +93,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
     """
 
     data: str | None = None
+    multi_label: bool = False
     model: str = "bundled"
     weights: str | None = None
     method: str = "lora"
@@ -167,6 +174,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
         """The config with a results folder, a new one if none is set."""
         self.check_training_options()
         self.selection()  # rejects two selections
+        check_support(self)
         if self.lp_ft and self.init_from is not None:
             message = "lp_ft and init_from both initialize the head; leave out one of --lp-ft and --init-from."
             raise OptionError(message, option="init_from", given=str(self.init_from), expected=None)

@@ -29,9 +29,9 @@ from ..data.run_data import Views
 from ..models.cached_features import CachedFeatures, reads_features_only
 from ..models.classifier import Classifier
 from ..models.linear_probe_init import Head, accepts_probe_init, init_head
-from ..report.metrics import ClassificationMetrics, compute_metrics
+from ..objectives.objective import Metrics
 from .attach_methods import adapters_disabled
-from .batches import Batch, ClassifyingLoss, Order, balanced_weights, logits_of
+from .batches import Batch, ClassifyingLoss, Order, logits_of
 from .epoch_selection import Epoch, EpochSelection
 from .layer_decay import layer_factors, with_layer_decay
 from .mixing import Mixing
@@ -53,7 +53,7 @@ class TransferResult:
     loop: TrainResult
     epochs: tuple[Epoch, ...]
     best: Epoch | None
-    validation: ClassificationMetrics | None
+    validation: Metrics | None
     cached: bool
     trainable: int
 
@@ -162,6 +162,7 @@ class ClassifierTrainer:
             self.accelerator.device,
             self._class_weights(),
             self.mixing,
+            self.views.data.objective,
         )
 
     def _class_weights(self) -> Tensor | None:
@@ -169,7 +170,7 @@ class ClassifierTrainer:
         if self.config.class_weights == "none":
             return None
         data = self.views.data
-        return balanced_weights((data.source.examples[i].label for i in data.splits.train), len(data.classes))
+        return data.objective.class_weights(data.targets("train"), len(data.classes))
 
     def _fit(self) -> TrainResult:
         loop, loss = self.config.loop(self.per_epoch, self.steps), self.loss()
@@ -203,9 +204,9 @@ class ClassifierTrainer:
                 self._evaluate(self.steps, trainer.losses[-(self.steps % self.per_epoch) :])
         return result
 
-    def metrics(self, split: str) -> ClassificationMetrics:
+    def metrics(self, split: str) -> Metrics:
         """Metrics of a split with the current weights."""
-        return compute_metrics(*self.predict(split))
+        return self.views.data.objective.metrics(*self.predict(split))
 
     def predict(self, split: str) -> Batch:
         """Logits and labels of a split."""
@@ -274,4 +275,4 @@ class ClassifierTrainer:
         metrics = self.metrics("validation")
         mean = sum(losses) / len(losses) if losses else math.nan
         number = math.ceil(step / self.per_epoch)
-        self.selection.add(Epoch(number, step, mean, metrics.loss, metrics.accuracy))
+        self.selection.add(Epoch(number, step, mean, metrics.loss, metrics.score))
