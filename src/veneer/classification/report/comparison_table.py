@@ -103,6 +103,11 @@ def verdict(lines: Sequence[SummaryRow], metric: str = "accuracy") -> list[str]:
     return sentences
 
 
+def comparison_page(title: str, about: str, lines: Sequence[SummaryRow], metric: str = "accuracy") -> str:
+    """Markdown page of a comparison: the table and the sentences on the baseline. `about`: the data and the options."""
+    return "\n".join([f"# {title}", "", about, "", table(lines, metric), "", *verdict(lines, metric), ""])
+
+
 def write_accuracy_plot(lines: Sequence[SummaryRow], title: str, path: Path, metric: str = "accuracy") -> None:
     """Plots the test metric over trainable parameters; bars are 95 % intervals over seeds."""
     figure, axes = panels(8.6, 5.2)

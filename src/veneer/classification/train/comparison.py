@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -45,6 +45,7 @@ class RunMetrics:
         step_over_floor: CPU time of a training step relative to a forward pass of the frozen model on the same images.
         peak_memory_bytes: of a training step, beyond the memory held between steps.
         cached: whether the features were computed once per image. `seconds`: of training.
+        new_accuracy: test accuracy on new classes, if they are tested.
     """
 
     row: str
@@ -60,6 +61,7 @@ class RunMetrics:
     peak_memory_bytes: int
     cached: bool
     seconds: float
+    new_accuracy: float | None = None
 
 
 DEFAULTS: Mapping[str, Any] = {
@@ -68,12 +70,23 @@ DEFAULTS: Mapping[str, Any] = {
 """Options that are part of the hash of a run only if they differ from these."""
 
 
+class NewClasses(Protocol):
+    """Test on classes that the methods were not trained on."""
+
+    def accuracy(self, adapter: Path | None) -> float:
+        """Test accuracy with an adapter file, or without one."""
+        ...
+
+
 class Comparison:
     """Runs the rows of a comparison, which share one model, one feature cache and one file of results.
 
     Args:
         base: options that all rows share. `views`: of the images. `out`: folder for results; runs that are in `out/results.json`
             are not repeated. `search_views`: of the images of the search, if its splits differ from those of the training.
+
+    Attributes:
+        new_classes: tests each run on new classes; None for none.
     """
 
     def __init__(
@@ -84,6 +97,7 @@ class Comparison:
         self.classifier, self.search_views = classifier, search_views or views
         self.features = CachedFeatures(classifier, views, base.batch)
         self._random: Classifier | None = None
+        self.new_classes: NewClasses | None = None
         self.done = self._read()
 
     def _read(self) -> list[RunMetrics]:
@@ -133,11 +147,13 @@ class Comparison:
             result = trainer.train()
             if result.best is None or result.validation is None:
                 raise KeyboardInterrupt
-            stored = native.save(attached, folder / "adapter.safetensors").stat().st_size if attached else 0
+            file = native.save(attached, folder / "adapter.safetensors") if attached else None
+            stored = file.stat().st_size if file is not None else 0
+            new = None if self.new_classes is None else self.new_classes.accuracy(file)
             ratio, memory = step_cost(trainer)
             measured = RunMetrics(
                 row.label, seed, key, trainer.metrics("test").score, result.validation.score, result.best.epoch,
-                config.rate(), result.trainable, stored, ratio, memory, result.cached, result.loop.seconds,
+                config.rate(), result.trainable, stored, ratio, memory, result.cached, result.loop.seconds, new,
             )  # fmt: skip
         finally:
             for attachment in reversed(attached):
