@@ -37,6 +37,8 @@ from veneer.classification.objectives.multi_label_metrics import image_ranking_p
 from veneer.classification.train.batches import ClassifyingLoss, Order
 from veneer.classification.train.mixing import Mixing
 from veneer.injection.errors import OptionError
+from veneer.publishing.run_record import read_run
+from veneer.publishing.tables import score_rows
 from veneer.training.data.image_io import DataError
 
 
@@ -157,6 +159,14 @@ def test_rare_labels_are_in_every_split_as_far_as_possible() -> None:
     assert places == [{None, 0, 1}, {None, 0, 1}, {None, 0}, {None}]
 
 
+def test_the_rarest_label_is_distributed_first() -> None:
+    """Its images come first; if the frequent label were distributed first, all of them would be training images."""
+    labels = [[0, 1]] * 10 + [[0]] * 90
+    chosen = stratify(labels, (0.15, 0.1))
+    assert [chosen[:10].count(number) for number in (None, 0, 1)] == [8, 1, 1]
+    assert [chosen.count(number) for number in (None, 0, 1)] == [75, 15, 10]
+
+
 def labeled_source(labels: Sequence[Sequence[int]], bytes_of: dict[str, bytes] | None = None) -> Source:
     examples = tuple(Example(f"{i:03d}", of_image[0], None, tuple(of_image[1:])) for i, of_image in enumerate(labels))
     content = bytes_of or {}
@@ -166,19 +176,20 @@ def labeled_source(labels: Sequence[Sequence[int]], bytes_of: dict[str, bytes] |
 
 def test_copies_stay_together_and_the_seed_decides() -> None:
     labels = random_labels(80)
-    source = labeled_source(labels, {"003": b"same", "007": b"same", "011": b"same"})
+    copies = set(range(0, 60, 5))
+    source = labeled_source(labels, {f"{i:03d}": b"same" for i in copies})
     splits = [split(source, seed) for seed in (0, 0, 1)]
     assert splits[0] == splits[1]
     assert splits[0].test != splits[2].test
     for each in splits:
         assert sorted((*each.train, *each.validation, *each.test)) == list(range(80))
-        assert any({3, 7, 11} <= set(part) for part in (each.train, each.validation, each.test))
+        assert any(copies <= set(part) for part in (each.train, each.validation, each.test))
     with raises(DataError, where="shots", given=4):
         split(source, 0, shots=4)
 
 
 def test_saved_splits_are_those_of_the_same_labels(tmp_path: Path) -> None:
-    labels = random_labels(20)
+    labels = [*random_labels(20), [4]]
     splits = split(labeled_source(labels), 0)
     save_splits(splits, labeled_source(labels), tmp_path / "splits.json")
     assert load_splits(tmp_path / "splits.json", labeled_source(labels)).test == splits.test
@@ -226,9 +237,11 @@ def test_image_scores_are_the_label_ranking_average_precision() -> None:
 
 def test_a_class_without_images_has_no_average_precision() -> None:
     scores, targets = scores_and_targets()
-    targets[:, 2] = 0
+    targets[:, 2], scores[:, 2] = 0, -9
     metrics = MULTI_LABEL.metrics(scores, targets)
     others = [c for c in range(6) if c != 2]
+    macro = reference.f1_score(targets[:, others], scores[:, others] >= 0, average="macro")
+    assert metrics.as_dict(list("abcdef"))["macro_f1"] == pytest.approx(macro)
     assert metrics.as_dict(list("abcdef"))["average_precision"]["c"] is None
     assert metrics.score == pytest.approx(reference.average_precision_score(targets[:, others], scores[:, others]))
 
@@ -317,6 +330,7 @@ def test_a_run_reports_average_precision(run: Path) -> None:
     assert record["val_map"] == record["validation"]["map"] == max(each["val_accuracy"] for each in record["epochs"])
     assert "test_accuracy" not in record
     assert record["verdict"]["outcome"] == "learned"
+    assert score_rows(read_run(run))[0][0][:2] == ("test mean average precision", f"{record['test_map']:.1%}")
     for name in ("average_precision", "curves", "mistakes"):
         with Image.open(run / f"{name}.png") as figure:
             assert figure.width > 200
