@@ -18,7 +18,6 @@ from veneer.classification.data.benchmark_layouts import coop_classes
 from veneer.classification.data.run_data import Data, Views, open_data
 from veneer.classification.data.transforms import Augmentation
 from veneer.classification.models.loading import is_clip_name, open_classifier
-from veneer.classification.objectives.support import check_support
 from veneer.classification.protocols.base_to_new import SHOTS as BASE_TO_NEW_SHOTS
 from veneer.classification.protocols.base_to_new import NewClasses, base_and_new, check_generalization
 from veneer.classification.protocols.base_to_new_table import base_to_new_page, summarize_base_to_new
@@ -193,7 +192,7 @@ def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Pa
         if config.protocol != "none":
             return _run_protocol(config, PROTOCOLS[config.protocol], rows, out, accelerator)
         for row in rows:
-            check_support(dataclasses.replace(base, method=row.method))
+            dataclasses.replace(base, method=row.method).check_multi_label()
         data = open_data(base, out)
         for note in data.notes:
             print(f"note: {note}", flush=True)

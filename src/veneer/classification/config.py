@@ -174,13 +174,18 @@ class TransferConfig(TrainingOptions, SiteOptions):
         """The config with a results folder, a new one if none is set."""
         self.check_training_options()
         self.selection()  # rejects two selections
-        check_support(self)
+        self.check_multi_label()
         if self.lp_ft and self.init_from is not None:
             message = "lp_ft and init_from both initialize the head; leave out one of --lp-ft and --init-from."
             raise OptionError(message, option="init_from", given=str(self.init_from), expected=None)
         dataset = Path(self.data).name if self.data else "digits"
         out = self.out or new_folder(Path("runs"), f"{dataset}-{self.method}", self.resume)
         return dataclasses.replace(self, out=out)
+
+    def check_multi_label(self) -> None:
+        """Raises the errors of `check_support`, if images may have several labels."""
+        if self.multi_label:
+            check_support(self.model, self.names(), self.keeps_head(), self.shots)
 
     def build_methods(self, classes: int = 0, shots: int = 0) -> list[Method]:
         """Configs of the methods, in order.
