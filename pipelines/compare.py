@@ -14,13 +14,17 @@ from accelerate import Accelerator
 from veneer.atomic_files import write_atomically, write_json
 from veneer.base_models.devices import Precision
 from veneer.classification.config import TransferConfig
+from veneer.classification.data.benchmark_layouts import coop_classes
 from veneer.classification.data.run_data import Data, Views, open_data
 from veneer.classification.data.transforms import Augmentation
 from veneer.classification.models.loading import is_clip_name, open_classifier
+from veneer.classification.protocols.base_to_new import SHOTS as BASE_TO_NEW_SHOTS
+from veneer.classification.protocols.base_to_new import NewClasses, base_and_new, check_generalization
+from veneer.classification.protocols.base_to_new_table import base_to_new_page, summarize_base_to_new
 from veneer.classification.protocols.benchmark_tasks import COOP, PROTOCOLS, SHOTS, Protocol
 from veneer.classification.protocols.protocol_table import TaskRun, protocol_page, summarize, task_runs
 from veneer.classification.protocols.task_data import open_task
-from veneer.classification.report.comparison_table import summarize_runs, table, verdict, write_accuracy_plot
+from veneer.classification.report.comparison_table import comparison_page, summarize_runs, write_accuracy_plot
 from veneer.classification.train.comparison import Comparison, MethodRow, RunMetrics, parse_rows
 from veneer.injection import OptionError
 from veneer.training.loop.optimizer_options import OptimizerOptions
@@ -30,8 +34,8 @@ __all__ = ["CompareConfig", "compare"]
 
 DEFAULTS = {"epochs": 20, "batch": 32, "first_seed": 0}
 """Values of options that a protocol may set."""
-OF_SPLITS = ("validation", "test", "split_seed")
-"""Options without effect on the splits of a protocol."""
+OF_SPLITS = ("validation", "test", "split_seed", "multi_label")
+"""Options without effect on the data of a protocol."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,12 @@ class CompareConfig(OptimizerOptions):
     Args:
         data: image folder (`CLASS/IMAGE`, or `train/CLASS/IMAGE` and so on), a CSV of path, label and optionally split, a
             dataset of Hugging Face (folder or hub name) with such files, or `digits` of scikit-learn (default: digits).
+        multi_label: images may have several labels, separated by `;` or `|` in the label column of a table or in a JSON list; one
+            sigmoid per class, mean average precision instead of accuracy.
         protocol: `none`, or `vtab-1k`, `fgvc` or `coop` for all tasks of the benchmark in the folder `data`, with its splits,
             preprocessing and selection.
+        base_to_new: with the protocol coop: train on the first half of the classes, and test on these and on the other classes,
+            whose names a CLIP encodes; 16 training images per class unless `shots` is set.
         model: a timm name or folder, `hf:` and a folder or hub name of a vision model of transformers, such as
             `hf:facebook/dinov2-base`, `bundled` (the image encoder of the bundled CLIP), or for methods that use class names,
             such as `coop`, `bundled_clip` or `open_clip:NAME/TAG`, such as `open_clip:ViT-B-32/laion2b_s34b_b79k`.
@@ -86,7 +94,9 @@ class CompareConfig(OptimizerOptions):
     """
 
     data: str | None = None
+    multi_label: bool = False
     protocol: Literal["none", "vtab-1k", "fgvc", "coop"] = "none"
+    base_to_new: bool = False
     model: str = "bundled"
     weights: str | None = None
     methods: str = "lora, adaptformer, vpt, ssf, bitfit"
@@ -128,6 +138,9 @@ class CompareConfig(OptimizerOptions):
         protocol = PROTOCOLS.get(self.protocol)
         if protocol is not None:
             self._check_protocol(protocol)
+        if self.base_to_new and protocol is not COOP:
+            message = f"base_to_new needs the protocol coop; protocol is {self.protocol}. Pass --protocol coop."
+            raise OptionError(message, option="base_to_new", given=self.protocol, expected="coop")
         defaults = DEFAULTS if protocol is None else protocol.defaults
         changes: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         changes |= {} if protocol is None else protocol.settings
@@ -173,10 +186,14 @@ def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Pa
     out = config.out or new_folder(Path("runs"), f"compare-{Path(config.data).name if config.data else 'digits'}")
     base = config.shared()
     base.check_training_options()
+    if config.base_to_new:
+        check_generalization(config.model, rows)
     with discard_unused(out):
         out.mkdir(parents=True, exist_ok=True)
         if config.protocol != "none":
             return _run_protocol(config, PROTOCOLS[config.protocol], rows, out, accelerator)
+        for row in rows:
+            dataclasses.replace(base, method=row.method).check_multi_label()
         data = open_data(base, out)
         for note in data.notes:
             print(f"note: {note}", flush=True)
@@ -192,12 +209,17 @@ def _run_protocol(config: CompareConfig, protocol: Protocol, rows: list[MethodRo
     for task, folder in protocol.tasks(Path(config.data or ".").expanduser()).items():
         for each, name in _task_configs(config, protocol, task):
             search, data = open_task(protocol, folder, each.shots, each.first_seed or 0)
+            new = None
+            if config.base_to_new:
+                data, new = base_and_new(data, coop_classes(folder))
+                search = data
             print(f"{name}: {len(data.splits.train):,} training, {len(data.splits.test):,} test images", flush=True)
-            measured = _run(dataclasses.replace(each, data=str(folder)), rows, out / name, accelerator, data, search)
+            measured = _run(dataclasses.replace(each, data=str(folder)), rows, out / name, accelerator, data, search, new)
             runs += task_runs(task, each.shots, measured)
-            records = summarize(protocol, runs)
+            summary, page = (summarize_base_to_new, base_to_new_page) if new else (summarize, protocol_page)
+            records = summary(protocol, runs)
             write_json(out / "protocol.json", {"config": asdict(config), "table": records})
-            write_atomically(out / "protocol.md", (protocol_page(protocol, records, about) + "\n").encode())
+            write_atomically(out / "protocol.md", (page(protocol, records, about) + "\n").encode())
     print((out / "protocol.md").read_text(encoding="utf-8"))
     return out
 
@@ -206,19 +228,20 @@ def _task_configs(config: CompareConfig, protocol: Protocol, task: str) -> list[
     """Configs of a task and their folders: one, or one for each number of shots and seed if the seed samples the images."""
     if protocol is not COOP:
         return [(config, task)]
-    shots = SHOTS if config.shots is None else (config.shots,)
-    first = config.first_seed or 0
+    shots = (BASE_TO_NEW_SHOTS if config.base_to_new else SHOTS) if config.shots is None else (config.shots,)
+    first, kind = config.first_seed or 0, "base-to-new-" if config.base_to_new else ""
     return [
-        (dataclasses.replace(config, shots=count, first_seed=seed, seeds=1), f"{task}/{count}-shots-{seed}")
+        (dataclasses.replace(config, shots=count, first_seed=seed, seeds=1), f"{task}/{kind}{count}-shots-{seed}")
         for count in shots
         for seed in range(first, first + config.seeds)
     ]
 
 
 def _run(
-    config: CompareConfig, rows: list[MethodRow], out: Path, accelerator: Accelerator, data: Data, search_data: Data
-) -> list[RunMetrics]:
-    """Runs the rows on one dataset; the search may have other splits than the training."""
+    config: CompareConfig, rows: list[MethodRow], out: Path, accelerator: Accelerator, data: Data, search_data: Data,
+    new: Data | None = None,
+) -> list[RunMetrics]:  # fmt: skip
+    """Runs the rows on one dataset; the search may have other splits than the training. `new`: images of new classes."""
     base, first, measured = config.shared(), config.first_seed or 0, list[RunMetrics]()
     out.mkdir(parents=True, exist_ok=True)
     classifier = open_classifier(base.model, data.classes, weights=base.weights, size=base.size, seed=base.seed)
@@ -228,12 +251,15 @@ def _run(
             for each in (data, search_data)
         )
         comparison = Comparison(base, views, classifier, out, accelerator, None if search_data is data else search_views)
+        comparison.new_classes = None if new is None else NewClasses(new, base, accelerator)
         for seed in range(first, first + config.seeds):
             for row in rows:
                 run = comparison.run(row, seed)
                 measured.append(run)
-                accuracies = f"test accuracy {run.test_accuracy:.1%}, validation accuracy {run.val_accuracy:.1%}"
-                print(f"{row.label}, seed {seed}: {accuracies}", flush=True)
+                metric = data.objective.short
+                scores = f"test {metric} {run.test_accuracy:.1%}, validation {metric} {run.val_accuracy:.1%}"
+                scores += "" if run.new_accuracy is None else f", new classes {run.new_accuracy:.1%}"
+                print(f"{row.label}, seed {seed}: {scores}", flush=True)
                 _write(config, comparison, out)
     return measured
 
@@ -250,13 +276,14 @@ def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:
     runs, data = comparison.current, comparison.views.data
     known = list(dict.fromkeys(m.row for m in runs))
     lines = summarize_runs(runs, known)
-    splits = data.splits
+    splits, metric = data.splits, data.objective.short
     write_json(
         out / "results.json",
         {
             "config": asdict(config),
             "data": {"where": data.source.where, "classes": list(data.classes), "split_digest": splits.digest},
             "model": {"name": comparison.classifier.name, "weights": comparison.classifier.weights},
+            **({"metric": data.objective.metric} if data.objective.multiple else {}),
             "search": comparison.searches(),
             "runs": [asdict(m) for m in runs],
             "other_runs": [asdict(m) for m in comparison.done if m not in runs],
@@ -264,16 +291,9 @@ def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:
     )
     title = f"{config.model} on {Path(data.source.where).name}"
     counts = f"{len(splits.train):,} training, {len(splits.validation):,} validation and {len(splits.test):,} test images"
-    page = [
-        f"# {title}",
-        "",
+    about = (
         f"{len(data.classes)} classes; {counts}. {config.epochs} epochs, batch size {config.batch}, augmentation "
-        f"{config.augment}. ± is half a 95 % interval over seeds (Student's t); differences are paired by seed.",
-        "",
-        table(lines),
-        "",
-        *verdict(lines),
-        "",
-    ]
-    write_atomically(out / "compare.md", "\n".join(page).encode())
-    write_accuracy_plot(lines, title, out / "accuracy.png")
+        f"{config.augment}. ± is half a 95 % interval over seeds (Student's t); differences are paired by seed."
+    )
+    write_atomically(out / "compare.md", comparison_page(title, about, lines, metric).encode())
+    write_accuracy_plot(lines, title, out / "accuracy.png", metric)

@@ -48,7 +48,7 @@ def export(config: ExportConfig) -> list[str]:
         message = f"export: --to is missing; expected one of {', '.join(get_args(To))}."
         raise OptionError(message, option="to", method="export", expected=get_args(To))
     predictor = open_predictor(config.folder)
-    source = ExportSource(predictor.classifier, predictor.view.config, config.include_normalization)
+    source = ExportSource(predictor.classifier, predictor.view.config, config.include_normalization, predictor.objective)
     out = config.out or _default_path(config.folder, config.to)
     return _lines(config.to, export_classifier(source, config.to, out))
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from veneer.base_models.devices import resolve_device
 from veneer.classification.image_paths import find_images
-from veneer.classification.predict import Prediction, open_predictor
+from veneer.classification.objectives.objective import MultiLabelPrediction, Prediction
+from veneer.classification.predict import open_predictor
 from veneer.formats import local_path
 from veneer.injection import OptionError, VeneerError
 
@@ -26,7 +27,7 @@ class PredictConfig:
     Args:
         folder: run folder of `veneer transfer`, or a hub name such as `user/pets`.
         images: images, folders of images, `.txt` files with one path per line, or `-` for such a list from stdin.
-        top: classes to list per image.
+        top: classes to list per image; after training with `--multi-label` the text lists the labels of at least 50 % instead.
         format: lines on stdout: `text`, `json` (one object per image, unlike `--json`) or `csv` (one row per image, with a
             header).
         batch: images per forward pass.
@@ -52,6 +53,8 @@ class PredictConfig:
 def predict(config: PredictConfig) -> Iterator[str]:
     """Yields one line per image: its most probable classes with probabilities, or why the image cannot be read.
 
+    A classifier of several labels per image lists the labels with a probability of at least 0.5; as CSV in the last column.
+
     Raises:
         VeneerError: no finished run in the folder, no images, or no readable image.
     """
@@ -64,7 +67,7 @@ def predict(config: PredictConfig) -> Iterator[str]:
     predictor = open_predictor(folder, resolve_device(config.device))
     top = min(config.top, len(predictor.classifier.classes))
     if config.format == "csv":
-        yield _row(_columns(top))
+        yield _row(_columns(top, predictor.objective.multiple))
     read = False
     for prediction in predictor.predict(images, top, config.batch):
         read = read or not prediction.problem
@@ -77,24 +80,28 @@ def predict(config: PredictConfig) -> Iterator[str]:
 def _text(prediction: Prediction, top: int) -> str:
     if prediction.problem:
         return f"{prediction.image}: {prediction.problem}"
-    classes = ((prediction.label, prediction.probability), *prediction.others)
-    return f"{prediction.image}: {', '.join(f'{label} {probability:.1%}' for label, probability in classes)}"
+    classes: Sequence[tuple[str, float]] = ((prediction.label, prediction.probability), *prediction.others)
+    above = prediction.labels if isinstance(prediction, MultiLabelPrediction) else classes
+    listing = ", ".join(f"{label} {probability:.1%}" for label, probability in above or classes)
+    return f"{prediction.image}: {listing if above else f'no label above 50 %; most probable: {listing}'}"
 
 
 def _json(prediction: Prediction, top: int) -> str:
     return json.dumps(asdict(prediction), ensure_ascii=False)
 
 
-def _columns(top: int) -> list[str]:
+def _columns(top: int, multiple: bool) -> list[str]:
     others = [f"{name}_{rank}" for rank in range(2, top + 1) for name in ("label", "probability")]
-    return ["image", "label", "probability", "problem", *others]
+    return ["image", "label", "probability", "problem", *others, *(["labels"] if multiple else [])]
 
 
 def _csv(prediction: Prediction, top: int) -> str:
     probability = "" if prediction.problem else repr(prediction.probability)
     others = [cell for label, value in prediction.others for cell in (label, repr(value))]
     cells = [prediction.image, prediction.label, probability, prediction.problem, *others]
-    return _row(cells + [""] * (len(_columns(top)) - len(cells)))
+    cells += [""] * (len(_columns(top, False)) - len(cells))
+    labels = [";".join(name for name, _ in prediction.labels)] if isinstance(prediction, MultiLabelPrediction) else []
+    return _row(cells + labels)
 
 
 def _row(cells: list[str]) -> str:

@@ -17,6 +17,7 @@ from veneer.classification.data.sources import local_data
 from veneer.classification.models.cached_features import CachedFeatures
 from veneer.classification.models.classifier import Classifier
 from veneer.classification.models.loading import open_classifier
+from veneer.classification.objectives.objective import Objective
 from veneer.classification.report.artifacts import tidy, write_files, write_results
 from veneer.classification.train.attach_methods import attach_methods
 from veneer.classification.train.hyperparameter_search import search_hyperparameters
@@ -40,9 +41,9 @@ __all__ = ["TransferConfig", "transfer"]
 def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> Path:
     """Trains, selects the epoch on the validation split, evaluates the test split once, and writes the results.
 
-    The folder then has `adapter.safetensors`, `result.json`, `confusion.png`, `curves.png` and `mistakes.png`; `veneer predict`
-    also reads its `model.json`, and a resumed run its `splits.json`. A stopped run leaves the best epoch so far, which `veneer
-    predict` can open, and continues with `resume`.
+    The folder then has `adapter.safetensors`, `result.json`, `confusion.png` (with several labels `average_precision.png`),
+    `curves.png` and `mistakes.png`; `veneer predict` also reads its `model.json`, and a resumed run its `splits.json`. A stopped
+    run leaves the best epoch so far, which `veneer predict` can open, and continues with `resume`.
 
     Returns:
         The folder with the results.
@@ -96,7 +97,7 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
                 report("evaluating")
                 record = write_results(config, data, classifier, attached, trainer, result)
                 tidy(out)
-                print(_summary(record, out))
+                print(_summary(record, data.objective, out))
     accelerator.wait_for_everyone()
     return out
 
@@ -111,12 +112,13 @@ def _progress(label: str) -> Callable[[int, int], None]:
     return update
 
 
-def _summary(record: dict[str, Any], out: Path) -> str:
+def _summary(record: dict[str, Any], objective: Objective, out: Path) -> str:
     """Metrics, verdict and next commands."""
     low, high = record["test_interval_95"]
+    metric, test, validation = objective.metric, record[f"test_{objective.key}"], record[f"val_{objective.key}"]
     return (
-        f"test accuracy {record['test_accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}), validation accuracy "
-        f"{record['val_accuracy']:.1%}, epoch {record['chosen']['epoch']}; test {_further(record['test'])}; "
+        f"test {metric} {test:.1%} (95 % interval {low:.1%} to {high:.1%}), validation {metric} "
+        f"{validation:.1%}, epoch {record['chosen']['epoch']}; test {_further(record['test'])}; "
         f"{record['trainable_parameters']:,} trainable "
         f"parameters, adapter of {record['stored_bytes']:,} bytes in {out}\n{read_verdict(record).text()}\n"
         f"classify images: veneer predict {shlex.quote(str(out))} IMAGE …\n"
@@ -127,9 +129,11 @@ def _summary(record: dict[str, Any], out: Path) -> str:
 def _further(test: dict[str, Any]) -> str:
     """Further metrics that the test images have."""
     shown = [f"macro F1 {test['macro_f1']:.1%}"]
-    if test["top5_accuracy"] is not None:
+    if "micro_f1" in test:
+        shown.append(f"micro F1 {test['micro_f1']:.1%}")
+    if test.get("top5_accuracy") is not None:
         shown.append(f"top-5 accuracy {test['top5_accuracy']:.1%}")
-    if test["auc"] is not None:
+    if test.get("auc") is not None:
         shown.append(f"AUC {test['auc']:.3f}")
     return ", ".join(shown)
 

@@ -47,7 +47,14 @@ FOREIGN_FLAGS = {
     "--cpu": "accelerate",
     "--gallery": "veneer.pipelines.few_photos",
     "--clip": "veneer.pipelines.few_photos",
-}
+    **dict.fromkeys(
+        (
+            "--pretrained", "--num-classes", "--opt", "--opt-eps", "--sched", "--warmup-epochs", "--lr", "--clip-grad",
+            "--smoothing", "--aa", "--reprob", "--model-ema", "--model-ema-decay", "--amp", "--amp-dtype", "--grad-accum-steps",
+        ),
+        "timm",
+    ),
+}  # fmt: skip
 PLACEHOLDER = re.compile(r"NAME|GROUP|<|\*|…")
 
 

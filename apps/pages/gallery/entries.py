@@ -22,7 +22,7 @@ RUNS = 24
 IMAGES = {
     "train": ("samples/00.png", "before_after.png"),
     "control": ("samples/00.png", "sheet.png"),
-    "classify": ("confusion.png",),
+    "classify": ("confusion.png", "average_precision.png"),
 }
 """Kind of a job to the image that stands for its result: the first that exists."""
 

@@ -20,6 +20,7 @@ from veneer.training.report.run_folder import new_folder
 from veneer.training.training_options import BY_CONTENT, SiteOptions, TrainingOptions
 
 from .data.transforms import Augmentation
+from .objectives.support import check_support
 
 WITHOUT_EFFECT = (*BY_CONTENT, "data", "model", "weights", "cache", "resume", "dry_run", "out", "workers", "search")
 """Options that a resumed run may change, or that are compared by content."""
@@ -32,6 +33,8 @@ class TransferConfig(TrainingOptions, SiteOptions):
     Args:
         data: image folder (`CLASS/IMAGE`, or `train/CLASS/IMAGE` and so on), a CSV of path, label and optionally split, a
             dataset of Hugging Face (folder or hub name) with such files, or `digits` of scikit-learn (default: digits).
+        multi_label: images may have several labels, separated by `;` or `|` in the label column of a table or in a JSON list; one
+            sigmoid per class, selection by mean average precision.
         model: a timm name or folder, `hf:` and a folder or hub name of a vision model of transformers, such as
             `hf:facebook/dinov2-base`, `bundled` (the image encoder of the bundled CLIP), or for methods that use class names,
             such as `coop`, `bundled_clip` or `open_clip:NAME/TAG`, such as `open_clip:ViT-B-32/laion2b_s34b_b79k`.
@@ -55,11 +58,15 @@ class TransferConfig(TrainingOptions, SiteOptions):
         gradient_accumulation_steps: micro-batches per optimizer step.
         learning_rate: peak learning rate of the first method, and of a new head beside it (default: the method's, such as 0.001
             for lora). Other methods keep their ratio to it; it does not scale with the batch.
+        layer_decay: layer-wise learning-rate decay, such as 0.75, above 0 to 1: the learning rate of block d, 0 to D - 1, is the
+            peak times layer_decay^(D - d), with d = -1 for the embedding or stem and D for the last norm and the head; 1: none.
         schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`.
         warmup: share of the steps with linear warmup before the schedule, 0 to 1.
         weight_decay: decoupled weight decay of all trained parameters.
-        label_smoothing: share of the target that is spread over all classes, 0 to 1.
-        class_weights: weights of the classes in the loss: `none`, or `balanced`, in inverse proportion to their training images.
+        label_smoothing: share of the target that is spread over all classes, or over both outcomes of each of several labels,
+            0 to 1.
+        class_weights: weights of the classes in the loss: `none`, or `balanced`, in inverse proportion to their training images;
+            with several labels the images without a label per image with it, as weight of the latter.
         mixup: alpha of mixup, typically 0.2; 0 disables it.
         cutmix: alpha of CutMix, typically 1; 0 disables it. With both, each pair of images gets one of them.
         ema: decay of an exponential moving average of the trained weights, such as 0.999; the average is evaluated and saved; 0
@@ -69,11 +76,12 @@ class TransferConfig(TrainingOptions, SiteOptions):
         squash: resize to a square that ignores the aspect ratio, without a crop, as VTAB does.
         size: side of the images in pixels (default: the model's).
         mixed_precision: autocast of the forward pass to this dtype; `no` disables it.
-        patience: early stopping after this many epochs without a better validation accuracy; 0 disables it.
+        patience: early stopping after this many epochs without a better validation metric; 0 disables it.
         search: candidates of the search for learning rate and adapter scale, by successive halving on the validation
             split; 7 are rates of three decades; 0 disables it.
         search_epochs: passes over the training images per candidate; this budget is shared by all rounds of the search.
-        keep_epoch: epoch whose weights are evaluated and saved: `best` by validation accuracy, or `last`.
+        keep_epoch: epoch whose weights are evaluated and saved: `best` by validation accuracy (with several labels mean average
+            precision), or `last`.
         cache: compute the features of each image once, without augmentation, if only the head and methods on features are
             trained; not with mixup or CutMix.
         seed: seed of all random numbers.
@@ -86,6 +94,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
     """
 
     data: str | None = None
+    multi_label: bool = False
     model: str = "bundled"
     weights: str | None = None
     method: str = "lora"
@@ -103,6 +112,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
     batch: int = 32
     gradient_accumulation_steps: int = 1
     learning_rate: float | None = None
+    layer_decay: float = 1.0
     schedule: str = "cosine"
     warmup: float = 0.1
     weight_decay: float = 1e-4
@@ -143,6 +153,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
         for name in ("mixup", "cutmix"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0, or a finite alpha above 0")
         self._check("ema", 0 <= self.ema < 1, "0, or a decay below 1")
+        self._check("layer_decay", 0 < self.layer_decay <= 1, "above 0, at most 1")
         self._check("class_weights", self.class_weights in ("none", "balanced"), "none or balanced")
         self._check("shots", self.shots is None or self.shots >= 1, "at least 1")
         self._check("steps", self.steps is None or self.steps >= 1, "at least 1")
@@ -164,12 +175,18 @@ class TransferConfig(TrainingOptions, SiteOptions):
         """The config with a results folder, a new one if none is set."""
         self.check_training_options()
         self.selection()  # rejects two selections
+        self.check_multi_label()
         if self.lp_ft and self.init_from is not None:
             message = "lp_ft and init_from both initialize the head; leave out one of --lp-ft and --init-from."
             raise OptionError(message, option="init_from", given=str(self.init_from), expected=None)
         dataset = Path(self.data).name if self.data else "digits"
         out = self.out or new_folder(Path("runs"), f"{dataset}-{self.method}", self.resume)
         return dataclasses.replace(self, out=out)
+
+    def check_multi_label(self) -> None:
+        """Raises the errors of `check_support`, if images may have several labels."""
+        if self.multi_label:
+            check_support(self.model, self.names(), self.keeps_head(), self.shots)
 
     def build_methods(self, classes: int = 0, shots: int = 0) -> list[Method]:
         """Configs of the methods, in order.

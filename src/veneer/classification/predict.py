@@ -21,33 +21,26 @@ from .data.labeled_images import LIMITS
 from .data.transforms import EvalView
 from .models.classifier import Classifier
 from .models.loading import open_classifier
+from .objectives.multi_label import objective_of
+from .objectives.objective import Objective, Prediction
+from .objectives.single_label import SINGLE_LABEL
 from .report.artifacts import FORM
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """Prediction for one image file.
-
-    Args:
-        image: path of the image. `label`, `probability`: of the most probable class.
-        others: the next classes, with their probabilities.
-        problem: why the image could not be read, or "".
-    """
-
-    image: str
-    label: str = ""
-    probability: float = 0.0
-    others: tuple[tuple[str, float], ...] = ()
-    problem: str = ""
+__all__ = ["Prediction", "Predictor", "open_predictor"]
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A trained classifier. `view`: its evaluation transform. `dtype`: of autocast, or None."""
+    """A trained classifier.
+
+    Args:
+        view: its evaluation transform. `dtype`: of autocast, or None. `objective`: of its training.
+    """
 
     classifier: Classifier
     view: EvalView
     dtype: torch.dtype | None
+    objective: Objective = SINGLE_LABEL
 
     @property
     def device(self) -> torch.device:
@@ -70,23 +63,21 @@ class Predictor:
         for start in range(0, len(images), batch):
             inputs = [self._read(path) for path in images[start : start + batch]]
             pixels = [each for each in inputs if isinstance(each, Tensor)]
-            probabilities = iter(self.logits(torch.stack(pixels).to(self.device)).softmax(1).cpu() if pixels else ())
+            probabilities = iter(self._probabilities(torch.stack(pixels)) if pixels else ())
             for path, each in zip(images[start : start + batch], inputs, strict=True):
                 if isinstance(each, str):
                     yield Prediction(str(path), problem=each)
                 else:
-                    yield self._prediction(path, next(probabilities), top)
+                    yield self.objective.prediction(str(path), next(probabilities), self.classifier.classes, top)
+
+    def _probabilities(self, pixels: Tensor) -> Tensor:
+        return self.objective.probabilities(self.logits(pixels.to(self.device))).cpu()
 
     def _read(self, path: Path) -> Tensor | str:
         try:
             return self.view(decode(path.read_bytes(), path.name, LIMITS, remarks=False).rgb)
         except (DataError, OSError) as error:
             return str(error)
-
-    def _prediction(self, path: Path, probabilities: Tensor, top: int) -> Prediction:
-        best = probabilities.topk(min(top, len(probabilities)))
-        classes = [(self.classifier.classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-        return Prediction(str(path), *classes[0], others=tuple(classes[1:]))
 
 
 def open_predictor(folder: Path, device: str = "cpu") -> Predictor:
@@ -127,4 +118,5 @@ def open_predictor(folder: Path, device: str = "cpu") -> Predictor:
     if record["adapted"]:
         load_all(classifier.model, folder / "adapter.safetensors")
     classifier.model.eval().to(device)
-    return Predictor(classifier, EvalView(classifier.data, squash=record["squash"]), AUTOCAST[record["precision"]])
+    view, objective = EvalView(classifier.data, squash=record["squash"]), objective_of(record.get("multi_label", False))
+    return Predictor(classifier, view, AUTOCAST[record["precision"]], objective)

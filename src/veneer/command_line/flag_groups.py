@@ -12,8 +12,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "data": (
         "concept", "class_word", "class_images", "prior_loss_weight", "condition", "generated_images", "template",
         "caption_dropout", "image_dropout", "tag_dropout", "shuffle_tags", "keep_tokens", "truncate", "resolution", "crop",
-        "flip", "buckets", "masks", "datasets", "protocol", "shots", "validation", "validation_share", "validation_every", "test",
-        "split_seed", "augment", "squash", "size", "workers",
+        "flip", "buckets", "masks", "datasets", "multi_label", "protocol", "base_to_new", "shots", "validation",
+        "validation_share", "validation_every", "test", "split_seed", "augment", "squash", "size", "workers",
     ),
     "method": (
         "method", "methods", "baseline", "where", "target_modules", "text_encoder", "head", "lp_ft", "templates", "batch_norm",
@@ -21,9 +21,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "optimization": (
         "seeds", "first_seed", "steps", "epochs", "batch", "gradient_accumulation_steps", "learning_rate", "text_learning_rate",
-        "token_learning_rate", "schedule", "warmup", "cycles", "power", "min_lr_ratio", "block_lr", "optimizer",
-        "optimizer_args", "weight_decay", "max_grad_norm", "ema", "label_smoothing", "class_weights", "mixup", "cutmix",
-        "patience", "search", "search_epochs", "keep_epoch", "seed",
+        "token_learning_rate", "schedule", "warmup", "cycles", "power", "min_lr_ratio", "block_lr",
+        "layer_decay", "optimizer", "optimizer_args", "weight_decay", "max_grad_norm", "ema", "label_smoothing", "class_weights",
+        "mixup", "cutmix", "patience", "search", "search_epochs", "keep_epoch", "seed",
     ),
     "loss": (
         "loss", "loss_weighting", "min_snr_gamma", "timestep_sampling", "prediction", "noise_offset", "pyramid_noise",

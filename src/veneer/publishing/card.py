@@ -91,7 +91,7 @@ def _images(facts: CardFacts) -> Iterator[str]:
     elif facts.run.samples:
         cells = [(each.get("prompt") or f"map ({each.get('map')})", each["file"]) for each in facts.run.samples]
         yield "## Images\n\n" + "\n".join(f"![{alt}]({file})" for alt, file in cells)
-    plots = [name for name in ("confusion.png", "curves.png") if name in facts.files]
+    plots = [name for name in ("confusion.png", "average_precision.png", "curves.png") if name in facts.files]
     if plots:
         yield "## Plots\n\n" + "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in plots)
 

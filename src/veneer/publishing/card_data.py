@@ -114,8 +114,8 @@ def front_matter(facts: CardFacts) -> Any:
             "eval_results": [
                 EvalResult(
                     task_type="image-classification", dataset_type="image-folder",
-                    dataset_name=dataset_label(run), dataset_split="test", metric_type="accuracy",
-                    metric_value=round(float(run.record["test_accuracy"]), 4),
+                    dataset_name=dataset_label(run), dataset_split="test", metric_type=run.metric[0],
+                    metric_value=round(float(run.record[f"test_{run.metric[1]}"]), 4),
                 )
             ],
         }  # fmt: skip

@@ -99,6 +99,11 @@ class RunRecord:
         return [str(each["token"]) for each in self.concepts]
 
     @property
+    def metric(self) -> tuple[str, str]:
+        """Name of the metric of a classifier, and the end of its keys in the record."""
+        return ("mean average precision", "map") if "test_map" in self.record else ("accuracy", "accuracy")
+
+    @property
     def method(self) -> str:
         """Methods, joined by `+`."""
         return str(self.config["method"])
@@ -157,7 +162,7 @@ def _kind(record: object) -> Kind | None:
     """The command that wrote a record."""
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         return None
-    if "test_accuracy" in record:
+    if "test_accuracy" in record or "test_map" in record:
         return "transfer"
     if "condition" in record["config"]:
         return "control"

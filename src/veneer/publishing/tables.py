@@ -59,10 +59,10 @@ def setting_rows(run: RunRecord) -> list[Row]:
 def score_rows(run: RunRecord) -> tuple[Sequence[Row], str]:
     """Scores with their 95 % intervals, and a note on what they are; no rows if the run was not evaluated."""
     if run.kind == "transfer":
-        record, validation = run.record, run.record["validation"]
+        record, validation, (metric, key) = run.record, run.record["validation"], run.metric
         return [
-            ("test accuracy", f"{record['test_accuracy']:.1%}", _interval(record["test_interval_95"], ".1%")),
-            ("validation accuracy", f"{validation['accuracy']:.1%}", _interval(validation["interval_95"], ".1%")),
+            (f"test {metric}", f"{record[f'test_{key}']:.1%}", _interval(record["test_interval_95"], ".1%")),
+            (f"validation {metric}", f"{validation[key]:.1%}", _interval(validation["interval_95"], ".1%")),
         ], f"{record['data']['pictures']['test']:,} test images, evaluated once; the epoch was chosen on the validation split."
     if run.kind == "personalize":
         return _concept_scores(run)

@@ -28,7 +28,7 @@ CONFIGS = {"personalize": (), "control": ("diffusers/config.json",), "transfer":
 IMAGES = {
     "personalize": (f"{SAMPLES}/grid.png",),
     "control": (),
-    "transfer": ("confusion.png", "curves.png"),
+    "transfer": ("confusion.png", "average_precision.png", "curves.png"),
 }
 """Images beside those that the record lists. Training images are on others (`before_after.png`, `maps.png`,
 `sheet.png`, `mistakes.png`), which are not uploaded."""

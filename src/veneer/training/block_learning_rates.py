@@ -34,8 +34,16 @@ def with_block_rates(
     if not factors:
         return list(groups)
     _check_factors(factors)
-    by_parameter = _factors_by_parameter(attached, factors)
-    return [part for group in groups for part in _split(group, by_parameter)]
+    return split_groups(groups, _factors_by_parameter(attached, factors))
+
+
+def split_groups(groups: Sequence[ParameterGroup], factors: Mapping[int, float]) -> list[ParameterGroup]:
+    """The parameter groups, split so that `lr_scale` is multiplied by the factor of each parameter.
+
+    Args:
+        factors: id of a parameter to its factor; 1 for parameters without one.
+    """
+    return [part for group in groups for part in _split(group, factors)]
 
 
 def _check_factors(factors: Mapping[str, float]) -> None:
@@ -63,8 +71,8 @@ def _factors_by_parameter(attached: Sequence[Attachment], factors: Mapping[str, 
     owners: dict[int, dict[str, float]] = {}
     trained: list[Site] = []
     for attachment in attached:
-        sites, main = _sites_of(attachment)
-        parameters = list(_parameters_by_site(attachment, sites))
+        sites, main = sites_of(attachment)
+        parameters = list(parameters_by_site(attachment, sites))
         chosen = [site for site in sites.values() if any(name == site.name for name, _ in parameters)]
         trained += chosen
         by_site: dict[str, float] = {}
@@ -76,10 +84,10 @@ def _factors_by_parameter(attached: Sequence[Attachment], factors: Mapping[str, 
             owners.setdefault(id(parameter), {})[name] = by_site.get(name, 1.0)
     if unused:
         raise _no_match(next(iter(unused)), trained)
-    return {key: _single(by_site) for key, by_site in owners.items()}
+    return {key: shared_factor(by_site, "block_lr") for key, by_site in owners.items()}
 
 
-def _sites_of(attachment: Attachment) -> tuple[dict[str, Site], frozenset[str]]:
+def sites_of(attachment: Attachment) -> tuple[dict[str, Site], frozenset[str]]:
     """Sites of the adapted towers by name, and the towers that patterns without a tower select from."""
     modules: Any = attachment.towers
     towers = towers_of(modules[""] if "" in modules else SimpleNamespace(components=modules))
@@ -88,7 +96,7 @@ def _sites_of(attachment: Attachment) -> tuple[dict[str, Site], frozenset[str]]:
     return sites, frozenset(s.tower for t in towers if t.main or len(towers) == 1 for s in t.sites)
 
 
-def _parameters_by_site(attachment: Attachment, sites: Mapping[str, Site]) -> Iterator[tuple[str, Tensor]]:
+def parameters_by_site(attachment: Attachment, sites: Mapping[str, Site]) -> Iterator[tuple[str, Tensor]]:
     """Site name and parameter of adapters and of trained base parameters; a shared parameter once per site."""
     for name, (_, adapter) in attachment.parts.items():
         yield from ((name, parameter) for parameter in adapter.parameters() if parameter.requires_grad)
@@ -116,12 +124,17 @@ def _no_match(text: str, sites: Sequence[Site]) -> SelectionError:
     return SelectionError(message, pattern=text, where="block_lr", given=text, expected=tuple(stages))
 
 
-def _single(by_site: Mapping[str, float]) -> float:
-    """The factor of a parameter, which must be the same at all of its sites."""
+def shared_factor(by_site: Mapping[str, float], option: str) -> float:
+    """The factor of a parameter, which must be the same at all of its sites.
+
+    Args:
+        by_site: name of each site to its factor. `option`: that sets the factors, for the error.
+    Raises:
+        SelectionError: the factors differ.
+    """
     if len(set(by_site.values())) > 1:
-        message = (
-            f"block_lr: {len(by_site)} sites share a parameter, and their factors are {sorted(set(by_site.values()))}. Give them "
-            "one factor."
-        )
-        raise SelectionError(message, where="block_lr", given=dict(by_site))
+        shared = f"{len(by_site)} sites share a parameter, and their factors are {sorted(set(by_site.values()))}"
+        remedy = "Give them one factor" if option == "block_lr" else f"Leave out {option}, or use a method without shared weights"
+        message = f"{option}: {shared}. {remedy}."
+        raise SelectionError(message, where=option, given=dict(by_site))
     return next(iter(by_site.values()))

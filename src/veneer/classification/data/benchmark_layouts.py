@@ -97,6 +97,25 @@ def coop_lines(root: Path) -> list[_Line]:
         raise _invalid(file, repr(error), "train, val and test with lists of [path, number, class name]") from error
 
 
+def coop_classes(root: Path) -> list[str]:
+    """Names of the classes of a dataset with CoOp's splits, as of `read_coop`, in the order of their numbers.
+
+    FGVC-Aircraft's are numbered by `variants.txt`.
+
+    Raises:
+        DataError: an invalid or missing file, or a name with two numbers.
+    """
+    file = coop_file(root)
+    if file is None:
+        return [name.replace("_", " ") for name in _text_lines(root / "variants.txt")]
+    coop_lines(root)  # checks the file
+    table = _json(file)
+    numbers = {(number, name) for key, _ in _SPLITS for _, number, name in table[key]}
+    if len(numbers) != len({name for _, name in numbers}) or not all(isinstance(number, int) for number, _ in numbers):
+        raise _invalid(file, "a class with several numbers, or without one", "one number for each class name")
+    return [name.replace("_", " ") for _, name in sorted(numbers)]
+
+
 def coop_file(root: Path) -> Path | None:
     """The `split_zhou_NAME.json` of a dataset, or None."""
     return next(iter(sorted(root.glob("split_zhou_*.json"))), None)

@@ -13,6 +13,7 @@ from veneer.training.data.image_io import DataError
 
 from .image_folder import is_image, is_inside, reader, visible
 from .labeled_images import SPLITS, LabeledRow, Source, Split, assemble, some
+from .multi_label.label_cells import LabelCellError, parse_labels, separator_notes
 
 _PATHS = ("path", "file_name", "filename", "file", "filepath", "file_path", "image", "image_path", "img")
 _LABELS = ("label", "class", "category", "target", "class_name", "labels")
@@ -36,10 +37,11 @@ class _TableRows(NamedTuple):
     notes: list[str]
 
 
-def read_csv(path: Path) -> Source:
+def read_csv(path: Path, multi_label: bool = False) -> Source:
     """Reads a CSV of path, label and optionally split, with a header or in this order.
 
-    The separator (comma, semicolon, tab or bar) is the most frequent one in the first line. Relative paths start at the table's
+    The separator (comma, semicolon, tab or bar) is the most frequent one in the first line; with `multi_label` only comma or tab,
+    because semicolons and bars separate the labels of an image (see `parse_labels`). Relative paths start at the table's
     folder and must stay inside it; absolute paths are allowed. A split is a word such as train, val or test. Duplicate lines
     count once.
 
@@ -47,8 +49,8 @@ def read_csv(path: Path) -> Source:
         DataError: invalid table; or, with line numbers: missing files, empty fields, unknown splits, one image with two labels or
             two splits.
     """
-    contents = _read_table(path, _csv_lines(path), path.parent, None)
-    return assemble(str(path), contents.rows, reader(contents.paths), contents.notes)
+    contents = _read_table(path, _csv_lines(path, multi_label), path.parent, None, multi_label)
+    return assemble(str(path), contents.rows, reader(contents.paths), contents.notes, multi_label)
 
 
 def metadata_files(root: Path) -> dict[Path, Split | None]:
@@ -59,20 +61,21 @@ def metadata_files(root: Path) -> dict[Path, Split | None]:
     return {path: split for path, split in places if path.is_file() and _has_labels(path)}
 
 
-def read_metadata(root: Path, tables: Mapping[Path, Split | None]) -> Source:
+def read_metadata(root: Path, tables: Mapping[Path, Split | None], multi_label: bool = False) -> Source:
     """Reads the metadata tables of an image folder of the `datasets` library. Raises the errors of `read_csv`."""
     rows: list[LabeledRow] = []
     paths: dict[str, Path] = {}
     notes: list[str] = []
     for table, split in tables.items():
-        contents = _read_table(table, _jsonl_lines(table) if table.suffix == ".jsonl" else _csv_lines(table), root, split)
+        lines = _jsonl_lines(table) if table.suffix == ".jsonl" else _csv_lines(table, multi_label)
+        contents = _read_table(table, lines, root, split, multi_label)
         rows += contents.rows
         paths.update(contents.paths)
         notes += contents.notes
-    return assemble(str(root), rows, reader(paths), notes)
+    return assemble(str(root), rows, reader(paths), notes, multi_label)
 
 
-def _read_table(table: Path, lines: Iterator[_Line], root: Path, split: Split | None) -> _TableRows:
+def _read_table(table: Path, lines: Iterator[_Line], root: Path, split: Split | None, multi_label: bool) -> _TableRows:
     rows: dict[str, LabeledRow] = {}
     paths: dict[str, Path] = {}
     first: dict[str, str] = {}
@@ -82,16 +85,19 @@ def _read_table(table: Path, lines: Iterator[_Line], root: Path, split: Split | 
     for line in lines:
         problem, path, name = _resolve_path(line, table.parent, root)
         word = SPLITS.get(line.split.lower()) if line.split else split
-        if not line.label:
-            problem = problem or line.error("no label", "", "label")
-        elif line.split and word is None:
+        labels: tuple[str, ...] = ("",)
+        try:
+            labels = parse_labels(line.label, multi_label)
+        except LabelCellError as error:
+            problem = problem or line.error(str(error), error.given, error.expected)
+        if labels[0] and line.split and word is None:
             text = f"split {line.split!r}; expected one of {', '.join(SPLITS)}"
             problem = problem or line.error(text, line.split, tuple(SPLITS))
         elif with_splits is not None and with_splits != (word is not None):
             problem = problem or line.error(
                 "some lines have a split and others do not; expected all or none", line.split, "split"
             )
-        row = LabeledRow(name, line.label, word)
+        row = LabeledRow(name, labels[0], word, labels[1:])
         if not problem and rows.get(name, row) != row:
             text = f"{name} is also in {first[name]}, with label {rows[name].label!r} and split {rows[name].split}"
             problem = line.error(text, name, first[name])
@@ -108,6 +114,7 @@ def _read_table(table: Path, lines: Iterator[_Line], root: Path, split: Split | 
         message = f"{table}: {len(problems):,} invalid lines; correct or remove them:{listing}{more}"
         raise DataError(message, file=table, where="lines", given=tuple(problems))
     notes = [f"{table}: {duplicates:,} duplicate lines ignored."] if duplicates else []
+    notes += [] if multi_label else separator_notes(table, (row.label for row in rows.values()))
     return _TableRows(list(rows.values()), paths, notes)
 
 
@@ -126,9 +133,9 @@ def _resolve_path(line: _Line, folder: Path, root: Path) -> tuple[DataError | No
     return (None if path.is_file() else line.error(f"no such file: {path}", line.path, "file")), path, name
 
 
-def _csv_lines(path: Path) -> Iterator[_Line]:
+def _csv_lines(path: Path, multi_label: bool) -> Iterator[_Line]:
     text = read_utf8(path)
-    separator = _separator(text)
+    separator = _separator(text, ",\t" if multi_label else ",;\t|")
     table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     columns: tuple[int, int, int | None] | None = None
     try:
@@ -161,9 +168,9 @@ def _columns(path: Path, cells: list[str], separator: str) -> tuple[bool, tuple[
     raise DataError(message, file=path, where="heading", given=tuple(cells), expected=("path", "label", "split"))
 
 
-def _separator(text: str) -> str:
+def _separator(text: str, separators: str = ",;\t|") -> str:
     first = next((line for line in text.splitlines() if line.strip()), "")
-    return max(",;\t|", key=first.count)  # the first of equally frequent ones
+    return max(separators, key=first.count)  # the first of equally frequent ones
 
 
 def _jsonl_lines(path: Path) -> Iterator[_Line]:
@@ -178,9 +185,14 @@ def _jsonl_lines(path: Path) -> Iterator[_Line]:
         if not isinstance(record, dict):
             message = f"{path}: line {number}: {text[:30]!r}; expected an object with file_name and label."
             raise DataError(message, file=path, where=f"line {number}", given=record, expected=("file_name", "label"))
-        words = {str(key).lower(): "" if value is None else str(value).strip() for key, value in record.items()}
+        words = {str(key).lower(): _cell(value) for key, value in record.items()}
         cells = (next((words[word] for word in known if word in words), "") for known in (_PATHS, _LABELS, _SPLITS))
         yield _Line(f"line {number}", *cells)
+
+
+def _cell(value: object) -> str:
+    """Text of a JSON value; a list stays JSON."""
+    return "" if value is None else json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value).strip()
 
 
 def _has_labels(path: Path) -> bool:

@@ -11,6 +11,7 @@ from veneer.training.data.image_io import DataError, read_bytes
 
 from .image_folder import files
 from .labeled_images import LIMITS, SPLITS, Example, LabeledRow, Source, Split, assemble, some
+from .multi_label.label_cells import LabelCellError, parse_labels
 
 _IMAGES = ("image", "img", "picture", "photo")
 _LABELS = ("label", "labels", "class", "category", "target", "fine_label")
@@ -30,10 +31,12 @@ def row_files(root: Path) -> list[Path]:
     )
 
 
-def read_rows(root: Path, tables: Sequence[Path]) -> Source:
+def read_rows(root: Path, tables: Sequence[Path], multi_label: bool = False) -> Source:
     """Reads Parquet or Arrow files. The split is taken from the name of the folder or file (`train/…`, `data/test-00000…`), if it
     has one. Parquet files are loaded into memory, Arrow files are memory-mapped.
 
+    Args:
+        multi_label: cells are lists of labels, or texts as in tables.
     Raises:
         DataError: pyarrow is missing, a file is damaged, or there is no image or label column.
     """
@@ -50,10 +53,11 @@ def read_rows(root: Path, tables: Sequence[Path]) -> Source:
             if label is None or (columns.names and label == -1):
                 unlabeled += 1
                 continue
-            rows.append(LabeledRow(name, _class(path, label, columns.names), split))
+            labels = _classes(path, name, label, columns.names, multi_label)
+            rows.append(LabeledRow(name, labels[0], split, labels[1:]))
             cells[name] = image
     notes = [f"{root}: {unlabeled:,} rows without a label skipped."] if unlabeled else []
-    return assemble(str(root), rows, partial(_content, cells, root), notes)
+    return assemble(str(root), rows, partial(_content, cells, root), notes, multi_label)
 
 
 def _content(cells: Mapping[str, tuple[Any, int]], root: Path, example: Example) -> bytes:
@@ -89,7 +93,8 @@ def _table(path: Path) -> Any:
 def _columns(path: Path, schema: Any) -> _Columns:
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     images = [name for name, each in features.items() if isinstance(each, dict) and each.get("_type") == "Image"]
-    labels = [name for name, each in features.items() if isinstance(each, dict) and each.get("_type") == "ClassLabel"]
+    kinds = {name: _element(each) for name, each in features.items()}
+    labels = [name for name, each in kinds.items() if isinstance(each, dict) and each.get("_type") == "ClassLabel"]
     image = next(iter([*images, *(name for name in _IMAGES if name in schema.names)]), None)
     known = [name for name in _LABELS if name in schema.names]
     label = next((name for name in known if name in labels), None) or next(iter([*labels, *known]), None)
@@ -97,12 +102,31 @@ def _columns(path: Path, schema: Any) -> _Columns:
         expected = "image" if image is None else "label"
         message = f"{path}: columns {some(schema.names)}; expected a column {expected}. Rename the column."
         raise DataError(message, file=path, where="columns", given=tuple(schema.names), expected=expected)
-    return _Columns(image, label, features[label].get("names") if label in labels else None)
+    return _Columns(image, label, kinds[label].get("names") if label in labels else None)
+
+
+def _element(feature: Any) -> Any:
+    """The feature of the entries of a list feature, or the feature itself."""
+    nested = feature.get("feature") if isinstance(feature, dict) and feature.get("_type") in ("Sequence", "List") else None
+    return feature if nested is None else nested
 
 
 def _cells(table: Any, name: str) -> Iterator[tuple[Any, int]]:
     """Chunk and index of every row of a column, without copying."""
     return ((chunk, row) for chunk in table.column(name).chunks for row in range(len(chunk)))
+
+
+def _classes(path: Path, row: str, label: object, names: Sequence[str] | None, multi_label: bool) -> tuple[str, ...]:
+    """Names of the classes of a cell."""
+    if isinstance(label, list) and multi_label and label:
+        return tuple(dict.fromkeys(_class(path, each, names) for each in label))
+    if not isinstance(label, list) and (names or not multi_label):
+        return (_class(path, label, names),)
+    try:
+        return parse_labels(json.dumps(label) if isinstance(label, list) else str(label), multi_label)
+    except LabelCellError as error:
+        message = f"{path}: {row}: {error}"
+        raise DataError(message, file=path, where=row, given=error.given, expected=error.expected) from error
 
 
 def _class(path: Path, label: object, names: Sequence[str] | None) -> str:

@@ -62,7 +62,7 @@ def check_images(
     readable = source.filter(lambda each: each.name not in reasons)
     unreadable = sorted(set(source.classes) - set(readable.classes))
     if unreadable:
-        first = next(each for each in source.examples if source.classes[each.label] == unreadable[0])
+        first = next(each for each in source.examples if source.classes.index(unreadable[0]) in each.labels)
         raise DataError(
             f"{source.where}: no readable image of {some(unreadable)}; expected at least one image of each class. "
             f"First error: {reasons[first.name]} Replace the images, or remove the class.",
@@ -72,12 +72,12 @@ def check_images(
         )
     untrained = _classes_without_training(readable)
     for each in readable.examples:
-        if each.label in untrained:
-            reasons[each.name] = f"{each.name}: {readable.classes[each.label]} has no training image"
+        if untrained.issuperset(each.labels):
+            reasons[each.name] = f"{each.name}: {readable.label_text(each)} has no training image"
     if reasons and strict:
         message = f"{source.where}: {len(reasons):,} of {len(source):,} images cannot be used:{_listing(reasons, None)}"
         raise DataError(message, file=source.where, where="pictures", given=tuple(reasons))
-    usable = readable.filter(lambda each: each.label not in untrained)
+    usable = readable.without_labels(untrained)
     _check_classes(usable)
     hashes = {each.name: check.hash for each, check in zip(source.examples, opened, strict=True) if each.name not in reasons}
     notes = [*source.notes, *_skipped(source, reasons, folder)]
@@ -134,7 +134,7 @@ def _classes_without_training(source: Source) -> set[int]:
     """Labels of the classes that have no image in the data's own training split."""
     if not source.has_splits:
         return set()
-    return set(range(len(source.classes))) - {each.label for each in source.examples if each.split == "train"}
+    return set(range(len(source.classes))) - {n for each in source.examples if each.split == "train" for n in each.labels}
 
 
 def _check_classes(source: Source) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -29,11 +29,18 @@ class Example:
         name: unique in its source and independent of the machine: a path with forward slashes, or a row number.
         label: index of its class in `Source.classes`.
         split: its split in the data, or None if the data has no splits.
+        others: further labels of an image with several, ascending after `label`.
     """
 
     name: str
     label: int
     split: Split | None = None
+    others: tuple[int, ...] = ()
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """All labels, ascending."""
+        return (self.label, *self.others)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Source:
         hashes: BLAKE2b of the bytes by name, as far as they have been read; see `check_images`.
         mirror: whether a mirrored image still belongs to its class; False for digits.
         limits: limits of the decoder.
+        multi_label: whether images may have several labels.
     """
 
     where: str
@@ -59,6 +67,7 @@ class Source:
     hashes: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     mirror: bool = True
     limits: PhotoLimits = LIMITS
+    multi_label: bool = False
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -82,7 +91,7 @@ class Source:
     @cached_property
     def digest(self) -> str:
         """Hash of classes, names, labels and splits, without the image bytes."""
-        rows = (f"{each.name}\n{each.label}\n{each.split}" for each in self.examples)
+        rows = (f"{each.name}\n{','.join(map(str, each.labels))}\n{each.split}" for each in self.examples)
         return cache_key(len(self.classes), *self.classes, *rows)
 
     @property
@@ -92,24 +101,44 @@ class Source:
 
     def counts(self, split: Split | None = None) -> dict[str, int]:
         """Number of images of each class, in one split or in all."""
-        counts = Counter(each.label for each in self.examples if split is None or each.split == split)
+        counts = Counter(label for each in self.examples if split is None or each.split == split for label in each.labels)
         return {name: counts[label] for label, name in enumerate(self.classes)}
 
     def filter(self, predicate: Callable[[Example], bool]) -> "Source":
         """The examples that satisfy `predicate`, without empty classes; labels are renumbered."""
         remaining = [each for each in self.examples if predicate(each)]
-        old = sorted({each.label for each in remaining})
+        old = sorted({label for each in remaining for label in each.labels})
         new = {label: index for index, label in enumerate(old)}
-        examples = tuple(replace(each, label=new[each.label]) for each in remaining)
+        examples = tuple(_with_labels(each, [new[label] for label in each.labels]) for each in remaining)
         return replace(self, classes=tuple(self.classes[label] for label in old), examples=examples)
+
+    def without_labels(self, labels: Collection[int]) -> "Source":
+        """The source without some labels, and without the images that have no other; labels are renumbered."""
+        kept = [(each, [label for label in each.labels if label not in labels]) for each in self.examples]
+        examples = tuple(_with_labels(each, of_image) for each, of_image in kept if of_image)
+        return replace(self, examples=examples).filter(lambda each: True)
+
+    def label_text(self, example: Example) -> str:
+        """Name of an example's class; of several, joined by a bar."""
+        return "|".join(self.classes[label] for label in example.labels)
+
+
+def _with_labels(example: Example, labels: Sequence[int]) -> Example:
+    return replace(example, label=labels[0], others=tuple(labels[1:]))
 
 
 class LabeledRow(NamedTuple):
-    """An image as found by a reader: its name, the name of its class, and its split."""
+    """An image as found by a reader: its name, the name of its class, its split, and the names of further classes."""
 
     name: str
     label: str
     split: Split | None
+    others: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of all classes."""
+        return (self.label, *self.others)
 
 
 def hash_of(data: bytes) -> str:
@@ -117,7 +146,13 @@ def hash_of(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=20).hexdigest()
 
 
-def assemble(where: str, rows: Iterable[LabeledRow], content: Callable[[Example], bytes], notes: Sequence[str] = ()) -> Source:
+def assemble(
+    where: str,
+    rows: Iterable[LabeledRow],
+    content: Callable[[Example], bytes],
+    notes: Sequence[str] = (),
+    multi_label: bool = False,
+) -> Source:
     """Builds a source from rows in any order.
 
     Raises:
@@ -136,9 +171,11 @@ def assemble(where: str, rows: Iterable[LabeledRow], content: Callable[[Example]
         names = sorted(map(str, splits))
         message = f"{where}: splits {some(names)}; expected one named train."
         raise DataError(message, file=where, where="splits", given=tuple(names), expected="train")
-    classes = tuple(sorted({row.label for row in ordered}))
+    classes = tuple(sorted({name for row in ordered for name in row.labels}))
     label_of = {name: label for label, name in enumerate(classes)}
-    return Source(where, classes, tuple(Example(r.name, label_of[r.label], r.split) for r in ordered), content, tuple(notes))
+    indices = [sorted(label_of[name] for name in row.labels) for row in ordered]
+    examples = [Example(row.name, labels[0], row.split, tuple(labels[1:])) for row, labels in zip(ordered, indices, strict=True)]
+    return Source(where, classes, tuple(examples), content, tuple(notes), multi_label=multi_label)
 
 
 def some(names: Sequence[str], most: int = 8) -> str:

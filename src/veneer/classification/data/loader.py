@@ -13,6 +13,7 @@ from torch import Tensor
 
 from veneer.training.data.image_io import DataError
 
+from ..objectives.multi_label import objective_of
 from .labeled_images import Source
 
 SampleKey = tuple[int, int]
@@ -73,6 +74,7 @@ class ImageLoader:
     def __init__(self, images: DecodedImages | Source, view: View, threads: int = 0) -> None:
         self.images = DecodedImages(images, 0) if isinstance(images, Source) else images
         self.view = view
+        self.objective = objective_of(self.images.source.multi_label)
         side = self.images.side
         if side is not None and (view.side is None or side < view.side):
             message = f"ImageLoader: images of side {side}; expected at least {view.side} for this view. Pass side=view.side."
@@ -88,15 +90,17 @@ class ImageLoader:
                 self._pending[each] = self._pool.submit(self._load, each)
 
     def __call__(self, samples: Sequence[SampleKey]) -> tuple[Tensor, Tensor]:
-        """Pixels `(n, 3, height, width)` float32 and labels `(n,)` int64 of n samples, in their order.
+        """Pixels `(n, 3, height, width)` float32 and targets of n samples, in their order: labels `(n,)` int64, or of images with
+        several labels 0 and 1 `(n, classes)` float32.
 
         Raises:
             DataError: an image that can no longer be read, or has changed.
         """
         self.prefetch(samples)
         pending = {each: self._pending.pop(each) for each in dict.fromkeys(samples)}
-        examples = self.images.source.examples
-        return torch.stack([pending[each].result() for each in samples]), torch.tensor([examples[i].label for _, i in samples])
+        source = self.images.source
+        targets = self.objective.targets([source.examples[i].labels for _, i in samples], len(source.classes))
+        return torch.stack([pending[each].result() for each in samples]), targets
 
     def batches(self, indices: Sequence[int], size: int, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of all `indices` in order, the last possibly smaller; the next batch is prefetched."""

@@ -8,12 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
+
 from veneer.training.data.image_io import DataError
 
 from ..config import TransferConfig
+from ..objectives.multi_label import objective_of
+from ..objectives.objective import Objective
 from ..train.batches import Batch
 from .image_checks import check_images
-from .labeled_images import Source
+from .labeled_images import Source, Split
 from .loader import DecodedImages, ImageLoader
 from .sources import open_source
 from .split_files import check_options, load_splits, save_splits
@@ -34,6 +38,16 @@ class Data:
         """Names of the classes."""
         return self.source.classes
 
+    @property
+    def objective(self) -> Objective:
+        """Targets, loss, metrics and predictions of the images."""
+        return objective_of(self.source.multi_label)
+
+    def targets(self, split: Split) -> Tensor:
+        """Targets of a split."""
+        examples = (self.source.examples[index] for index in getattr(self.splits, split))
+        return self.objective.targets([each.labels for each in examples], len(self.classes))
+
 
 def open_data(config: TransferConfig, out: Path, progress: Callable[[int, int], None] | None = None) -> Data:
     """Reads, checks and splits the images. The splits are saved in `out/splits.json`; a resumed run reuses them.
@@ -42,7 +56,8 @@ def open_data(config: TransferConfig, out: Path, progress: Callable[[int, int], 
         DataError: no images, fewer than two classes, an empty training, validation or test split, or splits in `out` that were
             made with other options.
     """
-    checked = check_images(open_source(config.data), folder=out, threads=config.workers or None, progress=progress)
+    source = open_source(config.data, config.multi_label)
+    checked = check_images(source, folder=out, threads=config.workers or None, progress=progress)
     file = out / "splits.json"
     options = {name: getattr(config, name) for name in ("split_seed", "validation", "test", "shots")}
     if config.resume and file.is_file():

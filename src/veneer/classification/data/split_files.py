@@ -24,7 +24,7 @@ def save_splits(splits: Splits, source: Source, path: Path, options: Mapping[str
     hashes = hashes_of(source)
 
     def lines(indices: Sequence[int]) -> list[list[str]]:
-        return [[source.examples[i].name, source.classes[source.examples[i].label], hashes[i]] for i in indices]
+        return [[source.examples[i].name, source.label_text(source.examples[i]), hashes[i]] for i in indices]
 
     table: dict[str, Any] = {"form": _FORM, "seed": splits.seed, "shots": splits.shots, "made": list(splits.made)}
     table |= {"classes": list(source.classes), "pictures": len(source), "digest": splits.digest, "notes": list(splits.notes)}
@@ -92,7 +92,7 @@ def _indices(
         if index is None:
             problems.append(DataError(f"{name}: missing or unreadable", where=name, given="missing"))
             continue
-        current = source.classes[source.examples[index].label]
+        current = source.label_text(source.examples[index])
         if current != label:
             problems.append(DataError(f"{name}: class {current}; expected {label}", where=name, given=current, expected=label))
         elif hashes[index] != value:

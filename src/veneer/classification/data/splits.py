@@ -15,6 +15,7 @@ from veneer.training.data.latent_cache import cache_key
 from veneer.training.loop.seeds import mix
 
 from .labeled_images import Source, Split, hash_of, some
+from .multi_label.stratification import stratify
 
 _Copies = list[int]  # indices in source.examples of images with the same bytes
 
@@ -43,7 +44,7 @@ class Splits:
 
 
 def split(source: Source, seed: int, *, validation: float = 0.1, test: float = 0.15, shots: int | None = None) -> Splits:
-    """Splits a source into train, validation and test, stratified by class.
+    """Splits a source into train, validation and test, stratified by class; images with several labels by `stratify`.
 
     The data's own splits are kept; a missing split is taken from train. Copies of an image go to the same split. A class of n
     images contributes `round(n * fraction)` images, at least one, to each created split, as long as one training image remains:
@@ -68,8 +69,15 @@ def split(source: Source, seed: int, *, validation: float = 0.1, test: float = 0
     notes = list(_leaks(source, hashes, members))
     fractions: dict[Split, float] = {"test": test, "validation": validation}
     made: tuple[Split, ...] = tuple(name for name, fraction in fractions.items() if fraction and not members[name])
-    for label, groups in _groups(source, hashes, members["train"], seed).items():
-        notes += _split_class(source.classes[label], groups, members, {name: fractions[name] for name in made})
+    shares = {name: fractions[name] for name in made}
+    if source.multi_label:
+        notes += _stratify(source, hashes, members, seed, shares)
+    else:
+        for label, groups in _groups(source, hashes, members["train"], seed).items():
+            notes += _split_class(source.classes[label], groups, members, shares)
+    if shots is not None and source.multi_label:
+        message = "split: shots counts the images of one class each, but images have several labels. Leave out shots."
+        raise DataError(message, where="shots", given=shots, expected=None)
     if shots is not None:
         notes += _limit_shots(source, hashes, members, seed, shots)
     train, val, tested = (tuple(sorted(members[name])) for name in ("train", "validation", "test"))
@@ -83,7 +91,7 @@ def hashes_of(source: Source) -> list[str]:
 
 def digest_of(source: Source, hashes: Sequence[str], splits: Sequence[Sequence[int]]) -> str:
     """Hash of splits; see `Splits.digest`."""
-    rows = ((source.examples[i].name, source.classes[source.examples[i].label], hashes[i]) for indices in splits for i in indices)
+    rows = ((source.examples[i].name, source.label_text(source.examples[i]), hashes[i]) for indices in splits for i in indices)
     return cache_key(*map(len, splits), *(field for row in rows for field in row))
 
 
@@ -98,6 +106,25 @@ def _groups(source: Source, hashes: Sequence[str], indices: set[int], seed: int)
     for of_class in groups.values():
         of_class.sort(key=lambda group: mix(seed, source.examples[group[0]].name))
     return dict(sorted(groups.items()))
+
+
+def _stratify(
+    source: Source, hashes: Sequence[str], members: dict[Split, set[int]], seed: int, shares: dict[Split, float]
+) -> Iterator[str]:
+    """Moves images with several labels from train to the created splits. Yields notes."""
+    copies: dict[str, _Copies] = {}
+    for index in sorted(members["train"], key=lambda each: mix(seed, source.examples[each].name)):
+        copies.setdefault(hashes[index], []).append(index)
+    groups = list(copies.values())
+    labels = [sorted({label for index in group for label in source.examples[index].labels}) for group in groups]
+    for group, number in zip(groups, stratify(labels, [*shares.values()]), strict=True):
+        if number is not None:
+            _move(group, groups[:], members, [*shares][number])
+    for name in shares:
+        present = {label for index in members[name] for label in source.examples[index].labels}
+        absent = [each for label, each in enumerate(source.classes) if label not in present]
+        if absent:
+            yield f"too few images of {some(absent)} for the {name} split; the labels are missing there."
 
 
 def _split_class(
@@ -154,7 +181,7 @@ def _leaks(source: Source, hashes: Sequence[str], members: dict[Split, set[int]]
         shared = [group for group in duplicates if {one, other} <= {split_of[index] for index in group}]
         if shared:
             yield f"{len(shared):,} images are in both {one} and {other}: {effect}. Remove the copies: {_names(source, shared)}."
-    conflicting = [group for group in duplicates if len({source.examples[index].label for index in group}) > 1]
+    conflicting = [group for group in duplicates if len({source.examples[index].labels for index in group}) > 1]
     if conflicting:
         yield f"{len(conflicting):,} images have two classes. Remove the wrong copies: {_names(source, conflicting)}."
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from veneer.injection import Attachment, VeneerError, attachments
 
 from ..models.classifier import Classifier
+from ..objectives.objective import Objective
+from ..objectives.single_label import SINGLE_LABEL
 
 Run = Callable[[Tensor], Tensor]
 """Logits (n, classes) of pixels (n, 3, height, width)."""
@@ -32,11 +34,13 @@ class ExportSource:
     Args:
         classifier: in float32, on the CPU. `data`: preprocessing in timm's data config format, as prediction uses it.
         include_normalization: the graph takes pixels in 0 to 1 and normalizes them.
+        objective: of its training.
     """
 
     classifier: Classifier
     data: Mapping[str, Any]
     include_normalization: bool = False
+    objective: Objective = SINGLE_LABEL
 
     @property
     def model(self) -> nn.Module:

@@ -20,6 +20,7 @@ def describe(source: ExportSource) -> dict[str, Any]:
         "model": Path(name).name if Path(name).is_dir() else name,
         "methods": [attachment.method.name for attachment in source.attached],
         "label_names": list(source.classifier.classes),
+        **source.objective.metadata,
         "preprocessing": source.preprocessing(),
     }
 

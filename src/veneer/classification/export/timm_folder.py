@@ -33,7 +33,8 @@ def _write(source: ExportSource, folder: Path) -> None:
     model: Any = source.model
     folder.mkdir()
     save_weights(model.state_dict(), folder / "model.safetensors")
-    config = {"label_names": list(source.classifier.classes), "pretrained_cfg": _pretrained_config(source)}
+    labels = {"label_names": list(source.classifier.classes), **source.objective.metadata}
+    config = {**labels, "pretrained_cfg": _pretrained_config(source)}
     save_config: Any = _hub.save_config_for_hf
     save_config(model, folder / "config.json", config, _arguments(source))
 

@@ -68,7 +68,7 @@ class CachedFeatures:
             self.compute(("train", "validation"))
             splits = self.views.data.splits
             train, validation = (self([(0, index) for index in indices]) for indices in (splits.train, splits.validation))
-            self._probe = solve_head(train, validation, classes)
+            self._probe = solve_head(train, validation, classes, self.views.data.objective)
         return self._probe
 
     def compute(self, splits: Sequence[str] = SPLITS) -> None:

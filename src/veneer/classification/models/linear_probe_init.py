@@ -12,11 +12,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import linear
 
 from veneer.injection import Attachment
 from veneer.injection.sites import ParamSite, WeightSite
 
+from ..objectives.objective import Objective
+from ..objectives.single_label import SINGLE_LABEL
 from ..train.batches import Batch
 
 PENALTIES = tuple(10.0 ** (-step / 2) for step in range(2, 15))
@@ -48,13 +50,15 @@ def init_head(solved: Head, attached: Sequence[Attachment], path: str) -> None:
         parameters[name].copy_(value)
 
 
-def solve_head(train: Batch, validation: Batch, classes: int) -> Head:
-    """Weight (classes, D) and bias of the multinomial logistic regression min_V,c mean CE(V x + c, y) + λ/2 |V|².
+def solve_head(train: Batch, validation: Batch, classes: int, objective: Objective = SINGLE_LABEL) -> Head:
+    """Weight (classes, D) and bias of the logistic regression min_V,c L(V x + c, y) + λ/2 |V|².
 
-    λ decreases along `PENALTIES`, each solution initialized with the previous one, while the validation cross-entropy falls.
+    L is the loss of the objective: the cross-entropy of a multinomial regression, or of several labels per image the mean
+    binary cross-entropy of one regression per class. λ decreases along `PENALTIES`, each solution initialized with the previous
+    one, while L falls on the validation images.
 
     Args:
-        train, validation: features (N, D) and labels.
+        train, validation: features (N, D) and targets.
     """
     (x, y), (x_val, y_val) = train, validation
     center = x.mean(dim=0)
@@ -64,8 +68,8 @@ def solve_head(train: Batch, validation: Batch, classes: int) -> Head:
     weight, bias = x.new_zeros(classes, x.shape[1]), x.new_zeros(classes)
     best, least = (weight, bias), float("inf")
     for penalty in PENALTIES:
-        weight, bias = _fit(x, y, weight, bias, penalty)
-        loss = cross_entropy(linear(x_val, weight, bias), y_val).item()
+        weight, bias = _fit(x, y, weight, bias, penalty, objective)
+        loss = objective.loss(linear(x_val, weight, bias), y_val).item()
         if loss >= least:
             break
         best, least = (weight, bias), loss
@@ -73,13 +77,13 @@ def solve_head(train: Batch, validation: Batch, classes: int) -> Head:
     return weight, best[1] - weight @ center
 
 
-def _fit(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, penalty: float) -> Head:
+def _fit(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, penalty: float, objective: Objective) -> Head:
     weight, bias = (t.clone().requires_grad_(True) for t in (weight, bias))
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = cross_entropy(linear(x, weight, bias), y) + penalty / 2 * weight.square().sum()
+        value = objective.loss(linear(x, weight, bias), y) + penalty / 2 * weight.square().sum()
         value.backward()
         return value
 

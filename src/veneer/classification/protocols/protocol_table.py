@@ -19,6 +19,7 @@ class TaskRun:
 
     Args:
         task: its folder name in the protocol. `row`, `seed`: of the run. `shots`: training images per class, or None.
+        new_accuracy: test accuracy on new classes, or None.
     """
 
     task: str
@@ -26,11 +27,12 @@ class TaskRun:
     seed: int
     shots: int | None
     test_accuracy: float
+    new_accuracy: float | None = None
 
 
 def task_runs(task: str, shots: int | None, runs: Sequence[RunMetrics]) -> list[TaskRun]:
     """The runs of a comparison on one task."""
-    return [TaskRun(task, run.row, run.seed, shots, run.test_accuracy) for run in runs]
+    return [TaskRun(task, run.row, run.seed, shots, run.test_accuracy, run.new_accuracy) for run in runs]
 
 
 def summarize(protocol: Protocol, runs: Sequence[TaskRun]) -> list[dict[str, Any]]:

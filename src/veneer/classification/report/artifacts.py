@@ -20,10 +20,10 @@ from veneer.training.loop.disk_space import writing
 from ..config import TransferConfig
 from ..data.run_data import Data
 from ..models.classifier import Classifier
+from ..objectives.objective import Evaluation, Metrics
 from ..train.hyperparameter_search import read_search
 from ..train.train import ClassifierTrainer, TransferResult
-from .metrics import ClassificationMetrics, compute_metrics
-from .plots import write_confusion, write_curves, write_mistakes
+from .plots import write_curves
 from .verdict import evidence_of, verdict
 
 FORM = 1
@@ -46,17 +46,11 @@ def write_results(
     assert result.best is not None
     stored = write_files(config, data, classifier, attached, out)
     logits, labels = trainer.predict("test")
-    metrics = compute_metrics(logits, labels)
-    test_indices = data.splits.test
-    write_confusion(metrics, classifier.classes, out / "confusion.png")
-    write_curves(result.loop.losses, result.epochs, result.best, out / "curves.png")
-    write_mistakes(
-        logits,
-        labels,
-        classifier.classes,
-        lambda i: data.source.read(data.source.examples[test_indices[i]]),
-        out / "mistakes.png",
-    )
+    metrics = data.objective.metrics(logits, labels)
+    images = [data.source.examples[index] for index in data.splits.test]
+    write_curves(result.loop.losses, result.epochs, result.best, out / "curves.png", data.objective.metric)
+    evaluation = Evaluation(logits, labels, classifier.classes, lambda i: data.source.read(images[i]))
+    data.objective.write_plots(evaluation, metrics, out)
     record = _record(config, data, classifier, attached, result, metrics) | {"stored_bytes": stored, "search": read_search(out)}
     assert result.validation is not None
     record["verdict"] = verdict(evidence_of(trainer, (logits, labels), result.validation), config).as_dict()
@@ -88,19 +82,20 @@ def _record(
     classifier: Classifier,
     attached: Sequence[Attachment],
     result: TransferResult,
-    metrics: ClassificationMetrics,
+    metrics: Metrics,
 ) -> dict[str, Any]:
     """Metrics of a run, and everything they depend on."""
     best, validation = result.best, result.validation
     assert best is not None
     assert validation is not None
+    key = data.objective.key
     return {
-        "test_accuracy": metrics.accuracy,
+        f"test_{key}": metrics.score,
         "test_interval_95": list(metrics.interval),
-        "val_accuracy": validation.accuracy,
+        f"val_{key}": validation.score,
         "trainable_parameters": result.trainable,
         "test": metrics.as_dict(classifier.classes),
-        "validation": {"accuracy": validation.accuracy, "interval_95": list(validation.interval)},
+        "validation": {key: validation.score, "interval_95": list(validation.interval)},
         "chosen": asdict(best),
         "epochs": [asdict(epoch) for epoch in result.epochs],
         "training": {
@@ -153,6 +148,7 @@ def model_record(config: TransferConfig, classifier: Classifier) -> dict[str, An
         "precision": config.mixed_precision,
         "templates": list(config.templates),
         "adapted": bool(config.names()) or classifier.fresh,
+        **({"multi_label": True} if config.multi_label else {}),
     }
 
 

@@ -23,7 +23,8 @@ class SummaryRow:
     """Metrics of one method row over its seeds.
 
     Args:
-        row: label of the row. `seeds`: their number. `accuracy`, `half`: mean test accuracy and half its 95 % interval.
+        row: label of the row. `seeds`: their number. `accuracy`, `half`: mean test accuracy (with several labels mean average
+            precision, as everywhere here) and half its 95 % interval.
         over, over_half: mean of the differences to the baseline, paired by seed, and half its interval, or None.
         validation: mean validation accuracy of the selected epochs.
     """
@@ -64,10 +65,10 @@ def baseline_name(lines: Sequence[SummaryRow]) -> str:
     return BASELINES.get(baseline_of([line.row for line in lines]), "a baseline")
 
 
-def table(lines: Sequence[SummaryRow]) -> str:
-    """Markdown table, sorted by validation accuracy."""
+def table(lines: Sequence[SummaryRow], metric: str = "accuracy") -> str:
+    """Markdown table, sorted by the validation metric. `metric`: its name."""
     head = (
-        f"| method | test accuracy, % | over {baseline_name(lines)} | validation, % | trainable parameters | adapter file "
+        f"| method | test {metric}, % | over {baseline_name(lines)} | validation, % | trainable parameters | adapter file "
         "| step time / frozen forward | peak memory per step | learning rate |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
     ordered = sorted(lines, key=lambda line: -line.validation)
@@ -86,7 +87,7 @@ def _line(line: SummaryRow) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def verdict(lines: Sequence[SummaryRow]) -> list[str]:
+def verdict(lines: Sequence[SummaryRow], metric: str = "accuracy") -> list[str]:
     """Sentences on which methods beat the baseline, by the 95 % interval of the paired differences."""
     others = [(x.row, x.over, x.over_half) for x in lines if x.over is not None and x.over_half is not None]
     better = [row for row, over, half in others if over - half > 0]
@@ -98,12 +99,17 @@ def verdict(lines: Sequence[SummaryRow]) -> list[str]:
     best = max(lines, key=lambda line: line.validation, default=None)
     if best is not None:
         accuracy = f"{100 * best.accuracy:.1f} ± {_half(best.half)}"
-        sentences.append(f"Best validation accuracy: {best.row}, with test accuracy {accuracy}.")
+        sentences.append(f"Best validation {metric}: {best.row}, with test {metric} {accuracy}.")
     return sentences
 
 
-def write_accuracy_plot(lines: Sequence[SummaryRow], title: str, path: Path) -> None:
-    """Plots test accuracy over trainable parameters; bars are 95 % intervals over seeds."""
+def comparison_page(title: str, about: str, lines: Sequence[SummaryRow], metric: str = "accuracy") -> str:
+    """Markdown page of a comparison: the table and the sentences on the baseline. `about`: the data and the options."""
+    return "\n".join([f"# {title}", "", about, "", table(lines, metric), "", *verdict(lines, metric), ""])
+
+
+def write_accuracy_plot(lines: Sequence[SummaryRow], title: str, path: Path, metric: str = "accuracy") -> None:
+    """Plots the test metric over trainable parameters; bars are 95 % intervals over seeds."""
     figure, axes = panels(8.6, 5.2)
     for line in lines:
         half = 0.0 if math.isinf(line.half) else 100 * line.half
@@ -115,7 +121,7 @@ def write_accuracy_plot(lines: Sequence[SummaryRow], title: str, path: Path) -> 
     if baseline is not None:
         axes.axhline(100 * baseline.accuracy, color=ORANGE, linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
-    axes.set(xlabel="trainable parameters", ylabel="test accuracy, %", title=title)
+    axes.set(xlabel="trainable parameters", ylabel=f"test {metric}, %", title=title)
     axes.grid(alpha=0.25)
     write_figure(figure, path)
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..objectives.objective import Baseline
+
 Z = 1.959963984540054
 """The normal quantile of a 95 % interval."""
 
@@ -40,6 +42,23 @@ class ClassificationMetrics:
     top5: float | None = None
     macro_f1: float = 0.0
     auc: float | None = None
+
+    @property
+    def score(self) -> float:
+        """Accuracy, the metric that selects the epoch."""
+        return self.accuracy
+
+    def baseline(self) -> Baseline:
+        """The better of chance and always predicting the most frequent class."""
+        counts = [sum(row) for row in self.confusion]
+        frequent, chance = max(counts) / self.images, 1 / len(counts)
+        low, high = self.interval
+        return Baseline(
+            max(frequent, chance),
+            f"Test accuracy is {self.accuracy:.1%} [{low:.1%}, {high:.1%}]; the most frequent class gives {frequent:.1%}, "
+            f"chance {chance:.1%}.",
+            "The test accuracy is not clearly above always predicting the most frequent class.",
+        )
 
     def as_dict(self, classes: Sequence[str]) -> dict[str, Any]:
         """The metrics as JSON values, with recall by class name."""

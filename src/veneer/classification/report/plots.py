@@ -32,8 +32,8 @@ def write_confusion(metrics: ClassificationMetrics, classes: Sequence[str], path
     interval = f"95 % interval {low:.1%} to {high:.1%}"
     figure.suptitle(f"accuracy {metrics.accuracy:.1%}, {metrics.images:,} test images\n{interval}", fontsize=10)
     size = max(3.0, min(9.0, 200 / max(number, 1)))
-    axes.set_xticks(range(number), [_short(c) for c in classes], rotation=60, ha="right", fontsize=size)
-    axes.set_yticks(range(number), [_short(c) for c in classes], fontsize=size)
+    axes.set_xticks(range(number), [shorten(c) for c in classes], rotation=60, ha="right", fontsize=size)
+    axes.set_yticks(range(number), [shorten(c) for c in classes], fontsize=size)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if number <= 30:
@@ -44,8 +44,8 @@ def write_confusion(metrics: ClassificationMetrics, classes: Sequence[str], path
     write_figure(figure, path)
 
 
-def write_curves(losses: Sequence[float], epochs: Sequence[Epoch], best: Epoch, path: Path) -> None:
-    """Plots the training loss by step, validation loss and accuracy by epoch, and the selected epoch."""
+def write_curves(losses: Sequence[float], epochs: Sequence[Epoch], best: Epoch, path: Path, metric: str = "accuracy") -> None:
+    """Plots the training loss by step, validation loss and metric by epoch, and the selected epoch."""
     figure, (left, right) = panels(9.5, 3.6, columns=2)
     if losses:
         left.plot(range(1, len(losses) + 1), losses, color=GREY, alpha=0.25, linewidth=0.8)
@@ -54,7 +54,7 @@ def write_curves(losses: Sequence[float], epochs: Sequence[Epoch], best: Epoch, 
     left.plot(steps, [e.val_loss for e in epochs], color=BLUE, marker=".", label="validation")
     left.set(xlabel="step", ylabel="loss", title="loss")
     right.plot(steps, [e.val_accuracy for e in epochs], color=BLUE, marker=".", label="validation")
-    right.set(xlabel="step", ylabel="accuracy", title="accuracy")
+    right.set(xlabel="step", ylabel=metric, title=metric)
     for axes in (left, right):
         axes.axvline(best.step, color=ORANGE, linestyle="--", linewidth=1, label=f"selected: epoch {best.epoch}")
         axes.grid(alpha=0.25)
@@ -73,20 +73,27 @@ def write_mistakes(
     confidence, predictions = logits.double().softmax(1).max(1)
     wrong = [i for i in confidence.argsort(descending=True, stable=True).tolist() if predictions[i] != labels[i]]
     worst = wrong[:MISTAKES]
-    columns = 6 if len(worst) > 8 else 4 if len(worst) > 3 else 3
-    rows = max(1, -(-len(worst) // columns))
+    cells = []
+    for i in worst:
+        true, predicted = classes[int(labels[i])], classes[int(predictions[i])]
+        cells.append((image(i), f"{shorten(predicted)} {float(confidence[i]):.0%}\nis {shorten(true)}"))
+    title = f"{len(wrong):,} of {len(labels):,} test images misclassified"
+    write_image_grid(cells, title + (f"; the {len(worst)} most confident" if len(wrong) > len(worst) else ""), path)
+
+
+def write_image_grid(images: Sequence[tuple[Image.Image, str]], title: str, path: Path) -> None:
+    """Plots images with a title each, and a title above them."""
+    columns = 6 if len(images) > 8 else 4 if len(images) > 3 else 3
+    rows = max(1, -(-len(images) // columns))
     figure, grid = panels(1.75 * columns, 2.1 * rows + 0.5, columns=columns, rows=rows)
     cells = list(grid.flat)
     for cell in cells:
         cell.axis("off")
-    for cell, i in zip(cells, worst, strict=False):
-        thumbnail = image(i)
+    for cell, (thumbnail, text) in zip(cells, images, strict=False):
         thumbnail.thumbnail((240, 240))
         cell.imshow(thumbnail)
-        true, predicted = classes[int(labels[i])], classes[int(predictions[i])]
-        cell.set_title(f"{_short(predicted)} {float(confidence[i]):.0%}\nis {_short(true)}", fontsize=8)
-    title = f"{len(wrong):,} of {len(labels):,} test images misclassified"
-    figure.suptitle(title + (f"; the {len(worst)} most confident" if len(wrong) > len(worst) else ""), fontsize=10)
+        cell.set_title(text, fontsize=8)
+    figure.suptitle(title, fontsize=10)
     write_figure(figure, path)
 
 
@@ -115,5 +122,6 @@ def _smoothed(values: Sequence[float], window: int = 20) -> list[float]:
     return means
 
 
-def _short(name: str, most: int = 18) -> str:
+def shorten(name: str, most: int = 18) -> str:
+    """The name, cut off with an ellipsis if it is longer than `most` characters."""
     return name if len(name) <= most else name[: most - 1] + "…"

@@ -2,7 +2,8 @@
 
 The baselines are chance (1 / classes), the share of the most frequent class, and a linear probe on the frozen features, on
 the same test images. An accuracy is better than a share if its whole Wilson interval is above it; the run is better or worse than
-the probe if the whole 95 % interval of the paired difference says so.
+the probe if the whole 95 % interval of the paired difference says so. Of images with several labels, the metric is the mean
+average precision, chance is that of a random ranking, and the probe is compared by the label ranking average precision.
 
 | outcome | when |
 |---|---|
@@ -24,8 +25,8 @@ from torch.nn.functional import linear
 from veneer.training.report.metrics import mean_interval
 from veneer.training.report.verdict import Verdict
 
+from ..objectives.objective import Metrics
 from ..train.batches import logits_of
-from .metrics import ClassificationMetrics, compute_metrics
 
 if TYPE_CHECKING:
     from ..config import TransferConfig
@@ -41,41 +42,47 @@ class Evidence:
 
     Args:
         test, validation: metrics of the run. `train`: of training images without augmentation, or None.
-        probe: for each test image 1 if the linear probe is right, else 0; None if there is no probe, or the run is one.
+        probe: for each test image 1 if the linear probe is right, else 0; None if there is no probe, or the run is one. With
+            several labels, `Objective.image_scores`.
         right: the same for the run.
+        metric: name of the metric. `probe_metric`: that of the comparison with the probe.
     """
 
-    test: ClassificationMetrics
-    validation: ClassificationMetrics
-    train: ClassificationMetrics | None = None
-    probe: Sequence[int] | None = None
-    right: Sequence[int] | None = None
+    test: Metrics
+    validation: Metrics
+    train: Metrics | None = None
+    probe: Sequence[float] | None = None
+    right: Sequence[float] | None = None
+    metric: str = "accuracy"
+    probe_metric: str = ""
 
 
-def evidence_of(trainer: ClassifierTrainer, test: tuple[Tensor, Tensor], validation: ClassificationMetrics) -> Evidence:
+def evidence_of(trainer: ClassifierTrainer, test: tuple[Tensor, Tensor], validation: Metrics) -> Evidence:
     """Evaluates what the verdict needs beyond the run's metrics: some training images, and the linear probe on the test images.
 
     Args:
-        test: logits (N, K) and labels (N,) of the test images.
+        test: logits (N, K) and targets of the test images.
     """
-    logits, labels = test
-    right = (logits.argmax(1) == labels).int().tolist()
-    return Evidence(compute_metrics(logits, labels), validation, _train_metrics(trainer), _probe_predictions(trainer), right)
+    objective = trainer.views.data.objective
+    right, probe = objective.image_scores(*test), _probe_scores(trainer)
+    measured = objective.metrics(*test), validation, _train_metrics(trainer)
+    return Evidence(*measured, probe, right, objective.metric, objective.image_metric)
 
 
-def _train_metrics(trainer: ClassifierTrainer) -> ClassificationMetrics:
+def _train_metrics(trainer: ClassifierTrainer) -> Metrics:
+    objective = trainer.views.data.objective
     splits, device = trainer.views.data.splits, trainer.accelerator.device
     every = max(1, len(splits.train) // max(TRAIN_IMAGES, len(splits.validation)))
     indices = splits.train[::every]
     if trainer.features is not None:
         batch = trainer.features([(0, index) for index in indices])
-        return compute_metrics(*logits_of(trainer.features.head, [batch], device, trainer.dtype))
+        return objective.metrics(*logits_of(trainer.features.head, [batch], device, trainer.dtype))
     batches = trainer.views.plain.batches(indices, trainer.config.batch)
-    return compute_metrics(*logits_of(trainer.model, batches, device, trainer.dtype))
+    return objective.metrics(*logits_of(trainer.model, batches, device, trainer.dtype))
 
 
-def _probe_predictions(trainer: ClassifierTrainer) -> list[int] | None:
-    """For each test image whether a logistic regression on the frozen features is right.
+def _probe_scores(trainer: ClassifierTrainer) -> list[float] | None:
+    """Score of each test image of a logistic regression on the frozen features.
 
     None if the run trains only a head, or the model has no features or no pretrained weights.
     """
@@ -84,24 +91,17 @@ def _probe_predictions(trainer: ClassifierTrainer) -> list[int] | None:
         return None
     weight, bias = trainer.probe_head()
     x, y = trainer.frozen_features("test")
-    return (linear(x, weight, bias).argmax(1) == y).int().tolist()
+    return trainer.views.data.objective.image_scores(linear(x, weight, bias), y)
 
 
 def verdict(evidence: Evidence, config: TransferConfig) -> Verdict:
     """The verdict of a finished run; `config` for the advice."""
-    test = evidence.test
-    counts = [sum(row) for row in test.confusion]
-    frequent, chance = max(counts) / test.images, 1 / len(counts)
-    low, high = test.interval
-    reasons = [
-        f"Test accuracy is {test.accuracy:.1%} [{low:.1%}, {high:.1%}]; the most frequent class gives {frequent:.1%}, "
-        f"chance {chance:.1%}."
-    ]
+    baseline = evidence.test.baseline()
+    reasons = [baseline.reason]
     against, gap = _against_probe(evidence), _gap(evidence)
     reasons += [line for line in (against[1], gap[1]) if line]
-    if low <= max(frequent, chance):
-        summary = "The test accuracy is not clearly above always predicting the most frequent class."
-        return Verdict("not_learned", summary, tuple(reasons), _advice(config, gap[0]))
+    if evidence.test.interval[0] <= baseline.value:
+        return Verdict("not_learned", baseline.summary, tuple(reasons), _advice(config, gap[0]))
     if against[0] < 0 and gap[0]:
         summary = "It fits the training images and is worse than a linear probe on new ones."
         return Verdict("overfitted", summary, tuple(reasons), (*_less(config), "train less: --method linear_probe"))
@@ -121,7 +121,8 @@ def _against_probe(evidence: Evidence) -> tuple[int, str]:
     gain = mean_interval([a - b for a, b in zip(evidence.right, evidence.probe, strict=True)])
     share = sum(evidence.probe) / len(evidence.probe)
     sign = 0 if gain.low is None or gain.high is None else 1 if gain.low > 0 else -1 if gain.high < 0 else 0
-    return sign, f"A linear probe on the frozen model gives {share:.1%}: difference {gain}."
+    measure = f" {evidence.probe_metric}" if evidence.probe_metric else ""
+    return sign, f"A linear probe on the frozen model gives {share:.1%}{measure}: difference {gain}."
 
 
 def _gap(evidence: Evidence) -> tuple[bool, str]:
@@ -130,7 +131,8 @@ def _gap(evidence: Evidence) -> tuple[bool, str]:
     if train is None:
         return False, ""
     apart = train.interval[0] > validation.interval[1]
-    return apart, f"Training accuracy is {train.accuracy:.1%}, validation accuracy {validation.accuracy:.1%}."
+    name = evidence.metric
+    return apart, f"Training {name} is {train.score:.1%}, validation {name} {validation.score:.1%}."
 
 
 def _advice(config: TransferConfig, gap: bool) -> tuple[str, ...]:

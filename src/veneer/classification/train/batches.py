@@ -1,4 +1,4 @@
-"""Order of the training samples, the classification loss, and evaluation in batches."""
+"""Order of the training samples, the loss of a step, and evaluation in batches."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from veneer.training.loop.seeds import generator
 
+from ..objectives.objective import Objective
+from ..objectives.single_label import SINGLE_LABEL
+from ..objectives.single_label import balanced_weights as balanced_weights
 from .mixing import Mixing
 
 Batch = tuple[Tensor, Tensor]
@@ -36,7 +38,7 @@ class Order:
 
 
 class ClassifyingLoss:
-    """Cross-entropy of a step's images: mean over images of w[y] · CE(logits, y), with weights w of the classes if there are any.
+    """Loss of a step's images: `Objective.loss`, by default the cross-entropy.
 
     Args:
         logits: computes logits from inputs (B, …): the model from images, or its head from features.
@@ -47,6 +49,7 @@ class ClassifyingLoss:
         device: of the model.
         class_weights: (classes,), or None.
         mixing: mixup and CutMix, or None.
+        objective: computes the loss of logits and targets.
     """
 
     def __init__(
@@ -60,7 +63,9 @@ class ClassifyingLoss:
         device: torch.device | str = "cpu",
         class_weights: Tensor | None = None,
         mixing: Mixing | None = None,
+        objective: Objective = SINGLE_LABEL,
     ) -> None:
+        self.objective = objective
         self.class_weights = None if class_weights is None else class_weights.to(device)
         self.mixing = mixing if mixing is not None and mixing.enabled else None
         self.logits, self.inputs, self.order, self.samples = logits, inputs, order, samples
@@ -75,28 +80,18 @@ class ClassifyingLoss:
         inputs, labels = inputs.to(self.device), labels.to(self.device)
         if self.mixing is not None:
             return self._mixed(self.mixing, step, rows, needed, inputs, labels)
-        return self._cross_entropy(self.logits(inputs).float(), labels)
+        return self._loss(self.logits(inputs).float(), labels)
 
     def _mixed(self, mixing: Mixing, step: int, rows: list[int], needed: list[int], inputs: Tensor, labels: Tensor) -> Tensor:
-        """λ CE(f(x), y) + (1 − λ) CE(f(x), y') of images that are mixed with their partners."""
+        """λ L(f(x), y) + (1 − λ) L(f(x), y') of images that are mixed with their partners."""
         places = [needed.index(row) for row in rows]
         partners = [needed.index(mixing.partner(row, self.samples)) for row in rows]
         images, weights = mixing(inputs[places], inputs[partners], step, rows)
         logits = self.logits(images).float()
-        return self._cross_entropy(logits, labels[places], weights) + self._cross_entropy(logits, labels[partners], 1 - weights)
+        return self._loss(logits, labels[places], weights) + self._loss(logits, labels[partners], 1 - weights)
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Mean of the cross-entropies, each times the weight of its image and of its class."""
-        if weights is None and self.class_weights is None:
-            return cross_entropy(logits, labels, label_smoothing=self.smoothing)
-        each = cross_entropy(logits, labels, self.class_weights, label_smoothing=self.smoothing, reduction="none")
-        return (each if weights is None else weights * each).mean()
-
-
-def balanced_weights(labels: Iterable[int], classes: int) -> Tensor:
-    """Weights N / (K n_c) of K classes with n_c of N images, (K,): every class counts the same. 0 for a class without images."""
-    counts = torch.bincount(torch.as_tensor(list(labels)), minlength=classes).float()
-    return torch.where(counts > 0, counts.sum() / (classes * counts.clamp(min=1)), 0.0)
+    def _loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        return self.objective.loss(logits, labels, self.smoothing, self.class_weights, weights)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
 import json
@@ -13,14 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 
 from veneer.formats import native
-from veneer.injection import methods
-from veneer.injection.errors import OptionError
 from veneer.training.loop.config import IF_SET
 from veneer.training.report.memory_profile import peak
 from veneer.training.report.progress import ProgressLine
@@ -32,85 +29,9 @@ from ..models.classifier import Classifier
 from ..models.loading import new_head, open_classifier
 from .attach_methods import adapters_disabled, attach_methods
 from .hyperparameter_search import ALGORITHM, read_search, search_hyperparameters
+from .method_rows import MethodRow as MethodRow
+from .method_rows import parse_rows as parse_rows
 from .train import ClassifierTrainer
-
-ROW = re.compile(r"\s*([\w+]+)\s*(?:\(([^()]*)\))?\s*")
-TYPES = {bool: "True or False", int: "a whole number", float: "a number"}
-"""Types of option values that are checked, with their names in messages."""
-
-
-@dataclass(frozen=True)
-class MethodRow:
-    """A method in a comparison, one row of the table.
-
-    Args:
-        label: the row as written by the user. `method`, `where`: for `TransferConfig`. `options`: of its (first) method.
-        scratch: train from random initialization.
-    """
-
-    label: str
-    method: str
-    options: dict[str, dict[str, Any]]
-    where: tuple[str, ...] | None = None
-    scratch: bool = False
-
-
-def parse_rows(text: str) -> list[MethodRow]:
-    """Parses rows such as `lora, adaptformer(bottleneck=8, scale=0.5), lora(rank=4, where=attn mlp), vpt+lora, scratch`.
-
-    Raises:
-        VeneerError: a syntax error, or the same row twice. UnknownName: no such method. TypeError: no such option.
-    """
-    rows: list[MethodRow] = []
-    rest = text
-    while rest.strip():
-        match = ROW.match(rest)
-        if match is None or (rest[match.end() :] and rest[match.end()] != ","):
-            message = (
-                f"methods: cannot parse {rest!r}; expected a list such as 'lora, adaptformer(bottleneck=8), vpt+lora, full'."
-            )
-            raise OptionError(message, option="methods", given=rest)
-        rows.append(_row(match[0].strip(), match[1], match[2] or ""))
-        rest = rest[match.end() + 1 :]
-    labels = [row.label for row in rows]
-    if len(set(labels)) != len(labels) or not labels:
-        message = f"methods: {text!r}; expected different methods, separated by commas."
-        raise OptionError(message, option="methods", given=tuple(labels))
-    return rows
-
-
-def _row(label: str, name: str, options: str) -> MethodRow:
-    given: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in options.split(","))):
-        key, sign, value = part.partition("=")
-        if not sign:
-            raise OptionError(f"methods: {label!r}: {part!r}; expected key=value.", option="methods", where=label, given=part)
-        try:
-            given[key.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            given[key.strip()] = value.strip()
-    where = given.pop("where", None)
-    scratch = name == "scratch"
-    method = "full" if scratch else name
-    first = method.split("+")[0]
-    if method != "zero_shot":
-        for each in method.split("+"):
-            methods.get(each)
-        _check_types(methods.get(first), given, label)
-        methods.get(first).from_config(given)
-    return MethodRow(label, method, {first: given} if given else {}, tuple(where.split()) if where else None, scratch)
-
-
-def _check_types(method: type, given: Mapping[str, Any], label: str) -> None:
-    """Raises an error if the value of a numeric or boolean option has another type."""
-    hints = get_type_hints(method)
-    for name, value in given.items():
-        kinds = get_args(hints.get(name)) or (hints.get(name),)
-        expected = [words for kind, words in TYPES.items() if kind in kinds]
-        valid = type(value) in kinds or (float in kinds and type(value) is int) or (value is None and type(None) in kinds)
-        if expected and not valid and str not in kinds:
-            message = f"methods: {label!r}: {name} is {value!r}; expected {' or '.join(expected)}."
-            raise OptionError(message, option=name, where=label, given=value)
 
 
 @dataclass(frozen=True)
@@ -119,11 +40,12 @@ class RunMetrics:
 
     Args:
         row, seed: label of the row, and the seed. `key`: hash of everything that the metrics depend on.
-        test_accuracy, val_accuracy, chosen_epoch, learning_rate: of the run.
+        test_accuracy, val_accuracy: `Metrics.score`. `chosen_epoch`, `learning_rate`: of the run.
         trainable_parameters, stored_bytes: number of trainable parameters, and size of the adapter file.
         step_over_floor: CPU time of a training step relative to a forward pass of the frozen model on the same images.
         peak_memory_bytes: of a training step, beyond the memory held between steps.
         cached: whether the features were computed once per image. `seconds`: of training.
+        new_accuracy: test accuracy on new classes, if they are tested.
     """
 
     row: str
@@ -139,10 +61,21 @@ class RunMetrics:
     peak_memory_bytes: int
     cached: bool
     seconds: float
+    new_accuracy: float | None = None
 
 
-DEFAULTS: Mapping[str, Any] = {**IF_SET, "block_lr": {}, "init_from": None, "keep_epoch": "best"}
+DEFAULTS: Mapping[str, Any] = {
+    **IF_SET, "block_lr": {}, "layer_decay": 1.0, "multi_label": False, "init_from": None, "keep_epoch": "best",
+}  # fmt: skip
 """Options that are part of the hash of a run only if they differ from these."""
+
+
+class NewClasses(Protocol):
+    """Test on classes that the methods were not trained on."""
+
+    def accuracy(self, adapter: Path | None) -> float:
+        """Test accuracy with an adapter file, or without one."""
+        ...
 
 
 class Comparison:
@@ -151,6 +84,9 @@ class Comparison:
     Args:
         base: options that all rows share. `views`: of the images. `out`: folder for results; runs that are in `out/results.json`
             are not repeated. `search_views`: of the images of the search, if its splits differ from those of the training.
+
+    Attributes:
+        new_classes: tests each run on new classes; None for none.
     """
 
     def __init__(
@@ -161,6 +97,7 @@ class Comparison:
         self.classifier, self.search_views = classifier, search_views or views
         self.features = CachedFeatures(classifier, views, base.batch)
         self._random: Classifier | None = None
+        self.new_classes: NewClasses | None = None
         self.done = self._read()
 
     def _read(self) -> list[RunMetrics]:
@@ -210,11 +147,13 @@ class Comparison:
             result = trainer.train()
             if result.best is None or result.validation is None:
                 raise KeyboardInterrupt
-            stored = native.save(attached, folder / "adapter.safetensors").stat().st_size if attached else 0
+            file = native.save(attached, folder / "adapter.safetensors") if attached else None
+            stored = file.stat().st_size if file is not None else 0
+            new = None if self.new_classes is None else self.new_classes.accuracy(file)
             ratio, memory = step_cost(trainer)
             measured = RunMetrics(
-                row.label, seed, key, trainer.metrics("test").accuracy, result.validation.accuracy, result.best.epoch,
-                config.rate(), result.trainable, stored, ratio, memory, result.cached, result.loop.seconds,
+                row.label, seed, key, trainer.metrics("test").score, result.validation.score, result.best.epoch,
+                config.rate(), result.trainable, stored, ratio, memory, result.cached, result.loop.seconds, new,
             )  # fmt: skip
         finally:
             for attachment in reversed(attached):

@@ -22,7 +22,8 @@ class Epoch:
 
     Args:
         epoch: counted from 1. `step`: optimizer steps so far.
-        train_loss: mean over the epoch's steps. `val_loss`, `val_accuracy`: on the validation split.
+        train_loss: mean over the epoch's steps. `val_loss`: on the validation split.
+        val_accuracy: `Metrics.score` of the validation split: the accuracy, or the mean average precision of several labels.
     """
 
     epoch: int

@@ -29,10 +29,11 @@ from ..data.run_data import Views
 from ..models.cached_features import CachedFeatures, reads_features_only
 from ..models.classifier import Classifier
 from ..models.linear_probe_init import Head, accepts_probe_init, init_head
-from ..report.metrics import ClassificationMetrics, compute_metrics
+from ..objectives.objective import Metrics
 from .attach_methods import adapters_disabled
-from .batches import Batch, ClassifyingLoss, Order, balanced_weights, logits_of
+from .batches import Batch, ClassifyingLoss, Order, logits_of
 from .epoch_selection import Epoch, EpochSelection
+from .layer_decay import layer_factors, with_layer_decay
 from .mixing import Mixing
 
 
@@ -52,7 +53,7 @@ class TransferResult:
     loop: TrainResult
     epochs: tuple[Epoch, ...]
     best: Epoch | None
-    validation: ClassificationMetrics | None
+    validation: Metrics | None
     cached: bool
     trainable: int
 
@@ -84,6 +85,8 @@ class ClassifierTrainer:
         self.dtype = AUTOCAST[config.mixed_precision]
         classifier.model.to(accelerator.device)
         self.model: Any = classifier.model
+        if config.layer_decay != 1:
+            layer_factors(attached, config.layer_decay)  # raises before any feature is computed
         self.mixing = Mixing(config.mixup, config.cutmix, config.seed)
         cached = config.cache and not self.mixing.enabled and reads_features_only(classifier, attached)
         self._frozen = features or CachedFeatures(classifier, views, config.batch, self.dtype)
@@ -159,6 +162,7 @@ class ClassifierTrainer:
             self.accelerator.device,
             self._class_weights(),
             self.mixing,
+            self.views.data.objective,
         )
 
     def _class_weights(self) -> Tensor | None:
@@ -166,7 +170,7 @@ class ClassifierTrainer:
         if self.config.class_weights == "none":
             return None
         data = self.views.data
-        return balanced_weights((data.source.examples[i].label for i in data.splits.train), len(data.classes))
+        return data.objective.class_weights(data.targets("train"), len(data.classes))
 
     def _fit(self) -> TrainResult:
         loop, loss = self.config.loop(self.per_epoch, self.steps), self.loss()
@@ -200,9 +204,9 @@ class ClassifierTrainer:
                 self._evaluate(self.steps, trainer.losses[-(self.steps % self.per_epoch) :])
         return result
 
-    def metrics(self, split: str) -> ClassificationMetrics:
+    def metrics(self, split: str) -> Metrics:
         """Metrics of a split with the current weights."""
-        return compute_metrics(*self.predict(split))
+        return self.views.data.objective.metrics(*self.predict(split))
 
     def predict(self, split: str) -> Batch:
         """Logits and labels of a split."""
@@ -263,6 +267,7 @@ class ClassifierTrainer:
                 scale = group.get("lr_scale", 1.0) * ratio
                 if group["params"]:
                     groups.append({"params": group["params"], "lr_scale": scale, "name": f"{attachment.name}.{number}"})
+        groups = with_layer_decay(groups, self.attached, self.config.layer_decay)
         return with_block_rates(groups, self.attached, self.config.block_lr)
 
     def _evaluate(self, step: int, losses: Sequence[float]) -> None:
@@ -270,4 +275,4 @@ class ClassifierTrainer:
         metrics = self.metrics("validation")
         mean = sum(losses) / len(losses) if losses else math.nan
         number = math.ceil(step / self.per_epoch)
-        self.selection.add(Epoch(number, step, mean, metrics.loss, metrics.accuracy))
+        self.selection.add(Epoch(number, step, mean, metrics.loss, metrics.score))

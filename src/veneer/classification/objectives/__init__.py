@@ -1,0 +1,1 @@
+"""Single-label and multi-label classification: targets, loss, metrics, plots and predictions."""
