@@ -19,6 +19,7 @@ from veneer.classification.models.linear_probe_init import PENALTIES, solve_head
 from veneer.classification.models.loading import open_classifier
 from veneer.classification.train.attach_methods import attach_methods
 from veneer.classification.train.train import ClassifierTrainer
+from veneer.injection.errors import OptionError
 
 
 def draw(count: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -75,6 +76,32 @@ def test_head_is_random_without_lp_ft_or_pretrained_weights(
     before = {name: value.clone() for name, value in trainer.named.items()}
     trainer._init_inputs()
     assert all(torch.equal(value, before[name]) for name, value in trainer.named.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"learning_rate": 0.1}, 0.001),  # the head is solved
+        ({"learning_rate": 1e-4}, 1e-4),
+        ({"learning_rate": 0.1, "lp_ft": False}, 0.1),
+        ({"learning_rate": 0.1, "head_learning_rate": 0.02}, 0.02),
+    ],
+)
+def test_learning_rate_of_a_head_beside_the_method(
+    folders: tuple[Path, Path], tmp_path: Path, options: dict[str, float], expected: float
+) -> None:
+    trainer = make_trainer(folders, tmp_path, "vpt", **options)
+    (head,) = (a for a in trainer.attached if a.method.name == "linear_probe")
+    rates = {id(p): options["learning_rate"] * group["lr_scale"] for group in trainer._groups() for p in group["params"]}
+    assert [rates[id(p)] for p in head.parameters()] == pytest.approx([expected] * 2)
+    assert {rates[id(p)] for p in trainer.attached[0].parameters()} == {options["learning_rate"]}
+
+
+def test_learning_rate_of_a_head_that_no_one_trains_is_an_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    trainer = make_trainer(folders, tmp_path, "linear_probe", head_learning_rate=0.02)
+    with pytest.raises(OptionError) as caught:
+        trainer._groups()
+    assert caught.value.option == "head_learning_rate"
 
 
 def make_trainer(folders: tuple[Path, Path], out: Path, method: str, **options: object) -> ClassifierTrainer:

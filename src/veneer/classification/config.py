@@ -25,6 +25,9 @@ from .objectives.support import check_support
 WITHOUT_EFFECT = (*BY_CONTENT, "data", "model", "weights", "cache", "resume", "dry_run", "out", "workers", "search")
 """Options that a resumed run may change, or that are compared by content."""
 
+SOLVED_HEAD_RATE = 1e-3
+"""Highest default learning rate of a head that is initialized with a logistic regression."""
+
 
 @dataclass(frozen=True)
 class TransferConfig(TrainingOptions, SiteOptions):
@@ -58,6 +61,8 @@ class TransferConfig(TrainingOptions, SiteOptions):
         gradient_accumulation_steps: micro-batches per optimizer step.
         learning_rate: peak learning rate of the first method, and of a new head beside it (default: the method's, such as 0.001
             for lora). Other methods keep their ratio to it; it does not scale with the batch.
+        head_learning_rate: peak learning rate of a new head beside the methods (default: `learning_rate`; with `lp_ft` at most
+            0.001, because the head is already solved, and a higher rate of the method would move it away first).
         layer_decay: layer-wise learning-rate decay, such as 0.75, above 0 to 1: the learning rate of block d, 0 to D - 1, is the
             peak times layer_decay^(D - d), with d = -1 for the embedding or stem and D for the last norm and the head; 1: none.
         schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`.
@@ -112,6 +117,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
     batch: int = 32
     gradient_accumulation_steps: int = 1
     learning_rate: float | None = None
+    head_learning_rate: float | None = None
     layer_decay: float = 1.0
     schedule: str = "cosine"
     warmup: float = 0.1
@@ -157,7 +163,9 @@ class TransferConfig(TrainingOptions, SiteOptions):
         self._check("class_weights", self.class_weights in ("none", "balanced"), "none or balanced")
         self._check("shots", self.shots is None or self.shots >= 1, "at least 1")
         self._check("steps", self.steps is None or self.steps >= 1, "at least 1")
-        self._check("learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "finite and above 0")
+        for name in ("learning_rate", "head_learning_rate"):
+            value = getattr(self, name)
+            self._check(name, value is None or 0 < value < math.inf, "finite and above 0")
         self._check("keep_epoch", self.keep_epoch in ("best", "last"), "best or last")
         self._check("head", self.head in (None, "fresh", "kept"), "fresh or kept")
         self._check("batch_norm", self.batch_norm in (None, "frozen", "moving"), "frozen or moving")
@@ -218,6 +226,12 @@ class TransferConfig(TrainingOptions, SiteOptions):
         """The peak learning rate."""
         default = next((methods.get(name).learning_rate for name in self.names()), 1e-3)
         return default if self.learning_rate is None else self.learning_rate
+
+    def head_rate(self) -> float:
+        """The peak learning rate of a new head beside the methods."""
+        if self.head_learning_rate is not None:
+            return self.head_learning_rate
+        return min(self.rate(), SOLVED_HEAD_RATE) if self.lp_ft else self.rate()
 
     def names(self) -> list[str]:
         """Names of the methods; empty for `zero_shot`, which trains nothing."""

@@ -20,8 +20,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "train", "init_from", "with_",
     ),
     "optimization": (
-        "seeds", "first_seed", "steps", "epochs", "batch", "gradient_accumulation_steps", "learning_rate", "text_learning_rate",
-        "token_learning_rate", "schedule", "warmup", "cycles", "power", "min_lr_ratio", "block_lr",
+        "seeds", "first_seed", "steps", "epochs", "batch", "gradient_accumulation_steps", "learning_rate", "head_learning_rate",
+        "text_learning_rate", "token_learning_rate", "schedule", "warmup", "cycles", "power", "min_lr_ratio", "block_lr",
         "layer_decay", "optimizer", "optimizer_args", "weight_decay", "max_grad_norm", "ema", "label_smoothing", "class_weights",
         "mixup", "cutmix", "patience", "search", "search_epochs", "keep_epoch", "seed",
     ),

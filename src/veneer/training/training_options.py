@@ -24,7 +24,9 @@ SCHEDULE_OPTIONS: dict[str, tuple[float, tuple[str, ...]]] = {
     "min_lr_ratio": (0.0, ("cosine", "cosine_with_restarts", "linear", "polynomial", "rex")),
 }
 """Option of a schedule to its default and the schedules that have it."""
-RATES = ("learning_rate", "text_learning_rate", "token_learning_rate", "block_lr", "layer_decay")
+RATES = (
+    "learning_rate", "head_learning_rate", "text_learning_rate", "token_learning_rate", "block_lr", "layer_decay",
+)  # fmt: skip
 """Options of learning rates."""
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from veneer.injection import Attachment, VeneerError
 from veneer.injection.attachment.model_state import statistics
+from veneer.injection.errors import OptionError
 from veneer.injection.seams.seam import Seam
 from veneer.training import param_groups
 from veneer.training.adapter_trainer import adapter_trainer
@@ -256,13 +257,21 @@ class ClassifierTrainer:
         return ((inputs.to(device), labels.to(device)) for inputs, labels in batches)
 
     def _groups(self) -> list[ParameterGroup]:
-        """Parameter groups. The first method and a head get the run's learning rate, each other method this rate times the ratio
-        of its default to that of the first.
+        """Parameter groups. The first method gets the run's learning rate, each other method this rate times the ratio of its
+        default to that of the first, and a new head beside them its own.
+
+        Raises:
+            OptionError: a learning rate of the head, but no head is trained beside the methods.
         """
+        names = self.config.names()
+        if self.config.head_learning_rate is not None and all(a.method.name in names for a in self.attached):
+            message = f"head_learning_rate: {self.config.method} has no new head beside it; leave the option out."
+            raise OptionError(message, option="head_learning_rate", given=self.config.head_learning_rate, expected=None)
         groups: list[ParameterGroup] = []
         for attachment in self.attached:
-            in_config = attachment.method.name in self.config.names()
-            ratio = attachment.method.learning_rate / self.attached[0].method.learning_rate if in_config else 1.0
+            in_config = attachment.method.name in names
+            of_head = self.config.head_rate() / self.config.rate()
+            ratio = attachment.method.learning_rate / self.attached[0].method.learning_rate if in_config else of_head
             for number, group in enumerate(attachment.groups()):
                 scale = group.get("lr_scale", 1.0) * ratio
                 if group["params"]:
