@@ -54,7 +54,7 @@ def test_a_preset_or_an_option_comes_first(folder: Path) -> None:
     (folder / "veneer.json").write_text(json.dumps({"steps": 4}))
     assert rates(str(folder), "lora") == {"lora": 1e-4}
     assert rates("bundled", "lora") == {"lora": preset("bundled").training["lora"]["learning_rate"]} == {"lora": 0.002}
-    assert rates("bundled", "bitfit") == {"bitfit": methods.get("bitfit").learning_rate}
+    assert rates("bundled", "ssf") == {"ssf": methods.get("ssf").learning_rate}
 
 
 def test_no_such_base_model(tmp_path: Path) -> None:

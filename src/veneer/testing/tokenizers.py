@@ -62,7 +62,7 @@ def qwen_tokenizer(*texts: str) -> Any:
     from transformers import Qwen2Tokenizer
 
     words = _words(texts)
-    merges = _merges([*("Ġ" + word for word in (*WORDS, *words)), *words])
+    merges: Any = _merges([*("Ġ" + word for word in (*WORDS, *words)), *words])
     pieces = [*byte_alphabet(), *("".join(pair) for pair in merges), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     special = ["<|im_start|>", "<|im_end|>"]
@@ -75,7 +75,7 @@ def gemma_tokenizer(*texts: str) -> Any:
     """A `GemmaTokenizer` with one token per word of `WORDS` and `texts`, and single ASCII characters for everything else."""
     from transformers import GemmaTokenizer
 
-    merges = _merges("▁" + word for word in (*WORDS, *_words(texts)))
+    merges: Any = _merges("▁" + word for word in (*WORDS, *_words(texts)))
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     pieces = [*special, "▁", "\n", *map(chr, range(33, 127)), *("".join(pair) for pair in merges)]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}

@@ -78,7 +78,7 @@ class PromptLimits:
                 if len(row) <= limit:
                     continue
                 lost = self.text_beyond(row, limit, tokenizer)
-                data = {"where": lost, "given": len(row), "expected": limit}
+                data: dict[str, Any] = {"where": lost, "given": len(row), "expected": limit}
                 message = f"the prompt {prompt!r} has {len(row)} tokens, above the text encoder's limit of {limit}: {lost!r}"
                 if self.truncate == "error":
                     raise PromptError(f"{message} does not fit. Shorten it, or use truncate='warn' to cut that part off.", **data)
