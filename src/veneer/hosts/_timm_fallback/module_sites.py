@@ -13,7 +13,7 @@ from veneer.injection.sites import FeatureSite, Port, Site
 from .._describe import LAYERS, SAME_PADDED, TowerPart, is_norm, own_parameters
 from .depths import depths, stages
 from .meta_forward import MetaForward, model_classes, unique_modules
-from .roles import is_bias_cancelled, parameter_role, weight_role
+from .roles import CANCELLED_PARAMETERS, is_bias_cancelled, parameter_role, weight_role
 
 PLAIN_FORWARDS = ("Linear", *SAME_PADDED)  # timm's subclasses whose own forward computes the same
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _BatchNorm)
@@ -114,7 +114,8 @@ def _norm_or_parameters(part: TowerPart, path: str, trace: MetaForward) -> Itera
             if not _scales_last(module):
                 yield part.parameter(path, name, role if name == "weight" else f"bias.{role}", inert=not uses[path, name])
         elif getattr(module, name).numel():
-            yield part.parameter(path, name, parameter_role(name), inert=not uses[path, name])
+            inert = not uses[path, name] or (type(module).__name__, name) in CANCELLED_PARAMETERS
+            yield part.parameter(path, name, parameter_role(name), inert=inert)
 
 
 def _scales_last(norm: Any) -> bool:
