@@ -81,6 +81,15 @@ def is_bias_cancelled(path: str, role: str, around: Sequence[nn.Module], model: 
     return re.search(r"(^|\.)(attn\.(proj_l|pos_proj)|rel_pos\.mlp\.fc2)$", path) is not None
 
 
+def is_norm_bias_cancelled(path: str, model: nn.Module) -> bool:
+    """True for a norm of keys before a softmax, without rotations, and for one before a pooling minus its input."""
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    if name in ("k_norm", "norm_k"):
+        return not any(hasattr(module, "rope") for module in (model, owner))
+    return name == "norm1" and type(getattr(owner, "token_mixer", None)).__name__ == "Pooling"
+
+
 def parameter_role(name: str) -> str:
     """Role of a parameter that belongs to no layer or norm."""
     for prefix, role in TOKENS:
