@@ -13,7 +13,7 @@ from veneer.injection.sites import FeatureSite, Port, Site
 from .._describe import LAYERS, SAME_PADDED, TowerPart, is_norm, own_parameters
 from .depths import depths, stages
 from .meta_forward import MetaForward, model_classes, unique_modules
-from .roles import is_bias_cancelled, parameter_role, weight_role
+from .roles import CANCELLED_PARAMETERS, is_bias_cancelled, is_norm_bias_cancelled, parameter_role, weight_role
 
 PLAIN_FORWARDS = ("Linear", *SAME_PADDED)  # timm's subclasses whose own forward computes the same
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _BatchNorm)
@@ -35,13 +35,14 @@ def layer_sites(part: TowerPart, trace: MetaForward) -> Iterator[Site]:
     modules = unique_modules(model)
     names = {path: [f"{path}.{name}".lstrip(".") for name in own_parameters(module)] for path, module in modules.items()}
     heads = classifiers(model, modules)
-    depth_of = depths(model, [name for several in names.values() for name in several])
+    outside = [path for path in names if any(_is_below(path, head) for head in heads)]
+    depth_of = depths(model, [name for path, several in names.items() if path not in outside for name in several])
     stage_of = stages(model, len(set(depth_of.values())))
     for path in _in_order(modules, trace):
         module, role = modules[path], ""
         depth = next((depth_of[name] for name in names[path] if name in depth_of), None)
-        if any(_is_below(path, head) for head in heads):
-            depth, role = None, "head"
+        if path in outside:
+            role = "head"
         stage = next((label for prefix, label in stage_of.items() if depth is not None and _is_below(path, prefix)), None)
         inside = part.at(depth=depth, stage=stage)
         if isinstance(module, LAYERS):
@@ -106,6 +107,7 @@ def _norm_or_parameters(part: TowerPart, path: str, trace: MetaForward) -> Itera
     role = "norm.qk" if path.rpartition(".")[2] in ("q_norm", "k_norm", "norm_q", "norm_k") else "norm"
     if norm and _scales_last(module):
         inert, inert_bias = not uses[path, "weight"], "bias" in names and not uses[path, "bias"]
+        inert_bias = inert_bias or is_norm_bias_cancelled(path, part.model)
         yield from part.norm(path, role, called=trace.calls[path] > 0, inert=inert, inert_bias=inert_bias)
     if hasattr(module, "attention_bias_cache"):  # in evaluation mode, a change after the first pass would have no effect
         names = [name for name in names if name != "attention_biases"]
@@ -114,7 +116,8 @@ def _norm_or_parameters(part: TowerPart, path: str, trace: MetaForward) -> Itera
             if not _scales_last(module):
                 yield part.parameter(path, name, role if name == "weight" else f"bias.{role}", inert=not uses[path, name])
         elif getattr(module, name).numel():
-            yield part.parameter(path, name, parameter_role(name), inert=not uses[path, name])
+            inert = not uses[path, name] or (type(module).__name__, name) in CANCELLED_PARAMETERS
+            yield part.parameter(path, name, parameter_role(name), inert=inert)
 
 
 def _scales_last(norm: Any) -> bool:

@@ -36,6 +36,10 @@ POSITION = re.compile(r"pos|rel_|_rel$|attention_biases")
 SCALE = re.compile(r"gamma|^ls\d*$|scale|gain|temperature|alpha|lambda")
 
 
+CANCELLED_PARAMETERS = {("HSMSSD", "A")}
+"""Class and name of parameters that a softmax cancels."""
+
+
 def weight_role(path: str, around: Sequence[nn.Module], depth: int | None) -> str:
     """Role of the layer at `path`.
 
@@ -74,7 +78,16 @@ def is_bias_cancelled(path: str, role: str, around: Sequence[nn.Module], model: 
         return not any(hasattr(module, name) for module in around for name in ("k_norm", "norm_k", "rope"))
     if re.search(r"(^|\.)mlp_tokens\.fc2$", path):
         return isinstance(model.get_submodule(path.rpartition(".mlp_tokens")[0] + ".norm1"), nn.LayerNorm)
-    return re.search(r"(^|\.)(attn\.proj_l|rel_pos\.mlp\.fc2)$", path) is not None
+    return re.search(r"(^|\.)(attn\.(proj_l|pos_proj)|rel_pos\.mlp\.fc2)$", path) is not None
+
+
+def is_norm_bias_cancelled(path: str, model: nn.Module) -> bool:
+    """True for a norm of keys before a softmax, without rotations, and for one before a pooling minus its input."""
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    if name in ("k_norm", "norm_k"):
+        return not any(hasattr(module, "rope") for module in (model, owner))
+    return name == "norm1" and type(getattr(owner, "token_mixer", None)).__name__ == "Pooling"
 
 
 def parameter_role(name: str) -> str:

@@ -82,6 +82,7 @@ UNCOMMON: dict[str, Callable[[], nn.Module]] = {
         build, "tnt_s_legacy_patch16_224", img_size=SIDE, embed_dim=24, inner_dim=8, depth=2, num_heads_inner=2, num_heads_outer=2
     ),
     "caformer": _caformer,
+    "convit": partial(build, "convit_tiny", **{**SMALL_VIT, "embed_dim": 6, "local_up_to_layer": 1}),
     "poolformer": _poolformer,
     "coatnet": partial(build, "coatnet_nano_rw_224", **COATNET),
     "coat": partial(build, "coat_lite_tiny", **COAT),
