@@ -128,16 +128,16 @@ def test_saved_equals_loaded_on_a_fresh_head(
     tmp_path: Path, pictures: Path, models: dict[str, Path], kind: str, method: str, options: dict[str, Any], monkeypatch: Any
 ) -> None:
     """The same test logits from a model built anew with another random head: bitwise, or to rounding after cached features."""
-    from veneer.classification.report import artifacts
+    from veneer.classification.objectives import single_label
 
     kept: dict[str, torch.Tensor] = {}
-    drawn = artifacts.write_mistakes
+    drawn = single_label.write_mistakes
 
     def keep(logits: torch.Tensor, *rest: Any) -> None:
         kept["logits"] = logits
         drawn(logits, *rest)
 
-    monkeypatch.setattr(artifacts, "write_mistakes", keep)
+    monkeypatch.setattr(single_label, "write_mistakes", keep)
     model = models.get(kind, Path(kind))
     out = transfer(config(pictures, model, tmp_path / "run", method=method, epochs=2, learning_rate=1e-2, **options))
     record = json.loads((out / "model.json").read_text())
