@@ -39,6 +39,11 @@ def test_an_image_does_not_depend_on_batch_company_or_the_global_generator(pipe)
     assert np.abs(pixels(alone.image) - pixels(together.image)).max() <= 1
 
 
+def test_guidance_is_the_pipeline_s_by_default(pipe):
+    default, same, other = (previews(pipe, ["a cat"], PreviewSettings(steps=2, guidance=g))[0] for g in (None, 7.5, 3.0))
+    assert pixels(default.image).tobytes() == pixels(same.image).tobytes() != pixels(other.image).tobytes()
+
+
 def test_stochastic_schedulers_are_seeded_by_image_too(pipe):
     from diffusers import DDPMScheduler
 

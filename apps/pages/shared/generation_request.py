@@ -22,6 +22,8 @@ from ...limits import LIMITS
 from ...uploads import load_image
 from ...workspace import Workspace, check_text, printable
 
+GUIDANCE = 7.5
+"""Guidance scale that is shown for a base model whose pipeline decides."""
 BATCH_SIZE = 4
 """Images generated per batch; each batch is shown when it is done."""
 MAX_STRENGTH = 2.0
@@ -176,7 +178,8 @@ def defaults(base: str) -> tuple[int, float, str, int]:
         VeneerError: unknown base model.
     """
     preset = base_models.preset(check_access(check_text(str(base or "bundled"), "base")))
-    return min(preset.steps, LIMITS.steps), preset.guidance_scale, preset.negative_prompt, preset.resolution or 0
+    guidance = GUIDANCE if preset.guidance_scale is None else preset.guidance_scale
+    return min(preset.steps, LIMITS.steps), guidance, preset.negative_prompt, preset.resolution or 0
 
 
 def read_request(workspace: Workspace, path: str | Path | None) -> tuple[GenerationRequest, dict[str, float], list[str]]:
@@ -204,9 +207,9 @@ def read_request(workspace: Workspace, path: str | Path | None) -> tuple[Generat
     height, width = size if isinstance(size, list) and len(size) == 2 else (0, 0)
     texts = (settings.get(name) for name in ("base", "prompt", "negative"))
     base, prompt, negative = (text if isinstance(text, str) else "" for text in texts)
-    generation = parse_request(
-        base, prompt, negative, settings.get("seed"), settings.get("steps"), settings.get("guidance"), width, height, 1
-    )
+    guidance = settings.get("guidance", "")
+    guidance = GUIDANCE if guidance is None else guidance
+    generation = parse_request(base, prompt, negative, settings.get("seed"), settings.get("steps"), guidance, width, height, 1)
     known, strengths, missing = workspace.all_adapters(), dict[str, float](), list[str]()
     listed = settings.get("adapters")
     for each in listed[: LIMITS.adapters] if isinstance(listed, list) else ():

@@ -14,6 +14,8 @@ from .folders import read_json
 from .loading import find
 
 FILE = "veneer.json"
+NUMBERS: Mapping[str, float] = {"resolution": 512, "guidance_scale": 7.5}
+"""Entries whose default depends on the pipeline, and a value of each."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Preset:
         unrelated: prompts without the concept, to measure drift.
         class_word: default class noun of a concept.
         resolution: side of the images in pixels (default: latent size times stride of the autoencoder).
-        guidance_scale, steps, negative_prompt: sampling settings.
+        guidance_scale: scale of classifier-free guidance (default: that of the pipeline, such as 7.5 of Stable Diffusion).
+        steps, negative_prompt: sampling settings.
         things, scenes: objects that the base generates well, and prompts with {thing}: for generated control training images.
         scene_caption: caption of such an image, which names the object only.
         training: defaults of training methods on this base, by method name: `options`, `where`, `learning_rate`, `steps`,
@@ -38,7 +41,7 @@ class Preset:
     unrelated: tuple[str, ...] = ("a photo of a house", "a photo of a dog", "a photo of an apple", "a photo of a car")
     class_word: str = "toy"
     resolution: int | None = None
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
     steps: int = 30
     negative_prompt: str = ""
     things: tuple[str, ...] = ()
@@ -69,9 +72,10 @@ def parse(entries: dict[str, Any], file: Path) -> Preset:
             message = f"{file}: unknown entry {name!r}; expected one of {', '.join(known)}."
             raise BaseModelError(message, file=file, where=name, expected=tuple(known))
         value = tuple(value) if isinstance(value, list) else value
-        if not _has_type_of(value, 0 if name == "resolution" else known[name]):
-            message = f"{file}: {name} is {value!r}; expected a value such as {known[name]!r}."
-            raise BaseModelError(message, file=file, where=name, given=value, expected=known[name])
+        if not _has_type_of(value, NUMBERS.get(name, known[name])):
+            expected = NUMBERS.get(name, known[name])
+            message = f"{file}: {name} is {value!r}; expected a value such as {expected!r}."
+            raise BaseModelError(message, file=file, where=name, given=value, expected=expected)
         given[name] = value
     return Preset(**given)
 

@@ -45,6 +45,7 @@ def evaluate(world: World, bases: Path, out: Path, seeds: Sequence[int] = (0, 1,
         "clip": retrieval(world, judge_clip.model),
         "sampling": {"steps": preset.steps, "guidance_scale": preset.guidance_scale, "seeds": list(seeds)},
     }
+    assert preset.guidance_scale is not None  # in the bundled veneer.json
     sampler = SeededSampler(pipe, preset.steps, preset.guidance_scale)
     metrics["generation"] = generation(world, sampler, judge_clip, seeds, prompts)
     if world.photo_folder:

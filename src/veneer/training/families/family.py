@@ -232,7 +232,7 @@ class Family(PromptLimits, ABC):
         """Generates one PIL image per prompt and generator with the pipeline's text-to-image class, in `eval` mode.
 
         Args:
-            settings: pipeline arguments: `num_inference_steps`, `guidance_scale`, `height`, `width`, …
+            settings: pipeline arguments: `num_inference_steps`, `guidance_scale`, `height`, `width`, …; None for its default.
         """
         import diffusers
 
@@ -245,8 +245,9 @@ class Family(PromptLimits, ABC):
         try:
             for part in parts:
                 part.eval()
-            settings = self.sampling_arguments(settings, len(prompts))
-            return list(pipe(**self.inputs(prompts), generator=generators, **settings).images)
+            arguments = {name: value for name, value in settings.items() if value is not None}
+            arguments = self.sampling_arguments(arguments, len(prompts))
+            return list(pipe(**self.inputs(prompts), generator=generators, **arguments).images)
         finally:
             for module, training in modes:
                 module.training = training

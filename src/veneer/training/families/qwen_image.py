@@ -12,6 +12,9 @@ from .flux import pack, unpack
 from .prompt_limits import LanguageModelLimits
 from .text_masks import mask_shapes
 
+TRUE_CFG_SCALE = 4.0
+"""The pipeline's default, which it uses only with a negative prompt."""
+
 
 class QwenImage(LanguageModelLimits, Family):
     """ε − x₀ = unpack(transformer(pack(x_σ), σ, text, text mask)).
@@ -63,7 +66,7 @@ class QwenImage(LanguageModelLimits, Family):
 
     @classmethod
     def sampling_arguments(cls, arguments: dict[str, Any], prompts: int) -> dict[str, Any]:
-        scale = arguments.pop("guidance_scale", None)
-        if scale is not None and scale > 1:
+        scale = arguments.pop("guidance_scale", TRUE_CFG_SCALE)
+        if scale > 1:
             arguments |= {"true_cfg_scale": scale, "negative_prompt": arguments.get("negative_prompt") or [" "] * prompts}
         return arguments

@@ -128,7 +128,7 @@ def estimate(
         forward = seconds / 3
     values = sum(p.numel() for p in trainable)
     encoding, decoding = vae_bytes(family, resolution)
-    passes = 0 if sampling is None else sampling.steps * (2 if sampling.guidance > 1 else 1)
+    passes = 0 if sampling is None else sampling.steps * (2 if sampling.guidance is None or sampling.guidance > 1 else 1)
     parts = [part for part in family.pipe.components.values() if isinstance(part, nn.Module)]
     return Estimate(
         base=nbytes(t for part in parts for _, t in plain_tensors(part) if t.device == device),

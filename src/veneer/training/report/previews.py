@@ -43,7 +43,7 @@ class PreviewSettings:
 
     Args:
         seeds: one image per prompt and seed; its noise is a function of (seed, prompt) only.
-        steps: denoising steps. `guidance`: classifier-free guidance scale.
+        steps: denoising steps. `guidance`: classifier-free guidance scale (default: that of the pipeline).
         negative: negative prompt, for pipelines that support it.
         size: (height, width) in pixels (default: that of the pipeline).
         batch: batch size; affects speed and memory, and images only by rounding.
@@ -52,7 +52,7 @@ class PreviewSettings:
 
     seeds: tuple[int, ...] = (0,)
     steps: int = 25
-    guidance: float = 7.5
+    guidance: float | None = None
     negative: str = ""
     size: tuple[int, int] | None = None
     batch: int = 1
@@ -227,6 +227,8 @@ def _arguments(pipe: Any, accepts: set[str], part: Sequence[_Job], settings: Pre
         "guidance_scale": settings.guidance,
         "clean_caption": False,
     }
+    if settings.guidance is None:
+        del wanted["guidance_scale"]
     if "prompt" in accepts:
         wanted["prompt"] = prompts
     elif "class_labels" in accepts:
