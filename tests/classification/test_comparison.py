@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.classification.small import image_folder, model_folder
 from tests.raising import raises
 from veneer.classification.report.comparison_table import summarize_runs, table, verdict, write_accuracy_plot
 from veneer.classification.train.comparison import RunMetrics, parse_rows
+from veneer.classification.train.hyperparameter_search import read_search
 from veneer.injection import UnknownName
 from veneer.injection.errors import OptionError, UnknownOption
 from veneer.training.data.image_io import DataError
@@ -141,6 +143,22 @@ def test_existing_results_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         compare(CompareConfig(methods="bitfit", seeds=1, split_seed=1, **defaults))
     with raises(DataError, file=tmp_path / "out" / "splits.json", where="shots", given=2, expected=None):
         compare(CompareConfig(methods="bitfit", seeds=1, shots=2, **defaults))
+
+
+def test_the_search_does_not_depend_on_the_run_that_needs_it_first(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = CompareConfig(
+        data=str(image_folder(tmp_path / "pictures", count=10)), model=str(model_folder(tmp_path, "vit")), methods="bitfit",
+        baseline=False, seeds=2, epochs=1, batch=8, workers=1, augment="strong", search=2, search_epochs=1, out=out,
+    )  # fmt: skip
+    compare(config)
+    first = read_search(out / "search" / "bitfit")
+    record = json.loads((out / "results.json").read_text())
+    record["runs"] = [run for run in record["runs"] if run["seed"] == 0]
+    (out / "results.json").write_text(json.dumps(record))
+    shutil.rmtree(out / "search")
+    compare(config)
+    assert read_search(out / "search" / "bitfit") == first
 
 
 def _model(folder: Path) -> Any:

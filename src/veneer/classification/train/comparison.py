@@ -134,9 +134,9 @@ class Comparison:
         known = next((m for m in self.done if m.key == key), None)
         if known is not None:
             return known
+        config, folder = self._search(row, seed), self.out / "runs" / f"{_file_name(row.label)}-{seed}"
         classifier = self._model(row, seed)
         self.views.reseed(seed)
-        config, folder = self._search(row, seed, classifier), self.out / "runs" / f"{_file_name(row.label)}-{seed}"
         attached = attach_methods(classifier, config, self.views.data)
         try:
             features = None if row.scratch else self.features
@@ -172,14 +172,19 @@ class Comparison:
             return self.classifier
         return open_classifier(entry.model, names, weights="none", size=entry.size, seed=seed)
 
-    def _search(self, row: MethodRow, seed: int, classifier: Classifier) -> TransferConfig:
-        """The run's config, with the learning rate and scale that the search with the first seed chose for the row."""
+    def _search(self, row: MethodRow, seed: int) -> TransferConfig:
+        """The run's config, with the learning rate and scale that the search with the first seed chose for the row.
+
+        Everything random in the search is of the first seed, whichever run needs its choice first.
+        """
         config = dataclasses.replace(self.config(row, seed), resume=True)
         if not config.search:
             return config
         folder = self._search_folder(row.label)
         folder.mkdir(parents=True, exist_ok=True)
         first = dataclasses.replace(config, seed=self.base.seed)
+        classifier = self._model(row, self.base.seed)
+        self.search_views.reseed(self.base.seed)
         features = self.features if self.search_views is self.views and not row.scratch else None
         best = search_hyperparameters(first, classifier, self.search_views, folder, self.accelerator, features)
         return dataclasses.replace(config, learning_rate=best.learning_rate, options=best.options)
