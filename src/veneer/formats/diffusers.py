@@ -126,7 +126,9 @@ def _explain(site: Any, tower: nn.Module, component: str, path: str) -> tuple[st
         return "groups", f"is a convolution with {site.groups} groups, for which peft uses another low-rank form"
     if is_slice(site):
         return "slice", f"is a slice of '{site.path}', which diffusers has only as a whole: its DoRA has another norm"
-    if (site.fused and not is_always_fused(site)) or not isinstance(_module(tower, path), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if (site.fused and not is_always_fused(site)) or not isinstance(
+        _module(tower, path), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    ):
         why = "is a fused projection, which diffusers has only after fuse_qkv_projections(). Unfuse before attaching"
         return "fused", why
     return None
