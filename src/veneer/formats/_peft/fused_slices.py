@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from veneer.injection import Attachment
 from veneer.injection.sites import WeightSite
@@ -21,7 +21,7 @@ class FusedLoRA(NamedTuple):
     factors: LoRAFactors
 
 
-def is_slice(site: Any) -> bool:
+def is_slice(site: Any) -> TypeGuard[WeightSite]:
     """True for rows of a linear layer that the model always fuses, such as `to_q` in the single-stream blocks of FLUX.2."""
     return isinstance(site, WeightSite) and site.kind == "linear" and site.rows is not None and is_always_fused(site)
 
