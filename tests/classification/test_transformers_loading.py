@@ -155,6 +155,8 @@ def test_errors_of_weights(tmp_path: Path) -> None:
     siglip = transformers_folder(tmp_path, "siglip")
     with raises(ModelError, where="head", given="siglip", expected=KEPT_HEADS):
         open_classifier(f"hf:{siglip}", CLASSES, keep_head=True)
+    with raises(ModelError, where="head", given="none"):
+        open_classifier(f"hf:{siglip}", CLASSES, keep_head=True, weights="none")
 
 
 def test_a_hub_name_without_a_connection_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
