@@ -71,7 +71,7 @@ DEFAULTS: Mapping[str, Any] = {
 """Options that are part of the hash of a run only if they differ from these."""
 
 
-class NewClasses(Protocol):
+class NewClassTest(Protocol):
     """Test on classes that the methods were not trained on."""
 
     def accuracy(self, adapter: Path | None) -> float:
@@ -98,7 +98,7 @@ class Comparison:
         self.classifier, self.search_views = classifier, search_views or views
         self.features = CachedFeatures(classifier, views, base.batch)
         self._random: Classifier | None = None
-        self.new_classes: NewClasses | None = None
+        self.new_classes: NewClassTest | None = None
         self.done = self._read()
 
     def _read(self) -> list[RunMetrics]:
