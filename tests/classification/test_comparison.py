@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -14,8 +15,9 @@ from veneer.pipelines.compare import CompareConfig, compare
 
 from tests.classification.small import image_folder, model_folder
 from tests.raising import raises
+from veneer.classification.config import TransferConfig
 from veneer.classification.report.comparison_table import summarize_runs, table, verdict, write_accuracy_plot
-from veneer.classification.train.comparison import RunMetrics, parse_rows
+from veneer.classification.train.comparison import DEFAULTS, RunMetrics, parse_rows
 from veneer.classification.train.hyperparameter_search import read_search
 from veneer.injection import UnknownName
 from veneer.injection.errors import OptionError, UnknownOption
@@ -93,6 +95,20 @@ def test_table_means_intervals_and_paired_differences(tmp_path: Path) -> None:
     write_accuracy_plot(lines, "toy", tmp_path / "accuracy.png")
     with Image.open(tmp_path / "accuracy.png") as image:
         assert image.size[0] > 400
+
+
+def test_an_option_at_its_default_leaves_the_results_of_earlier_versions_valid() -> None:
+    """The hash of a run has every option of 0.1; a later one only if it is set."""
+    always = (
+        "data model weights method options head lp_ft templates batch_norm shots validation test split_seed steps epochs batch "
+        "gradient_accumulation_steps learning_rate schedule warmup weight_decay label_smoothing class_weights mixup cutmix ema "
+        "augment squash size mixed_precision patience search search_epochs cache seed resume dry_run workers tracker out "
+        "optimizer max_grad_norm where target_modules"
+    )
+    fields = {field.name for field in dataclasses.fields(TransferConfig)}
+    assert fields - DEFAULTS.keys() == {*always.split()}
+    config = TransferConfig()
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
 
 
 def test_existing_results_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,15 @@ def test_towers_count_their_own_blocks() -> None:
             assert {by_id[id(p)] for p in adapter.parameters()} == {DECAY ** (2 - site.depth)}, site.name
 
 
+def test_the_scale_of_the_logits_has_the_full_rate() -> None:
+    """It is in a tower without blocks, behind the others."""
+    model = hosts.get("open_clip")().tiny()["vit"]()
+    tuned = attach(model, "full")
+    factors = factors_of(with_layer_decay(tuned.groups(), [tuned], DECAY), tuned)
+    assert factors["logit_scale"] == 1
+    assert factors["visual.conv1.weight"] < 1
+
+
 def test_it_multiplies_factors_of_blocks() -> None:
     model = timm.create_model("vit_tiny_patch16_224", **VIT)
     tuned = attach(model, "lora", rank=2)

@@ -13,6 +13,7 @@ from sklearn.metrics import log_loss
 from torch.nn.functional import linear
 
 from tests.classification.small import CLASSES, image_folder, model_folder
+from tests.raising import raises
 from veneer.classification.config import TransferConfig
 from veneer.classification.data.run_data import Views, open_data
 from veneer.classification.models.linear_probe_init import PENALTIES, solve_head
@@ -97,11 +98,16 @@ def test_learning_rate_of_a_head_beside_the_method(
     assert {rates[id(p)] for p in trainer.attached[0].parameters()} == {options["learning_rate"]}
 
 
-def test_learning_rate_of_a_head_that_no_one_trains_is_an_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    trainer = make_trainer(folders, tmp_path, "linear_probe", head_learning_rate=0.02)
-    with pytest.raises(OptionError) as caught:
-        trainer._groups()
-    assert caught.value.option == "head_learning_rate"
+def test_a_random_model_has_no_solved_head(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    trainer = make_trainer(folders, tmp_path, "vpt", learning_rate=0.1, weights="none")
+    assert {group["lr_scale"] for group in trainer._groups()} == {1.0}
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "full"])
+def test_learning_rate_of_a_head_that_no_one_trains_is_an_error(folders: tuple[Path, Path], tmp_path: Path, method: str) -> None:
+    """Before training, so that a dry run raises it too."""
+    with raises(OptionError, option="head_learning_rate", given=0.02):
+        make_trainer(folders, tmp_path, method, head_learning_rate=0.02)
 
 
 def make_trainer(folders: tuple[Path, Path], out: Path, method: str, **options: object) -> ClassifierTrainer:

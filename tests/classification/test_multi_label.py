@@ -292,6 +292,7 @@ def test_the_probe_is_one_logistic_regression_per_class() -> None:
     [
         ({"method": "ilm_vp"}, "method"),
         ({"method": "evp"}, "method"),
+        ({"method": "lora+tip_adapter"}, "method"),
         ({"method": "coop", "model": "bundled_clip"}, "model"),
         ({"method": "zero_shot", "model": "bundled_clip"}, "model"),
         ({"head": "kept"}, "head"),

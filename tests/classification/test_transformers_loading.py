@@ -12,13 +12,15 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from veneer.pipelines.compare import CompareConfig, compare
 
+from tests.classification.small import image_folder
 from tests.classification.transformers_folders import transformers_folder
 from tests.raising import raises
 from veneer.classification.data.transforms import EvalView
 from veneer.classification.models.classifier import ModelError, digest_of
 from veneer.classification.models.image_processors import data_config
-from veneer.classification.models.loading import build_without_weights, check_name, open_classifier
+from veneer.classification.models.loading import build_without_weights, check_name, new_head, open_classifier
 from veneer.classification.models.transformers_loading import KEPT_HEADS, TYPES
 from veneer.hosts._transformers_vision import records
 from veneer.injection import sites
@@ -155,6 +157,8 @@ def test_errors_of_weights(tmp_path: Path) -> None:
     siglip = transformers_folder(tmp_path, "siglip")
     with raises(ModelError, where="head", given="siglip", expected=KEPT_HEADS):
         open_classifier(f"hf:{siglip}", CLASSES, keep_head=True)
+    with raises(ModelError, where="head", given="none"):
+        open_classifier(f"hf:{siglip}", CLASSES, keep_head=True, weights="none")
 
 
 def test_a_hub_name_without_a_connection_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,3 +185,17 @@ def test_model_types_are_those_of_the_records() -> None:
     assert {*TYPES} == towers | {"clip", "siglip"}
     assert {*POOLINGS} <= towers
     assert {*KEPT_HEADS} <= towers
+
+
+def test_rows_of_a_comparison_share_a_model_of_transformers(tmp_path: Path) -> None:
+    """With a new head for each seed, the one that `open_classifier` initializes with this seed."""
+    images, folder = image_folder(tmp_path / "images", count=10), transformers_folder(tmp_path, "dinov2")
+    options: dict[str, Any] = {"model": f"hf:{folder}", "epochs": 1, "batch": 8, "workers": 1, "augment": "none"}
+    compare(CompareConfig(data=str(images), methods="bitfit", seeds=2, out=tmp_path / "out", **options))
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert [(run["row"], run["seed"]) for run in runs] == [
+        ("linear_probe", 0), ("bitfit", 0), ("linear_probe", 1), ("bitfit", 1),
+    ]  # fmt: skip
+    first, second = (open_classifier(f"hf:{folder}", CLASSES, seed=seed) for seed in (0, 1))
+    new_head(first.model, "dinov2", len(CLASSES), 1)
+    assert torch.equal(first.model.head.weight, second.model.head.weight)

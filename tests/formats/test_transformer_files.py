@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,18 +132,35 @@ def test_other_methods_of_other_tools(
     lycoris_cases.assert_same(lycoris_cases.changes(veneer.load_all(tiny(family), path)), by_site)
 
 
-@pytest.mark.parametrize("form", ["comfyui", "kohya"])
+@pytest.mark.parametrize("form", ["comfyui", "kohya", "diffusers"])
 def test_slices_of_a_fused_projection_are_written_as_the_whole(form: str, tmp_path: Path) -> None:
-    """FLUX.2: rows of `to_qkv_mlp_proj` without an adapter are zero. diffusers' own format has no LoRA of slices."""
+    """FLUX.2: rows of `to_qkv_mlp_proj` without an adapter are zero."""
     model, name = tiny("flux2"), "single_transformer_blocks.1.attn."
     lora = fill(attach(model, "lora", where=[f"name:{name}to_q", f"name:{name}up"], rank=3), std=0.2)
     want, zero = deltas(lora), torch.zeros(16, 16).double()
     path = formats.get(form)().save(lora, tmp_path / "a")
-    with raises(SaveError, where=f"{name}to_q", given="slice"):
-        formats.get("diffusers")().save(lora, tmp_path / "b")
     lora.detach()
     whole = [want[f"{name}to_q"], zero, zero, torch.zeros(48, 16).double(), want[f"{name}up"]]
     assert_same(deltas(veneer.load(model, path)), {f"{name}to_qkv_mlp_proj": torch.cat(whole)})
+
+
+def test_slices_of_a_pipeline_and_of_its_bare_transformer_are_written_alike(tmp_path: Path) -> None:
+    model, where = tiny("flux2"), "name:*single_transformer_blocks.1.attn.to_q"
+    whole = attach(SimpleNamespace(components={"transformer": model}), "lora", where=where, rank=3)
+    paths = [formats.get("diffusers")().save(fill(whole, std=0.2), tmp_path / "a")]
+    whole.detach()
+    bare = attach(model, "lora", where=where, rank=3)
+    paths.append(formats.get("diffusers")().save(fill(bare, std=0.2), tmp_path / "b"))
+    first, second = map(load_file, paths)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], tensor) for key, tensor in second.items())
+
+
+def test_dora_of_slices_has_no_place_in_files_of_diffusers(tmp_path: Path) -> None:
+    name = "single_transformer_blocks.1.attn.to_q"
+    dora = attach(tiny("flux2"), "dora", where=f"name:{name}", rank=3)
+    with raises(SaveError, where=name, given="slice"):
+        formats.get("diffusers")().save(dora, tmp_path / "a")
 
 
 def test_a_file_of_another_family_is_rejected(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_run_trains_and_predicts(tmp_path: Path, images: Path, kind: str, meth
     assert predictor.classifier.classes[int(probabilities.argmax())] == "red"
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0A")
-    with raises(VeneerError, where="weights"):
+    with raises(VeneerError, where="weights", file=f"hf:{folder}"):
         open_predictor(out)
 
 

@@ -11,6 +11,7 @@ import pytest
 from tests.raising import raises
 from veneer import methods
 from veneer.base_models import preset
+from veneer.base_models.architectures import ARCHITECTURES, PIPELINES
 from veneer.injection.errors import BaseModelError
 from veneer.training.families import families
 from veneer.training.families.learning_rates import family_learning_rates
@@ -60,3 +61,9 @@ def test_a_preset_or_an_option_comes_first(folder: Path) -> None:
 def test_no_such_base_model(tmp_path: Path) -> None:
     with raises(BaseModelError, where="base", given=str(tmp_path / "missing")):
         family_learning_rates(str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("base", sorted(ARCHITECTURES.keys() - PIPELINES.keys()))
+def test_an_architecture_without_a_pipeline_is_no_base_model(base: str) -> None:
+    with raises(BaseModelError, where="kind", given=base):
+        rates(base, "lora")

@@ -15,7 +15,7 @@ from veneer.classification.config import TransferConfig
 from veneer.classification.data.sources import open_source
 from veneer.classification.models.compatibility import compatible_methods
 from veneer.classification.models.loading import check_name
-from veneer.classification.models.transformers_loading import is_transformers_name
+from veneer.classification.models.transformers_loading import PREFIX, is_transformers_name
 from veneer.hub.names import is_repository
 from veneer.injection import OptionError, VeneerError
 from veneer.training.data.image_io import DataError
@@ -138,7 +138,7 @@ def resolve_model(workspace: Workspace, name: str) -> str:
         VeneerError: unknown model.
     """
     name = check_text(name or "", "model")
-    prefix, path = ("hf:", name.removeprefix("hf:")) if is_transformers_name(name) else ("", name)
+    prefix, path = (PREFIX, name.removeprefix(PREFIX)) if is_transformers_name(name) else ("", name)
     folder = Path(path).expanduser()
     if workspace.user is None and folder.is_dir() and ("/" in path or "\\" in path):
         return f"{prefix}{folder.resolve()}"

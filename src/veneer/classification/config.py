@@ -227,11 +227,11 @@ class TransferConfig(TrainingOptions, SiteOptions):
         default = next((methods.get(name).learning_rate for name in self.names()), 1e-3)
         return default if self.learning_rate is None else self.learning_rate
 
-    def head_rate(self) -> float:
-        """The peak learning rate of a new head beside the methods."""
+    def head_rate(self, solved: bool) -> float:
+        """The peak learning rate of a new head beside the methods. `solved`: it is initialized with a logistic regression."""
         if self.head_learning_rate is not None:
             return self.head_learning_rate
-        return min(self.rate(), SOLVED_HEAD_RATE) if self.lp_ft else self.rate()
+        return min(self.rate(), SOLVED_HEAD_RATE) if solved else self.rate()
 
     def names(self) -> list[str]:
         """Names of the methods; empty for `zero_shot`, which trains nothing."""

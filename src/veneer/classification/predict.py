@@ -112,9 +112,10 @@ def open_predictor(folder: Path, device: str = "cpu") -> Predictor:
         size=record["size"], seed=record["seed"], templates=record["templates"],
     )  # fmt: skip
     if classifier.weights != record["weights_digest"]:
-        message = f"{weights}: not the weights that {folder} was trained on: the SHA-256 differs. Restore the original file."
+        origin = weights or record["model"]
+        message = f"{origin}: not the weights that {folder} was trained on: the SHA-256 differs. Restore the original file."
         digests = {"given": classifier.weights, "expected": record["weights_digest"]}
-        raise VeneerError(message, file=weights, where="weights", **digests)
+        raise VeneerError(message, file=origin, where="weights", **digests)
     if record["adapted"]:
         load_all(classifier.model, folder / "adapter.safetensors")
     classifier.model.eval().to(device)

@@ -44,8 +44,8 @@ class Diffusers(Format):
 
     diffusers loads it into `unet`, `transformer` and the CLIP text encoders; its PixArt and DiT classes have no loader, but
     peft's `inject_adapter_in_model` takes the same tensors. Everything that it cannot hold (other methods, trained base
-    parameters, T5, embeddings, grouped convolutions, projections fused by `fuse_qkv_projections`, slices of the projections
-    that FLUX.2 always fuses) is rejected, never dropped.
+    parameters, T5, embeddings, grouped convolutions, projections fused by `fuse_qkv_projections`, DoRA of slices of a layer
+    that diffusers has only as a whole) is rejected, never dropped.
     Source: diffusers 0.42 `loaders/lora_base.py`, `loaders/peft.py`; peft `LoraConfig`.
     """
 
@@ -83,7 +83,8 @@ class Diffusers(Format):
                 tensors |= {f"{key}.{_end(component, end)}": tensor for end, tensor in found.items()}
                 rank = found[A].shape[0]
                 modules.setdefault(component, {})[module] = (rank, adapter.scaling * rank)
-            for component, path, (down, up, scaling) in merge_slices(attachment) if kind == "lora" else ():
+            for owner, path, (down, up, scaling) in merge_slices(attachment) if kind == "lora" else ():
+                component = owner or component_of(attachment.towers[owner])
                 if kinds.setdefault(component, kind) != kind or f"{component}.{path}.{A}" in tensors:
                     message = f"{target}: two attachments adapt '{component}.{path}'. Save them to separate files."
                     raise SaveError(message, file=target, where=f"{component}.{path}", given=2, expected=1)
@@ -101,9 +102,9 @@ def _parts(attachment: Attachment, target: Path) -> Iterator[tuple[str, str, Any
     """(component, module path, site, adapter) of every site but slices; raises for a site that the format cannot hold."""
     for site, adapter in attachment.parts.values():
         tower = attachment.towers[site.component]
-        if attachment.method.name == "lora" and site.component and is_slice(site, tower):
-            continue  # written with the other slices of its layer
         component = site.component or component_of(tower)
+        if attachment.method.name == "lora" and component and is_slice(site):
+            continue  # written with the other slices of its layer
         path = site.name.removeprefix(site.component + ".") if site.component else site.name
         wrong = _explain(site, tower, component, path)
         if wrong:
@@ -123,10 +124,11 @@ def _explain(site: Any, tower: nn.Module, component: str, path: str) -> tuple[st
         return "embedding", "is an embedding, into which diffusers cannot load LoRA"
     if site.groups != 1:
         return "groups", f"is a convolution with {site.groups} groups, for which peft uses another low-rank form"
-    always = is_always_fused(site)
-    if always and site.rows is not None:
-        return "slice", f"is a slice of '{site.path}', of which diffusers loads only LoRA of the whole. Use comfyui or kohya"
-    if (site.fused and not always) or not isinstance(_module(tower, path), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if is_slice(site):
+        return "slice", f"is a slice of '{site.path}', which diffusers has only as a whole: its DoRA has another norm"
+    if (site.fused and not is_always_fused(site)) or not isinstance(
+        _module(tower, path), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    ):
         why = "is a fused projection, which diffusers has only after fuse_qkv_projections(). Unfuse before attaching"
         return "fused", why
     return None

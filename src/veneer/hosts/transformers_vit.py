@@ -73,11 +73,11 @@ class TransformersViT(Host):
     def _outer(self, model: nn.Module) -> Head | None:
         """Where the bare model is in a classifier, or in a model with a text tower."""
         names = _class_names(model)
-        found = [Head("backbone")] if CLASSIFIER in module_names(model) else []
+        heads = [Head("backbone")] if CLASSIFIER in module_names(model) else []
         for record in records().values():
-            found += [head for name, head in record.heads.items() if name in names]
-            found += [Head("vision_model")] if not names.isdisjoint(record.with_text) else []
-        return next((head for head in found if self.record(model.get_submodule(head.path)) is not None), None)
+            heads += [head for name, head in record.heads.items() if name in names]
+            heads += [Head("vision_model")] if not names.isdisjoint(record.with_text) else []
+        return next((head for head in heads if self.record(model.get_submodule(head.path)) is not None), None)
 
 
 def _class_names(model: nn.Module) -> set[str]:

@@ -129,11 +129,11 @@ def host_of(model: nn.Module) -> Host | None:
         VeneerError: two hosts match.
     """
     matching = [h for h in (hosts.get(name)() for name in hosts.names()) if h.matches(model)]
-    found = [h for h in matching if not h.fallback] or matching
-    if len(found) > 1:
+    preferred = [h for h in matching if not h.fallback] or matching
+    if len(preferred) > 1:
         raise VeneerError(
-            f"{type(model).__name__} is claimed by the hosts {', '.join(h.name for h in found)}; one must give way.",
+            f"{type(model).__name__} is claimed by the hosts {', '.join(h.name for h in preferred)}; one must give way.",
             where=type(model).__name__,
-            given=tuple(h.name for h in found),
+            given=tuple(h.name for h in preferred),
         )
-    return found[0] if found else None
+    return preferred[0] if preferred else None

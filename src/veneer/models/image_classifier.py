@@ -55,7 +55,8 @@ class ImageClassifier(nn.Module):
         self.mean, self.std = tuple(mean), tuple(std)
         config.image_size = size[0] if size[0] == size[1] else list(size)
         # Swin's config has the width of its last stage as `hidden_size` too
-        self.head: nn.Module = nn.Linear(config.hidden_size * (2 if self.pooling == "class_mean" else 1), classes)
+        self.width: int = config.hidden_size * (2 if self.pooling == "class_mean" else 1)
+        self.head: nn.Module = nn.Linear(self.width, classes)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Logits (batch, classes) of normalized images (batch, 3, height, width)."""
@@ -74,6 +75,10 @@ class ImageClassifier(nn.Module):
         config: Any = self.backbone.config
         patches = output.last_hidden_state[:, 1 + getattr(config, "num_register_tokens", 0) :]
         return torch.cat((token, patches.mean(1)), 1)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the head with a new one, as timm's models do."""
+        self.head = nn.Linear(self.width, num_classes)
 
     def activation_checkpointing_enable(self) -> None:
         """Enables gradient checkpointing of the model."""

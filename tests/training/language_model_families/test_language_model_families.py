@@ -118,6 +118,15 @@ def test_guidance_of_qwen_image_is_its_true_cfg_scale(pipes: dict[str, Any], sca
     assert ours.tobytes() == theirs.tobytes()
 
 
+def test_a_negative_prompt_of_qwen_image_without_guidance_has_no_effect(pipes: dict[str, Any]) -> None:
+    """At a scale of 1; the pipeline alone would apply its default, 4."""
+    pipe = pipes["qwen_image"]
+    settings: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 1.0}
+    with recorded(pipe.transformer) as calls:
+        family(pipe).generate(["a dog"], [torch.Generator().manual_seed(0)], negative_prompt=["blurry"], **settings)
+    assert len(calls) == 2
+
+
 # -- text -------------------------------------------------------------------------------------------------------------
 
 

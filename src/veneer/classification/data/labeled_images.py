@@ -114,8 +114,8 @@ class Source:
 
     def without_labels(self, labels: Collection[int]) -> "Source":
         """The source without some labels, and without the images that have no other; labels are renumbered."""
-        kept = [(each, [label for label in each.labels if label not in labels]) for each in self.examples]
-        examples = tuple(_with_labels(each, of_image) for each, of_image in kept if of_image)
+        rows = [(each, [label for label in each.labels if label not in labels]) for each in self.examples]
+        examples = tuple(_with_labels(each, of_image) for each, of_image in rows if of_image)
         return replace(self, examples=examples).filter(lambda each: True)
 
     def label_text(self, example: Example) -> str:

@@ -175,7 +175,7 @@ def new_head(model: Any, name: str, classes: int, seed: int) -> None:
     """Replaces the model's head with a fresh one, initialized by the seed."""
     if not hasattr(model, "reset_classifier"):
         kind = type(model).__name__
-        message = f"{name}: the head of {kind} cannot be replaced; expected a timm classifier."
+        message = f"{name}: the head of {kind} cannot be replaced; expected a model with reset_classifier."
         raise ModelError(message, where="head", given=kind)
     torch.manual_seed(mix(seed, "head"))
     model.reset_classifier(classes)

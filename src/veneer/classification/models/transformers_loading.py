@@ -35,7 +35,7 @@ KEPT_HEADS = ("vit", "deit", "dinov2", "dinov2_with_registers", "swin", "beit")
 """Model types whose own classifier reads the features of `ImageClassifier`."""
 
 
-class Source(NamedTuple):
+class ModelLocation(NamedTuple):
     """Where a model is loaded from: a folder, or a repository of the hub and its revision. `name`: as in `--model`."""
 
     name: str
@@ -61,21 +61,21 @@ def check_transformers_name(name: str) -> None:
         _require_file(source, PROCESSORS)
 
 
-def _source(name: str) -> Source:
+def _source(name: str) -> ModelLocation:
     text = name.removeprefix(PREFIX)
     folder = Path(text).expanduser()
     if folder.is_dir():
-        source = Source(f"{PREFIX}{folder.resolve()}", str(folder.resolve()), None, True)
+        source = ModelLocation(f"{PREFIX}{folder.resolve()}", str(folder.resolve()), None, True)
         _require_file(source, ("config.json",))
         return source
     parsed = parse_name(text)
     if parsed is None or parsed.file is not None:
         message = f"{name}: no such folder; expected hf:FOLDER with a model of transformers, or hf:USER/REPO of the hub."
         raise ModelError(message, where="folder", given=text, expected=("hf:FOLDER", "hf:USER/REPO"))
-    return Source(name, parsed.repo, parsed.revision, False)
+    return ModelLocation(name, parsed.repo, parsed.revision, False)
 
 
-def _require_file(source: Source, names: tuple[str, ...]) -> None:
+def _require_file(source: ModelLocation, names: tuple[str, ...]) -> None:
     """Raises an error if a folder has none of these files."""
     folder = Path(source.path)
     if source.is_local and not any((folder / name).is_file() for name in names):
@@ -103,19 +103,23 @@ def transformers_classifier(
         size: side of the images in pixels, a multiple of the patch size (default: the image processor's).
         seed: of a new head, and of random weights.
     Raises:
-        ModelError: unknown folder or name, a model without a supported image tower, incomplete weights, or an unsupported size.
+        ModelError: unknown folder or name, a model without a supported image tower, incomplete weights, a head to keep
+            of random weights, or an unsupported size.
     """
     require("transformers")
     source = _source(name)
     if weights not in (None, "none"):
         message = f"--weights {weights}: models of transformers are loaded from their folder; put the file there, or pass none."
         raise ModelError(message, where="weights", given=str(weights), expected=("none",))
+    if weights == "none" and keep_head:
+        message = f"{name}: its own head is kept, but the weights are random. Leave out --weights none, or pass --head fresh."
+        raise ModelError(message, where="head", given="none", expected="published")
     with torch.random.fork_rng(devices=[]), _quiet(), hub(not source.is_local) as why:
         config = _config(source, why)
-        _checked(name, _outline(config))
+        _checked(name, _outline(config, name))
         data = _with_size(data_config(_image_processor(source, why), name), size)
         torch.manual_seed(mix(seed, "model"))
-        backbone, head = (_build(config), None) if weights == "none" else _load(source, config, why, keep_head)
+        backbone, head = (_build(config, name), None) if weights == "none" else _load(source, config, why, keep_head)
         model = _classifier(name, backbone, data, len(classes), seed)
         if head is not None:
             model.head = head
@@ -132,7 +136,7 @@ def transformers_outline(name: str) -> nn.Module:
     require("transformers")
     source = _source(name)
     with _quiet(), hub(not source.is_local) as why:
-        return _checked(name, _outline(_config(source, why)))
+        return _checked(name, _outline(_config(source, why), name))
 
 
 def _classifier(name: str, backbone: Any, data: dict[str, Any], classes: int, seed: int) -> ImageClassifier:
@@ -150,7 +154,7 @@ def _classifier(name: str, backbone: Any, data: dict[str, Any], classes: int, se
     return ImageClassifier(backbone, classes, (height, width), data["mean"], data["std"], **options)
 
 
-def _config(source: Source, why: str) -> Any:
+def _config(source: ModelLocation, why: str) -> Any:
     """The config of the model's image tower, or of the whole model if it has no other part."""
     from transformers import AutoConfig
 
@@ -165,7 +169,7 @@ def _config(source: Source, why: str) -> Any:
         raise ModelError(message, where="hub", given=source.name) from error
 
 
-def _image_processor(source: Source, why: str) -> Any:
+def _image_processor(source: ModelLocation, why: str) -> Any:
     from transformers import AutoImageProcessor
 
     _require_file(source, PROCESSORS)
@@ -178,13 +182,13 @@ def _image_processor(source: Source, why: str) -> Any:
         raise ModelError(message, where="preprocessor_config.json", given="unreadable", expected="image processor") from error
 
 
-def _arguments(source: Source, why: str) -> dict[str, Any]:
+def _arguments(source: ModelLocation, why: str) -> dict[str, Any]:
     """Arguments of `from_pretrained`: no code of a repository, and no connection if there is none."""
     local = source.is_local or bool(why)
     return {"trust_remote_code": False, "local_files_only": local, "revision": source.revision or "main"}
 
 
-def _build(config: Any) -> nn.Module:
+def _build(config: Any, name: str) -> nn.Module:
     """The image tower with random weights."""
     from transformers import AutoModel
 
@@ -192,11 +196,11 @@ def _build(config: Any) -> nn.Module:
     try:
         model: nn.Module = AutoModel.from_config(vision, **_options(vision))
     except (ValueError, TypeError) as error:
-        raise _unsupported(config.model_type) from error
+        raise _unsupported(config.model_type, name) from error
     return model
 
 
-def _load(source: Source, config: Any, why: str, keep_head: bool) -> tuple[nn.Module, nn.Module | None]:
+def _load(source: ModelLocation, config: Any, why: str, keep_head: bool) -> tuple[nn.Module, nn.Module | None]:
     """The image tower, and the classifier that is kept."""
     import transformers
 
@@ -222,9 +226,9 @@ def _load(source: Source, config: Any, why: str, keep_head: bool) -> tuple[nn.Mo
     return (model if vision is config else model.vision_model), None
 
 
-def _outline(config: Any) -> nn.Module:
+def _outline(config: Any, name: str) -> nn.Module:
     with torch.device("meta"):
-        return _build(config)
+        return _build(config, name)
 
 
 def _checked(name: str, model: nn.Module) -> nn.Module:
@@ -239,7 +243,7 @@ def _checked(name: str, model: nn.Module) -> nn.Module:
     return model
 
 
-def _unsupported(kind: str, name: str = PREFIX) -> ModelError:
+def _unsupported(kind: str, name: str) -> ModelError:
     message = f"{name}: a model of the type {kind!r} has no image tower that is supported; expected one of {', '.join(TYPES)}."
     return ModelError(message, where="model_type", given=kind, expected=TYPES)
 

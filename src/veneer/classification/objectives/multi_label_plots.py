@@ -17,12 +17,12 @@ def write_class_precision(metrics: MultiLabelMetrics, classes: Sequence[str], pa
     """Plots the average precision of each class, lowest first, beside the share of the images that have it."""
     shares = metrics.targets.double().mean(0).tolist()
     rows = [(p, name, share) for p, name, share in zip(metrics.average_precision, classes, shares, strict=True) if p is not None]
-    shown = sorted(rows)[:MOST_CLASSES]
-    figure, axes = panels(7.2, 1.6 + 0.24 * len(shown))
-    places = range(len(shown))
-    axes.barh(places, [p for p, _, _ in shown], color=BLUE, label="average precision")
-    axes.scatter([share for _, _, share in shown], places, color=ORANGE, marker="|", s=90, zorder=3, label="random ranking")
-    axes.set_yticks(places, [shorten(name) for _, name, _ in shown], fontsize=8)
+    lowest = sorted(rows)[:MOST_CLASSES]
+    figure, axes = panels(7.2, 1.6 + 0.24 * len(lowest))
+    places = range(len(lowest))
+    axes.barh(places, [p for p, _, _ in lowest], color=BLUE, label="average precision")
+    axes.scatter([share for _, _, share in lowest], places, color=ORANGE, marker="|", s=90, zorder=3, label="random ranking")
+    axes.set_yticks(places, [shorten(name) for _, name, _ in lowest], fontsize=8)
     axes.set(xlim=(0, 1), xlabel="average precision")
     axes.invert_yaxis()
     axes.grid(alpha=0.25, axis="x")

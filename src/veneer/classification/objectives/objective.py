@@ -1,4 +1,4 @@
-"""What single-label and multi-label classification have in common: targets, loss, metrics and predictions."""
+"""Base class of single-label and multi-label classification: targets, loss, metrics and predictions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Baseline:
-    """What predictions without looking at the images reach.
+    """Score of predictions that do not look at the images.
 
     Args:
-        value: its score. `reason`: sentence that compares the run's score with it.
+        value: the score. `reason`: sentence that compares the run's score with it.
         summary: sentence for a run that is not better.
     """
 
@@ -49,7 +49,7 @@ class Metrics(Protocol):
         ...
 
     def baseline(self) -> Baseline:
-        """What predictions without looking at the images reach."""
+        """Score of predictions that do not look at the images."""
         ...
 
 

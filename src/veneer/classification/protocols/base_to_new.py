@@ -49,8 +49,8 @@ def base_and_new(data: Data, order: Sequence[str]) -> tuple[Data, Data]:
 def _of_classes(data: Data, classes: frozenset[str]) -> Data:
     """The images of some classes, in the splits that they have."""
     source, splits = data.source, data.splits
-    kept = [i for i, each in enumerate(source.examples) if source.classes[each.label] in classes]
-    place = {index: number for number, index in enumerate(kept)}
+    members = [i for i, each in enumerate(source.examples) if source.classes[each.label] in classes]
+    place = {index: number for number, index in enumerate(members)}
     train, validation, test = (
         tuple(place[i] for i in indices if i in place) for indices in (splits.train, splits.validation, splits.test)
     )

@@ -65,8 +65,8 @@ def evidence_of(trainer: ClassifierTrainer, test: tuple[Tensor, Tensor], validat
     """
     objective = trainer.views.data.objective
     right, probe = objective.image_scores(*test), _probe_scores(trainer)
-    measured = objective.metrics(*test), validation, _train_metrics(trainer)
-    return Evidence(*measured, probe, right, objective.metric, objective.image_metric)
+    metrics = objective.metrics(*test), validation, _train_metrics(trainer)
+    return Evidence(*metrics, probe, right, objective.metric, objective.image_metric)
 
 
 def _train_metrics(trainer: ClassifierTrainer) -> Metrics:

@@ -65,12 +65,13 @@ class RunMetrics:
 
 
 DEFAULTS: Mapping[str, Any] = {
-    **IF_SET, "block_lr": {}, "layer_decay": 1.0, "multi_label": False, "init_from": None, "keep_epoch": "best",
+    **IF_SET, "block_lr": {}, "layer_decay": 1.0, "head_learning_rate": None, "multi_label": False, "init_from": None,
+    "keep_epoch": "best",
 }  # fmt: skip
 """Options that are part of the hash of a run only if they differ from these."""
 
 
-class NewClasses(Protocol):
+class NewClassTest(Protocol):
     """Test on classes that the methods were not trained on."""
 
     def accuracy(self, adapter: Path | None) -> float:
@@ -97,7 +98,7 @@ class Comparison:
         self.classifier, self.search_views = classifier, search_views or views
         self.features = CachedFeatures(classifier, views, base.batch)
         self._random: Classifier | None = None
-        self.new_classes: NewClasses | None = None
+        self.new_classes: NewClassTest | None = None
         self.done = self._read()
 
     def _read(self) -> list[RunMetrics]:

@@ -4,7 +4,8 @@
 
 D is the number of blocks of the parameter's tower. Layers: 0 to D − 1 for the blocks in order, −1 for what comes before them
 (patch embedding, stem, positions, prompts), and D for what comes after them (last norm, pooling, head). Layers between two
-blocks, such as the downsampling of a stage, belong to the block that follows. An adapter has the layer of its site.
+blocks, such as the downsampling of a stage, belong to the block that follows. Parameters of no tower with
+blocks, such as a scale of logits, come after them. An adapter has the layer of its site.
 
 Source: Clark et al., ELECTRA, ICLR 2020; Bao et al., BEiT, ICLR 2022, and its code, which MAE shares; for other architectures
 timm's `param_groups_layer_decay`. Deviations from timm: the last norm of a ViT and the last convolution of an EfficientNet
@@ -62,7 +63,7 @@ def layers_of(sites: Sequence[Site]) -> Mapping[str, int]:
     layers: dict[str, int] = {}
     for tower, blocks in block_counts(sites).items():
         within = [site for site in sites if site.tower == tower]
-        first = next((place for place, site in enumerate(within) if site.depth is not None), len(within))
+        first = next((place for place, site in enumerate(within) if site.depth is not None), 0)
         following = blocks
         for place, site in reversed(list(enumerate(within))):
             following = following if site.depth is None else site.depth

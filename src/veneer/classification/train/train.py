@@ -88,6 +88,7 @@ class ClassifierTrainer:
         self.model: Any = classifier.model
         if config.layer_decay != 1:
             layer_factors(attached, config.layer_decay)  # raises before any feature is computed
+        self._check_head_rate()
         self.mixing = Mixing(config.mixup, config.cutmix, config.seed)
         cached = config.cache and not self.mixing.enabled and reads_features_only(classifier, attached)
         self._frozen = features or CachedFeatures(classifier, views, config.batch, self.dtype)
@@ -256,21 +257,21 @@ class ClassifierTrainer:
         device = self.accelerator.device
         return ((inputs.to(device), labels.to(device)) for inputs, labels in batches)
 
+    def _check_head_rate(self) -> None:
+        """Raises an error for a learning rate of the head, if no head is trained beside the methods."""
+        names, rate = self.config.names(), self.config.head_learning_rate
+        if rate is not None and all(a.method.name in names for a in self.attached):
+            remedy = "use its option head_rate" if "full" in names else "leave the option out"
+            message = f"head_learning_rate: {self.config.method} has no new head beside it; {remedy}."
+            raise OptionError(message, option="head_learning_rate", given=rate, expected=None)
+
     def _groups(self) -> list[ParameterGroup]:
         """Parameter groups. The first method gets the run's learning rate, each other method this rate times the ratio of its
-        default to that of the first, and a new head beside them its own.
-
-        Raises:
-            OptionError: a learning rate of the head, but no head is trained beside the methods.
-        """
-        names = self.config.names()
-        if self.config.head_learning_rate is not None and all(a.method.name in names for a in self.attached):
-            message = f"head_learning_rate: {self.config.method} has no new head beside it; leave the option out."
-            raise OptionError(message, option="head_learning_rate", given=self.config.head_learning_rate, expected=None)
-        groups: list[ParameterGroup] = []
+        default to that of the first, and a new head beside them its own."""
+        names, groups = self.config.names(), list[ParameterGroup]()
+        of_head = self.config.head_rate(self.uses_probe_init) / self.config.rate()
         for attachment in self.attached:
             in_config = attachment.method.name in names
-            of_head = self.config.head_rate() / self.config.rate()
             ratio = attachment.method.learning_rate / self.attached[0].method.learning_rate if in_config else of_head
             for number, group in enumerate(attachment.groups()):
                 scale = group.get("lr_scale", 1.0) * ratio

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-from torch import nn
+from typing import Any, NamedTuple, TypeGuard
 
 from veneer.injection import Attachment
 from veneer.injection.sites import WeightSite
 
 from .._names.kohya import NamedLayer
 from .._names.kohya_fused import LoRAFactors, merge_adapters
+from .._names.modules import is_always_fused
 
 
 class FusedLoRA(NamedTuple):
@@ -22,23 +21,16 @@ class FusedLoRA(NamedTuple):
     factors: LoRAFactors
 
 
-def is_slice(site: Any, tower: nn.Module) -> bool:
-    """True for rows of a fused linear layer that are not also a module, such as `to_q` in the single-stream blocks of FLUX.2."""
-    if not isinstance(site, WeightSite) or site.rows is None or site.kind != "linear":
-        return False
-    own = site.name.removeprefix(f"{site.component}.") if site.component else site.name
-    try:
-        tower.get_submodule(own)
-    except AttributeError:
-        return isinstance(tower.get_submodule(site.path), nn.Linear)
-    return False
+def is_slice(site: Any) -> TypeGuard[WeightSite]:
+    """True for rows of a linear layer that the model always fuses, such as `to_q` in the single-stream blocks of FLUX.2."""
+    return isinstance(site, WeightSite) and site.kind == "linear" and site.rows is not None and is_always_fused(site)
 
 
 def merge_slices(attachment: Attachment) -> Iterator[FusedLoRA]:
     """Each fused layer with adapted slices. The whole weight update is equal: the rows of other slices are zero."""
     layers: dict[tuple[str, str], dict[str, Any]] = {}
     for site, adapter in attachment.parts.values():
-        if isinstance(site, WeightSite) and is_slice(site, attachment.towers[site.component]):
+        if is_slice(site):
             layers.setdefault((site.component, site.path), {})[site.name] = adapter
     weights = [s for s in attachment.supported_sites if isinstance(s, WeightSite)]
     for (component, path), adapters in layers.items():

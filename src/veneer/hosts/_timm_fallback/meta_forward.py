@@ -106,13 +106,13 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(tensor)] = nn.Parameter(twin, twin.is_floating_point()) if isinstance(tensor, nn.Parameter) else twin
     for tensor in _cached_tensors(model):
         memo.setdefault(id(tensor), torch.empty_like(tensor, device="meta", requires_grad=False))
-    made: nn.Module = copy.deepcopy(model, memo).eval()
-    for module in made.modules():
+    clone: nn.Module = copy.deepcopy(model, memo).eval()
+    for module in clone.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(module, name).clear()
         if getattr(module, "grad_checkpointing", False) is True:
             module.grad_checkpointing = False  # type: ignore[assignment]
-    return made
+    return clone
 
 
 def _cached_tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -150,9 +150,9 @@ def _count_uses(trace: MetaForward, twin: nn.Module, outputs: list[Tensor]) -> N
     """Fills `uses` and `owners` from the autograd graph: one edge to a leaf for each operation that reads it."""
     edges = Counter(id(leaf) for leaf in _leaves(outputs))
     modules = unique_modules(twin)
-    held = {(path, name): _base(module, name) for path, module in modules.items() for name in own_parameters(module)}
-    holders = Counter(map(id, held.values()))
-    for key, parameter in held.items():
+    parameters = {(path, name): _base(module, name) for path, module in modules.items() for name in own_parameters(module)}
+    holders = Counter(map(id, parameters.values()))
+    for key, parameter in parameters.items():
         trace.uses[key], trace.owners[key] = edges[id(parameter)], holders[id(parameter)]
 
 

@@ -57,8 +57,8 @@ def classifiers(model: Any, modules: dict[str, nn.Module]) -> list[str]:
     head = model.get_classifier() if hasattr(model, "get_classifier") else None
     several = list(head) if isinstance(head, (tuple, list, nn.ModuleList)) else [head]
     several = [getattr(one, "fc", one) if type(one).__name__.endswith("ClassifierHead") else one for one in several]
-    chosen = {id(one) for one in several if isinstance(one, nn.Module)}
-    return [path for path, module in modules.items() if id(module) in chosen]
+    heads = {id(one) for one in several if isinstance(one, nn.Module)}
+    return [path for path, module in modules.items() if id(module) in heads]
 
 
 def _in_order(modules: dict[str, nn.Module], trace: MetaForward) -> list[str]:

@@ -29,8 +29,8 @@ def build_class(path: str, **options: Any) -> nn.Module:
 
 def _configured(model: Any, side: int = SIDE) -> nn.Module:
     model.pretrained_cfg = {"input_size": (3, side, side), "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    made: nn.Module = model.eval()
-    return made
+    network: nn.Module = model.eval()
+    return network
 
 
 def _group_norm() -> Any:

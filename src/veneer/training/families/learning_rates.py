@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from veneer.base_models.architectures import ARCHITECTURES, PIPELINES
+from veneer.base_models.architectures import PIPELINES
 from veneer.base_models.folders import read_json
 from veneer.base_models.loading import find
 
@@ -29,7 +29,7 @@ def family_learning_rates(base: str | Path) -> Mapping[str, float]:
 
 def _pipeline_name(base: str | Path) -> str | None:
     """Name of the class of a base model's pipeline, if it is known without a download."""
-    if base in ARCHITECTURES and not Path(base).exists():
+    if base in PIPELINES and not Path(base).exists():
         return PIPELINES[str(base)][0]
     source = find(base)
     index = source / "model_index.json" if isinstance(source, Path) else None

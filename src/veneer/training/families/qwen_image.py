@@ -67,6 +67,6 @@ class QwenImage(LanguageModelLimits, Family):
     @classmethod
     def sampling_arguments(cls, arguments: dict[str, Any], prompts: int) -> dict[str, Any]:
         scale = arguments.pop("guidance_scale", TRUE_CFG_SCALE)
-        if scale > 1:
-            arguments |= {"true_cfg_scale": scale, "negative_prompt": arguments.get("negative_prompt") or [" "] * prompts}
-        return arguments
+        if scale <= 1:  # the pipeline's default scale would apply to a negative prompt
+            return {**{name: value for name, value in arguments.items() if name != "negative_prompt"}, "true_cfg_scale": scale}
+        return arguments | {"true_cfg_scale": scale, "negative_prompt": arguments.get("negative_prompt") or [" "] * prompts}

@@ -60,7 +60,7 @@ def _json_names(cell: str) -> tuple[str, ...] | None:
 
 def separator_notes(where: object, labels: Iterable[str]) -> Iterator[str]:
     """A note on class names that contain a separator, of a table that is read with one label per image."""
-    joined = sorted({label for label in labels if any(separator in label for separator in SEPARATORS)})
-    if joined:
-        listing = some(joined, 3)
+    several = sorted({label for label in labels if any(separator in label for separator in SEPARATORS)})
+    if several:
+        listing = some(several, 3)
         yield f"{where}: class names with ; or | ({listing}) are single classes. If they are several labels, pass --multi-label."

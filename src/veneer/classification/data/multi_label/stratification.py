@@ -24,18 +24,18 @@ def stratify(labels: Sequence[Sequence[int]], shares: Sequence[float]) -> list[i
     totals = Counter(label for of_image in labels for label in of_image)
     needed = {label: _targets(count, shares) for label, count in totals.items()}
     remaining = dict.fromkeys(range(len(labels)))
-    chosen = [0] * len(labels)
+    split_of = [0] * len(labels)
     while remaining:
         counts = Counter(label for image in remaining for label in labels[image])
         rarest = min(counts, key=lambda label: (counts[label], label))
         for image in [each for each in remaining if rarest in labels[each]]:
             split = max(range(len(everything)), key=lambda place: (needed[rarest][place], everything[place], -place))
-            chosen[image] = split
+            split_of[image] = split
             del remaining[image]
             everything[split] -= 1
             for label in labels[image]:
                 needed[label][split] -= 1
-    return [split - 1 if split else None for split in chosen]
+    return [split - 1 if split else None for split in split_of]
 
 
 def _targets(count: int, shares: Sequence[float]) -> list[float]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from .flux import BLOCKS
-from .record import Blocks, TransformerNames, same
+from .record import BlockNames, TransformerNames, same
 
 APPROXIMATOR = "distilled_guidance_layer"
 RECORD = TransformerNames(
     classes=("ChromaTransformer2DModel",),
     blocks=(
         *BLOCKS,
-        Blocks(f"{APPROXIMATOR}.layers", f"{APPROXIMATOR}.layers", {"in_layer": ("linear_1",), "out_layer": ("linear_2",)}),
+        BlockNames(f"{APPROXIMATOR}.layers", f"{APPROXIMATOR}.layers", {"in_layer": ("linear_1",), "out_layer": ("linear_2",)}),
     ),
     modules={
         **same(f"{APPROXIMATOR}.in_proj", f"{APPROXIMATOR}.out_proj"), "img_in": ("x_embedder",),

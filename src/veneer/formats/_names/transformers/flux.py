@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .record import ADDED, QKV, Blocks, Paths, TransformerNames, two_layers
+from .record import ADDED, QKV, BlockNames, Paths, TransformerNames, two_layers
 
 DOUBLE: Paths = {
     "img_attn.qkv": QKV, "img_attn.proj": ("attn.to_out.0",), "img_mlp.0": ("ff.net.0.proj",), "img_mlp.2": ("ff.net.2",),
@@ -10,7 +10,10 @@ DOUBLE: Paths = {
     "txt_mlp.0": ("ff_context.net.0.proj",), "txt_mlp.2": ("ff_context.net.2",), "txt_mod.lin": ("norm1_context.linear",),
 }  # fmt: skip
 SINGLE: Paths = {"linear1": (*QKV, "proj_mlp"), "linear2": ("proj_out",), "modulation.lin": ("norm.linear",)}
-BLOCKS = (Blocks("transformer_blocks", "double_blocks", DOUBLE), Blocks("single_transformer_blocks", "single_blocks", SINGLE))
+BLOCKS = (
+    BlockNames("transformer_blocks", "double_blocks", DOUBLE),
+    BlockNames("single_transformer_blocks", "single_blocks", SINGLE),
+)
 EMBEDDERS: Paths = {
     **two_layers("time_text_embed.timestep_embedder", "time_in.in_layer", "time_in.out_layer"),
     **two_layers("time_text_embed.text_embedder", "vector_in.in_layer", "vector_in.out_layer"),

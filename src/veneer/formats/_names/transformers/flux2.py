@@ -6,14 +6,14 @@ diffusers' converter of LoRA leaves the halves of `final_layer.adaLN_modulation.
 from __future__ import annotations
 
 from .flux import MODULATION
-from .record import ADDED, QKV, Blocks, TransformerNames, two_layers
+from .record import ADDED, QKV, BlockNames, TransformerNames, two_layers
 
 MODULATIONS = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
 VERSIONS = {48: "Flux.2-dev", 24: "Flux.2-klein-4b", 32: "Flux.2-klein-9b"}  # by number of heads
 RECORD = TransformerNames(
     classes=("Flux2Transformer2DModel",),
     blocks=(
-        Blocks(
+        BlockNames(
             "transformer_blocks",
             "double_blocks",
             {
@@ -22,7 +22,7 @@ RECORD = TransformerNames(
                 "txt_mlp.0": ("ff_context.linear_in",), "txt_mlp.2": ("ff_context.linear_out",),
             },
         ),
-        Blocks(
+        BlockNames(
             "single_transformer_blocks",
             "single_blocks",
             {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},

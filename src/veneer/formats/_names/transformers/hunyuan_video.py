@@ -7,7 +7,7 @@ Source: Tencent/HunyuanVideo `hyvideo/modules/models.py`; ComfyUI `comfy/support
 from __future__ import annotations
 
 from .flux import BLOCKS, EMBEDDERS, MODULATION
-from .record import QKV, Blocks, Paths, TransformerNames, two_layers
+from .record import QKV, BlockNames, Paths, TransformerNames, two_layers
 
 REFINER: Paths = {
     "self_attn.qkv": QKV, "self_attn.proj": ("attn.to_out.0",), "mlp.0": ("ff.net.0.proj",), "mlp.2": ("ff.net.2",),
@@ -25,7 +25,7 @@ RECORD = TransformerNames(
     classes=("HunyuanVideoTransformer3DModel",),
     blocks=(
         *BLOCKS,
-        Blocks("context_embedder.token_refiner.refiner_blocks", "txt_in.individual_token_refiner.blocks", REFINER),
+        BlockNames("context_embedder.token_refiner.refiner_blocks", "txt_in.individual_token_refiner.blocks", REFINER),
     ),
     modules={
         **EMBEDDERS,

@@ -6,7 +6,7 @@ Source: Alpha-VLLM/Lumina-Image-2.0 `models/model.py`; diffusers `loaders/single
 
 from __future__ import annotations
 
-from .record import QKV, Blocks, Paths, TransformerNames, two_layers
+from .record import QKV, BlockNames, Paths, TransformerNames, two_layers
 
 BLOCK: Paths = {
     "attention.qkv": QKV, "attention.out": ("attn.to_out.0",), "feed_forward.w1": ("feed_forward.linear_1",),
@@ -16,7 +16,7 @@ BLOCK: Paths = {
 LISTS = ("noise_refiner", "context_refiner", "layers")
 RECORD = TransformerNames(
     classes=("Lumina2Transformer2DModel",),
-    blocks=tuple(Blocks(name, name, BLOCK) for name in LISTS),
+    blocks=tuple(BlockNames(name, name, BLOCK) for name in LISTS),
     modules={
         **two_layers("time_caption_embed.timestep_embedder", "t_embedder.mlp.0", "t_embedder.mlp.2"),
         "cap_embedder.1": ("time_caption_embed.caption_embedder.1",), "x_embedder": ("x_embedder",),

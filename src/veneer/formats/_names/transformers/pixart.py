@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .record import Blocks, Paths, TransformerNames, two_layers
+from .record import BlockNames, Paths, TransformerNames, two_layers
 
 ATTENTIONS: Paths = {
     "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn.proj": ("attn1.to_out.0",),
@@ -13,7 +13,7 @@ CAPTION: Paths = two_layers("caption_projection", "y_embedder.y_proj.fc1", "y_em
 RECORD = TransformerNames(
     classes=("PixArtTransformer2DModel",),
     blocks=(
-        Blocks("transformer_blocks", "blocks", {**ATTENTIONS, "mlp.fc1": ("ff.net.0.proj",), "mlp.fc2": ("ff.net.2",)}),
+        BlockNames("transformer_blocks", "blocks", {**ATTENTIONS, "mlp.fc1": ("ff.net.0.proj",), "mlp.fc2": ("ff.net.2",)}),
     ),
     modules={
         **two_layers("adaln_single.emb.timestep_embedder", "t_embedder.mlp.0", "t_embedder.mlp.2"),

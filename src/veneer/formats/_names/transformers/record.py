@@ -17,7 +17,7 @@ ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockNames:
     """A list of blocks.
 
     Args:
@@ -48,7 +48,7 @@ class TransformerNames:
     """
 
     classes: tuple[str, ...]
-    blocks: tuple[Blocks, ...]
+    blocks: tuple[BlockNames, ...]
     modules: Paths
     swapped: tuple[str, ...] = ()
     spellings: tuple[Mapping[str, str], ...] = ()

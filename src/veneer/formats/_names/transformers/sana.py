@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .pixart import ATTENTIONS, CAPTION
-from .record import Blocks, TransformerNames, two_layers
+from .record import BlockNames, TransformerNames, two_layers
 
 CONVOLUTIONS = {
     f"mlp.{name}.conv": (f"ff.{own}",)
@@ -11,7 +11,7 @@ CONVOLUTIONS = {
 }
 RECORD = TransformerNames(
     classes=("SanaTransformer2DModel",),
-    blocks=(Blocks("transformer_blocks", "blocks", {**ATTENTIONS, **CONVOLUTIONS}),),
+    blocks=(BlockNames("transformer_blocks", "blocks", {**ATTENTIONS, **CONVOLUTIONS}),),
     modules={
         **two_layers("time_embed.emb.timestep_embedder", "t_embedder.mlp.0", "t_embedder.mlp.2"),
         **CAPTION, "x_embedder.proj": ("patch_embed.proj",), "t_block.1": ("time_embed.linear",),

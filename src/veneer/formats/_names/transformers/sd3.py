@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .flux import MODULATION
-from .record import ADDED, QKV, Blocks, Paths, TransformerNames, two_layers
+from .record import ADDED, QKV, BlockNames, Paths, TransformerNames, two_layers
 
 CONTEXT = "context_block.adaLN_modulation.1"
 JOINT: Paths = {
@@ -30,7 +30,7 @@ def _model_spec(config: Mapping[str, Any]) -> str:
 
 RECORD = TransformerNames(
     classes=("SD3Transformer2DModel",),
-    blocks=(Blocks("transformer_blocks", "joint_blocks", JOINT, swapped_last=(CONTEXT,)),),
+    blocks=(BlockNames("transformer_blocks", "joint_blocks", JOINT, swapped_last=(CONTEXT,)),),
     modules={
         **two_layers("time_text_embed.timestep_embedder", "t_embedder.mlp.0", "t_embedder.mlp.2"),
         **two_layers("time_text_embed.text_embedder", "y_embedder.mlp.0", "y_embedder.mlp.2"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .record import Blocks, TransformerNames, two_layers
+from .record import BlockNames, TransformerNames, two_layers
 
 LAYERS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
 RECORD = TransformerNames(
     classes=("WanTransformer3DModel",),
     blocks=(
-        Blocks(
+        BlockNames(
             "blocks",
             "blocks",
             {

@@ -7,7 +7,7 @@ Source: ComfyUI `comfy/utils.py`; Tongyi-MAI/Z-Image; kohya-ss/musubi-tuner `net
 from __future__ import annotations
 
 from .lumina2 import LISTS
-from .record import Blocks, Paths, TransformerNames, same
+from .record import BlockNames, Paths, TransformerNames, same
 
 BLOCK: Paths = {
     "attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"), "attention.out": ("attention.to_out.0",),
@@ -15,7 +15,7 @@ BLOCK: Paths = {
 }  # fmt: skip
 RECORD = TransformerNames(
     classes=("ZImageTransformer2DModel",),
-    blocks=tuple(Blocks(name, name, BLOCK) for name in LISTS),
+    blocks=tuple(BlockNames(name, name, BLOCK) for name in LISTS),
     modules={
         **same("t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1"), "x_embedder": ("all_x_embedder.2-1",),
         "final_layer.linear": ("all_final_layer.2-1.linear",),
