@@ -214,8 +214,11 @@ class TransferConfig(TrainingOptions, SiteOptions):
 
     def _method_options(self, name: str, **data: int) -> dict[str, Any]:
         """A method's options, completed with the properties of the data that it has options for."""
-        known = {f.name for f in dataclasses.fields(methods.get(name))}
-        return {**{k: v for k, v in data.items() if v and k in known}, **self.options.get(name, {})}
+        method, options = methods.get(name), self.options.get(name, {})
+        known = {f.name for f in dataclasses.fields(method)}
+        if not (method.keeps_head or options.get("head_free")):  # a new head has the classes
+            known.discard("classes")
+        return {**{k: v for k, v in data.items() if v and k in known}, **options}
 
     def keeps_head(self) -> bool:
         """True if the model's own head is kept."""
