@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.classification.small import model_folder
+from tests.classification.transformers_folders import transformers_folder
 from veneer.classification.data.transforms import EvalView
 from veneer.classification.export.export_format import ExportSource
 from veneer.classification.models.classifier import Classifier
@@ -23,7 +24,10 @@ from veneer.injection.attachment.plan import supports
 from veneer.injection.method import Method
 from veneer.testing.case import merges_at, perturb
 
-HOSTS = {"timm_vit": "vit", "timm_swin": "swin", "timm_convnext": "convnext", "timm_conv": "resnet", "clip_classifier": "clip"}
+HOSTS = {
+    "timm_vit": "vit", "timm_swin": "swin", "timm_convnext": "convnext", "timm_conv": "resnet", "timm_fallback": "coatnet",
+    "clip_classifier": "clip", "transformers_vit": "dinov2",
+}  # fmt: skip
 """Host to the small model of it."""
 CLASSES = ("cat", "dog", "octopus")
 SIZES = {"resnet": 0.05}
@@ -36,6 +40,8 @@ def open_small(kind: str, folder: Path) -> Classifier:
     if kind == "clip":
         return open_classifier(clip_name(folder), CLASSES, weights="none", seed=1)
     path = folder / kind
+    if kind == "dinov2":
+        return open_classifier(f"hf:{path if path.is_dir() else transformers_folder(folder, kind)}", CLASSES, seed=1)
     return open_classifier(str(path if path.is_dir() else model_folder(folder, kind)), CLASSES, seed=1)
 
 

@@ -33,14 +33,14 @@ by the code of `veneer export`, and the result was opened by timm, open_clip or 
 
 A cell has the largest difference of a logit to those of the attached model, as a share of the largest logit: first of the
 merged weights (timm's layout, for `clip_classifier` open_clip's), then of the ONNX file. A cell with one number is a method that
-cannot be merged there: its ONNX file contains the adapters. – is a method that does not support the model, ✗ one that torch
-cannot export.
+cannot be merged there, whose ONNX file contains the adapters, or a model of transformers, which is exported as a graph only. – is
+a method that does not support the model, ✗ one that torch cannot export.
 """
 
 
 def differences(case: TrainedMethod, kind: str, folder: Path) -> Iterator[float]:
     """Relative differences of the merged weights, if the method can be merged, and of the ONNX file."""
-    if case.merges:
+    if case.merges and kind != "dinov2":
         weights = folder / "weights"
         export_classifier(case.source, "open_clip" if kind == "clip" else "timm", weights)
         logits = (run_open_clip if kind == "clip" else run_timm)(weights, case.pixels)
@@ -82,12 +82,12 @@ def page(lines: list[dict[str, Any]]) -> str:
     rows = ["| method | " + " | ".join(f"`{host}`" for host in HOSTS) + " |", "|---" * (len(HOSTS) + 1) + "|"]
     for method in sorted({method for method, _ in table}):
         rows.append(f"| `{method}` | " + " | ".join(_cell(table.get((method, host))) for host in HOSTS) + " |")
-    merged = [line["differences"] for line in lines if line["merges"]]
-    graphs = [line["differences"] for line in lines if not line["merges"]]
+    merged = [line["differences"] for line in lines if len(line["differences"]) == 2]
+    graphs = [line["differences"] for line in lines if len(line["differences"]) < 2]
     summary = (
-        f"{len(merged)} pairs of a method that can be merged and a host: the largest difference is "
-        f"{max(found[0] for found in merged if found):.1e} of the largest logit for merged weights and "
-        f"{max(found[-1] for found in merged if found):.1e} for ONNX. {len(graphs)} other pairs: "
+        f"{len(merged)} pairs of a method and a host that are exported as weights: the largest difference is "
+        f"{max(found[0] for found in merged):.1e} of the largest logit for merged weights and "
+        f"{max(found[-1] for found in merged):.1e} for ONNX. {len(graphs)} other pairs: "
         f"{max((found[0] for found in graphs if found), default=0):.1e} for ONNX. "
         f"Pairs that could not be exported: {sum(not line['differences'] for line in lines)}."
     )

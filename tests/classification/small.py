@@ -19,6 +19,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "swin_tiny_patch4_window7_224",
         {"img_size": SIDE, "window_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4]},
     ),
+    "coatnet": (
+        "coatnet_nano_rw_224",
+        {"img_size": SIDE, "depths": [1, 1], "embed_dim": [32, 32], "stem_width": 8, "block_type": ["C", "T"]},
+    ),
     "convnext": ("convnext_tiny", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "kernel_sizes": 3, "ls_init_value": 1.0}),
 }
 

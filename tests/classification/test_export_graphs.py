@@ -19,9 +19,12 @@ from veneer.classification.models.classifier import Classifier
 from veneer.classification.models.loading import open_classifier
 from veneer.injection import VeneerError, attachments
 
-METHODS = {"timm_swin": "dora", "timm_convnext": "ssf", "timm_conv": "loha", "clip_classifier": "bitfit"}
+METHODS = {
+    "timm_swin": "dora", "timm_convnext": "ssf", "timm_conv": "loha", "timm_fallback": "lora", "clip_classifier": "bitfit",
+    "transformers_vit": "ia3",
+}  # fmt: skip
 """A mergeable method for each host."""
-UNMERGED = [("convnext", "adaptformer"), ("clip", "cocoop"), ("resnet", "tip_adapter")]
+UNMERGED = [("convnext", "adaptformer"), ("dinov2", "adaptformer"), ("clip", "cocoop"), ("resnet", "tip_adapter")]
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 
 
