@@ -36,12 +36,14 @@ JOBS: dict[str, tuple[str, ...]] = {
     "Classify images": (
         "veneer transfer photos/digits --method lora --epochs 3 --out runs/classes",
         "veneer predict runs/classes photos/new",
+        "veneer export runs/classes --to onnx --out digits.onnx",
     ),
     "Compare methods": ("veneer compare digits --methods 'bitfit, ssf' --epochs 1 --seeds 2 --out runs/compared",),
     "Control the composition": (
         "veneer control train --method t2i_adapter --generated-images 64 --steps 60 --eval-seeds 1 --out runs/canny",
         "veneer control generate 'a blue car' --adapter runs/canny --image photos/octopus/01.png --out images",
     ),
+    "Share an adapter": ("veneer push runs/octopus user/octopus-lora --license cc-by-4.0 --dry-run",),
     "Work with files": (
         "veneer inspect runs/octopus/adapter.safetensors",
         "veneer convert runs/octopus --to kohya --out octopus-kohya.safetensors",
