@@ -107,7 +107,7 @@ def test_the_app_shares_freed_memory_and_other_commands_keep_it(
 def test_openmp_is_configured_before_torch_is_imported(chosen: dict[str, str], told: str) -> None:
     """By the installed command; environment variables take precedence."""
     code = (
-        "import os, sys, veneer_command; print('torch' in sys.modules); sys.argv = ['veneer', 'hosts']\n"
+        "import os, sys, veneer_command; print('torch' in sys.modules); sys.argv = ['veneer', 'sites', 'resnet18']\n"
         "try: veneer_command.console()\nfinally: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     )
     unset = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}

@@ -66,6 +66,6 @@ def test_fallback_is_used_if_the_default_matches_nothing() -> None:
 
 
 def test_supported_hosts_are_those_with_supported_sites() -> None:
-    assert hosts_for(VPT) == ["clip_classifier", "open_clip", "timm_vit"]
+    assert hosts_for(VPT) == ["clip_classifier", "open_clip", "timm_vit", "transformers_vit"]
     assert {"timm_vit", "diffusers_unet", "diffusers_dit", "clip_text", "toy"} <= set(hosts_for(LoRA))
     assert TokenSite in {n.site for n in VPT.needs}
