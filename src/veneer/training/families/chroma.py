@@ -29,15 +29,15 @@ class Chroma(Flux):
         """`prompt_embeds` (batch, tokens, width) and `mask` (batch, tokens), in the dtype of the text encoder."""
         self.check_length(prompts)
         embeds, _, mask, *_ = self.pipe.encode_prompt(
-            prompts, device=self.text_device, do_classifier_free_guidance=False, max_sequence_length=self.t5_tokens
+            prompts, device=self.text_device, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
         )
         return {"prompt_embeds": embeds, "mask": mask}
 
     def text_shapes(self, rows: int) -> dict[str, Tensor]:
         width, dtype = self.config.joint_attention_dim, self.pipe.text_encoder.dtype
         return {
-            "prompt_embeds": torch.empty(rows, self.t5_tokens, width, dtype=dtype, device="meta"),
-            "mask": torch.empty(rows, self.t5_tokens, dtype=dtype, device="meta"),
+            "prompt_embeds": torch.empty(rows, self.text_tokens, width, dtype=dtype, device="meta"),
+            "mask": torch.empty(rows, self.text_tokens, dtype=dtype, device="meta"),
         }
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:

@@ -37,13 +37,13 @@ class Flux(Family):
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         """`prompt_embeds` (batch, T5 tokens, width) and `pooled` (batch, CLIP width)."""
         self.check_length(prompts)
-        embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, device=self.text_device, max_sequence_length=self.t5_tokens)
+        embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, device=self.text_device, max_sequence_length=self.text_tokens)
         return {"prompt_embeds": embeds, "pooled": pooled}
 
     def text_shapes(self, rows: int) -> dict[str, Tensor]:
         config, dtype = self.config, self.pipe.text_encoder.dtype
         return {
-            "prompt_embeds": torch.empty(rows, self.t5_tokens, config.joint_attention_dim, dtype=dtype, device="meta"),
+            "prompt_embeds": torch.empty(rows, self.text_tokens, config.joint_attention_dim, dtype=dtype, device="meta"),
             "pooled": torch.empty(rows, config.pooled_projection_dim, dtype=dtype, device="meta"),
         }
 

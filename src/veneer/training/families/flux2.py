@@ -50,16 +50,16 @@ class Flux2(LanguageModelLimits, Flux):
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         """`prompt_embeds` (batch, tokens, layers·width)."""
         self.check_length(prompts)
-        embeds, _ = self.pipe.encode_prompt(prompts, device=self.text_device, max_sequence_length=self.t5_tokens)
+        embeds, _ = self.pipe.encode_prompt(prompts, device=self.text_device, max_sequence_length=self.text_tokens)
         return {"prompt_embeds": embeds}
 
     def text_shapes(self, rows: int) -> dict[str, Tensor]:
         width, dtype = self.config.joint_attention_dim, self.pipe.text_encoder.dtype
-        return {"prompt_embeds": torch.empty(rows, self.t5_tokens, width, dtype=dtype, device="meta")}
+        return {"prompt_embeds": torch.empty(rows, self.text_tokens, width, dtype=dtype, device="meta")}
 
     def limits(self) -> Iterator[tuple[Any, int]]:
         processor = self.pipe.tokenizer
-        yield getattr(processor, "tokenizer", processor), self.t5_tokens
+        yield getattr(processor, "tokenizer", processor), self.text_tokens
 
     def prepare(self, prompts: list[str], tokenizer: Any) -> list[str]:
         """The prompts in the chat template, with the system message, and without a start token that the tokenizer adds."""

@@ -46,7 +46,7 @@ class Krea2(LanguageModelLimits, Family):
 
     def token_limit(self, tokenizer: Any) -> int:
         """Includes the tokens of the template that are dropped, and leaves those of its end."""
-        return self.t5_tokens + self.pipe.prompt_template_encode_start_idx - self.pipe.prompt_template_encode_num_suffix_tokens
+        return self.text_tokens + self.pipe.prompt_template_encode_start_idx - self.pipe.prompt_template_encode_num_suffix_tokens
 
     def prepare(self, prompts: list[str], tokenizer: Any) -> list[str]:
         """The prompts after the start of the template; its end is added behind the padding."""
@@ -55,12 +55,12 @@ class Krea2(LanguageModelLimits, Family):
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         """`prompt_embeds` (batch, tokens, layers, width) and `mask` (batch, tokens), True for text."""
         self.check_length(prompts)
-        embeds, mask = self.pipe.encode_prompt(list(prompts), self.text_device, max_sequence_length=self.t5_tokens)
+        embeds, mask = self.pipe.encode_prompt(list(prompts), self.text_device, max_sequence_length=self.text_tokens)
         return {"prompt_embeds": embeds, "mask": mask}
 
     def text_shapes(self, rows: int) -> dict[str, Tensor]:
         config, dtype = self.config, self.pipe.text_encoder.dtype
-        shape = rows, self.t5_tokens, config.num_text_layers, config.text_hidden_dim
+        shape = rows, self.text_tokens, config.num_text_layers, config.text_hidden_dim
         return {
             "prompt_embeds": torch.empty(shape, dtype=dtype, device="meta"),
             "mask": torch.empty(shape[:2], dtype=torch.bool, device="meta"),

@@ -33,7 +33,7 @@ class Lumina2(LanguageModelLimits, Family):
         self.check_length(prompts)
         empty = torch.tensor([not prompt for prompt in prompts], device=self.text_device)
         embeds, mask, unconditional, unconditional_mask = self.pipe.encode_prompt(
-            prompts, not all(prompts), device=self.text_device, max_sequence_length=self.t5_tokens
+            prompts, not all(prompts), device=self.text_device, max_sequence_length=self.text_tokens
         )
         if not all(prompts):
             embeds = torch.where(empty[:, None, None], unconditional, embeds)
@@ -41,7 +41,7 @@ class Lumina2(LanguageModelLimits, Family):
         return {"prompt_embeds": embeds, "mask": mask}
 
     def text_shapes(self, rows: int) -> dict[str, Tensor]:
-        return mask_shapes(rows, self.t5_tokens, self.config.cap_feat_dim, self.pipe.text_encoder.dtype)
+        return mask_shapes(rows, self.text_tokens, self.config.cap_feat_dim, self.pipe.text_encoder.dtype)
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:
         output: Tensor = self.tower(

@@ -29,15 +29,15 @@ class PixArt(Family):
         """`prompt_embeds` (batch, tokens, width) and `mask` (batch, tokens), 1 for text and 0 for padding."""
         self.check_length(prompts)
         embeds, mask, _, _ = self.pipe.encode_prompt(
-            prompts, False, device=self.text_device, clean_caption=False, max_sequence_length=self.t5_tokens
+            prompts, False, device=self.text_device, clean_caption=False, max_sequence_length=self.text_tokens
         )
         return {"prompt_embeds": embeds, "mask": mask}
 
     def text_shapes(self, rows: int) -> dict[str, Tensor]:
         width, dtype = self.config.caption_channels, self.pipe.text_encoder.dtype
         return {
-            "prompt_embeds": torch.empty(rows, self.t5_tokens, width, dtype=dtype, device="meta"),
-            "mask": torch.empty(rows, self.t5_tokens, dtype=torch.int64, device="meta"),
+            "prompt_embeds": torch.empty(rows, self.text_tokens, width, dtype=dtype, device="meta"),
+            "mask": torch.empty(rows, self.text_tokens, dtype=torch.int64, device="meta"),
         }
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:

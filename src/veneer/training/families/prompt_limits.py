@@ -39,11 +39,11 @@ class PromptLimits:
             yield tokenizer, self.token_limit(tokenizer)
 
     def token_limit(self, tokenizer: Any) -> int:
-        """Token limit of one text encoder: `t5_tokens` for T5, else that of the tokenizer."""
-        return self.t5_tokens if "T5" in type(tokenizer).__name__ else int(tokenizer.model_max_length)
+        """Token limit of one text encoder: `text_tokens` for T5, else that of the tokenizer."""
+        return self.text_tokens if "T5" in type(tokenizer).__name__ else int(tokenizer.model_max_length)
 
     @property
-    def t5_tokens(self) -> int:
+    def text_tokens(self) -> int:
         """Token limit of T5 or a language model: `max_tokens`, or the default of the pipeline's `encode_prompt`."""
         return self.max_tokens or int(inspect.signature(self.pipe.encode_prompt).parameters["max_sequence_length"].default)
 
@@ -101,7 +101,7 @@ class LanguageModelLimits(PromptLimits):
     """Limits of a language model as the text encoder: prompts are within a template, of which the first tokens are kept."""
 
     def token_limit(self, tokenizer: Any) -> int:
-        return self.t5_tokens
+        return self.text_tokens
 
     def text_beyond(self, ids: list[int], limit: int, tokenizer: Any) -> str:
         """The part of a prompt beyond the token limit, without the end of the template."""

@@ -36,7 +36,7 @@ class QwenImage(LanguageModelLimits, Family):
 
     def token_limit(self, tokenizer: Any) -> int:
         """Includes the tokens that are dropped."""
-        return self.t5_tokens + int(self.pipe.prompt_template_encode_start_idx)
+        return self.text_tokens + int(self.pipe.prompt_template_encode_start_idx)
 
     def prepare(self, prompts: list[str], tokenizer: Any) -> list[str]:
         return [self.pipe.prompt_template_encode.format(prompt) for prompt in prompts]
@@ -44,12 +44,12 @@ class QwenImage(LanguageModelLimits, Family):
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         """`prompt_embeds` (batch, longest prompt, width) and `mask` (batch, longest prompt), 1 for text and 0 for padding."""
         self.check_length(prompts)
-        embeds, mask = self.pipe.encode_prompt(list(prompts), self.text_device, max_sequence_length=self.t5_tokens)
+        embeds, mask = self.pipe.encode_prompt(list(prompts), self.text_device, max_sequence_length=self.text_tokens)
         ones = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
         return {"prompt_embeds": embeds, "mask": ones if mask is None else mask}
 
     def text_shapes(self, rows: int) -> dict[str, Tensor]:
-        return mask_shapes(rows, self.t5_tokens, self.config.joint_attention_dim, self.pipe.text_encoder.dtype)
+        return mask_shapes(rows, self.text_tokens, self.config.joint_attention_dim, self.pipe.text_encoder.dtype)
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:
         height, width = noisy.shape[-2:]

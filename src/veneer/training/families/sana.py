@@ -41,7 +41,7 @@ class Sana(LanguageModelLimits, Family):
             prompts,
             False,
             device=self.text_device,
-            max_sequence_length=self.t5_tokens,
+            max_sequence_length=self.text_tokens,
             complex_human_instruction=instruction,
         )
         return {"prompt_embeds": embeds, "mask": mask}
@@ -49,13 +49,13 @@ class Sana(LanguageModelLimits, Family):
     def text_shapes(self, rows: int) -> dict[str, Tensor]:
         width, dtype = self.config.caption_channels, self.pipe.text_encoder.dtype
         return {
-            "prompt_embeds": torch.empty(rows, self.t5_tokens, width, dtype=dtype, device="meta"),
-            "mask": torch.empty(rows, self.t5_tokens, dtype=torch.int64, device="meta"),
+            "prompt_embeds": torch.empty(rows, self.text_tokens, width, dtype=dtype, device="meta"),
+            "mask": torch.empty(rows, self.text_tokens, dtype=torch.int64, device="meta"),
         }
 
     def token_limit(self, tokenizer: Any) -> int:
         """Includes the instruction, without two tokens, as in the pipeline."""
-        return len(tokenizer.encode("\n".join(self.instruction))) + self.t5_tokens - 2
+        return len(tokenizer.encode("\n".join(self.instruction))) + self.text_tokens - 2
 
     def prepare(self, prompts: list[str], tokenizer: Any) -> list[str]:
         """The prompts in lower case, after the instruction; the empty prompt alone."""

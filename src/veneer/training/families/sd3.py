@@ -23,13 +23,13 @@ class StableDiffusion3(Family):
         """
         self.check_length(prompts)
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, None, device=self.text_device, do_classifier_free_guidance=False, max_sequence_length=self.t5_tokens
+            prompts, None, None, device=self.text_device, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
         )
         return {"prompt_embeds": embeds, "pooled": pooled}
 
     def text_shapes(self, rows: int) -> dict[str, Tensor]:
         text = self.pipe.text_encoder
-        tokens, config = text.config.max_position_embeddings + self.t5_tokens, self.config
+        tokens, config = text.config.max_position_embeddings + self.text_tokens, self.config
         return {
             "prompt_embeds": torch.empty(rows, tokens, config.joint_attention_dim, dtype=text.dtype, device="meta"),
             "pooled": torch.empty(rows, config.pooled_projection_dim, dtype=text.dtype, device="meta"),

@@ -42,12 +42,12 @@ class ZImage(LanguageModelLimits, Family):
         """`prompt_embeds` (batch, longest prompt, width) and `mask` (batch, longest prompt), 1 for text and 0 for padding."""
         self.check_length(prompts)
         rows, _ = self.pipe.encode_prompt(
-            list(prompts), self.text_device, do_classifier_free_guidance=False, max_sequence_length=self.t5_tokens
+            list(prompts), self.text_device, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
         )
         return with_mask(rows)
 
     def text_shapes(self, rows: int) -> dict[str, Tensor]:
-        return mask_shapes(rows, self.t5_tokens, self.config.cap_feat_dim, self.pipe.text_encoder.dtype)
+        return mask_shapes(rows, self.text_tokens, self.config.cap_feat_dim, self.pipe.text_encoder.dtype)
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:
         output = self.tower(

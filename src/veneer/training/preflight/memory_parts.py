@@ -69,7 +69,7 @@ def count_training_step(
     costs = [count_step_cost(family.tower, inputs, trainable, dtype, flops)]
     for tower in family.text_towers.values():
         if any(p.requires_grad for p in tower.parameters()):
-            limit = getattr(tower.config, "max_position_embeddings", None) or family.t5_tokens
+            limit = getattr(tower.config, "max_position_embeddings", None) or family.text_tokens
             ids = torch.zeros(rows, int(limit), dtype=torch.int64, device="meta")
             costs.append(count_step_cost(tower, {"input_ids": ids}, trainable, dtype, flops))
     return StepCost(sum(cost.activations for cost in costs), sum(cost.flops for cost in costs))
