@@ -107,7 +107,12 @@ class Family(PromptLimits, ABC):
 
     @property
     def multiple(self) -> int:
-        """Image sides must be divisible by this, pixels: the VAE's factor times the patch size or the UNet's downsampling."""
+        """Image sides must be divisible by this, pixels: the VAE's factor times the patch size or the UNet's downsampling.
+
+        Packed latents are patches of 2×2.
+        """
+        if self.packing == 4:
+            return 2 * self.vae_factor
         halvings = len(self.config.get("block_out_channels", ("",))) - 1
         return self.vae_factor * int(self.config.get("patch_size", 2**halvings))
 

@@ -25,11 +25,6 @@ class Flux(Family):
     packing = 4
 
     @property
-    def multiple(self) -> int:
-        """Pixels: latents are packed two by two before the transformer."""
-        return 2 * self.vae_factor
-
-    @property
     def resolution(self) -> int:
         """128 latents, the pipeline's default."""
         return self.vae_factor * int(self.pipe.default_sample_size)

@@ -29,11 +29,6 @@ class Krea2(LanguageModelLimits, Family):
     frames = True
 
     @property
-    def multiple(self) -> int:
-        """Pixels: latents are packed two by two before the transformer."""
-        return 2 * self.vae_factor
-
-    @property
     def resolution(self) -> int:
         """The pipeline's default."""
         return int(inspect.signature(type(self.pipe).__call__).parameters["height"].default)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .family import Family, Sizes
+from .text_masks import mask_shapes
 
 
 class PixArt(Family):
@@ -34,11 +34,7 @@ class PixArt(Family):
         return {"prompt_embeds": embeds, "mask": mask}
 
     def text_shapes(self, rows: int) -> dict[str, Tensor]:
-        width, dtype = self.config.caption_channels, self.pipe.text_encoder.dtype
-        return {
-            "prompt_embeds": torch.empty(rows, self.text_tokens, width, dtype=dtype, device="meta"),
-            "mask": torch.empty(rows, self.text_tokens, dtype=torch.int64, device="meta"),
-        }
+        return mask_shapes(rows, self.text_tokens, self.config.caption_channels, self.pipe.text_encoder.dtype)
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:
         conditions: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}

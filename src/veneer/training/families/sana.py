@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .family import Family, Sizes
 from .prompt_limits import LanguageModelLimits
+from .text_masks import mask_shapes
 
 
 class Sana(LanguageModelLimits, Family):
@@ -47,11 +48,7 @@ class Sana(LanguageModelLimits, Family):
         return {"prompt_embeds": embeds, "mask": mask}
 
     def text_shapes(self, rows: int) -> dict[str, Tensor]:
-        width, dtype = self.config.caption_channels, self.pipe.text_encoder.dtype
-        return {
-            "prompt_embeds": torch.empty(rows, self.text_tokens, width, dtype=dtype, device="meta"),
-            "mask": torch.empty(rows, self.text_tokens, dtype=torch.int64, device="meta"),
-        }
+        return mask_shapes(rows, self.text_tokens, self.config.caption_channels, self.pipe.text_encoder.dtype)
 
     def token_limit(self, tokenizer: Any) -> int:
         """Includes the instruction, without two tokens, as in the pipeline."""
