@@ -32,9 +32,14 @@ def tiny_pipeline(family: str, seed: int = 0, **denoiser: Any) -> Any:
     """
     if family not in FAMILIES:
         raise ValueError(f"tiny_pipeline: unknown family {family!r}; expected one of {', '.join(FAMILIES)}")
+    return random_pipeline(lambda: FAMILIES[family](denoiser), seed)
+
+
+def random_pipeline(build: Callable[[], Any], seed: int = 0) -> Any:
+    """A pipeline with seeded weights, in `eval` mode and without progress bars; the global random state is preserved."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = FAMILIES[family](denoiser)
+        pipe = build()
     pipe.set_progress_bar_config(disable=True)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
@@ -42,7 +47,8 @@ def tiny_pipeline(family: str, seed: int = 0, **denoiser: Any) -> Any:
     return pipe
 
 
-def _vae(channels: int, blocks: tuple[int, ...] = (8, 12, 20), **config: Any) -> Any:
+def tiny_vae(channels: int, blocks: tuple[int, ...] = (8, 12, 20), **config: Any) -> Any:
+    """An `AutoencoderKL` with `channels` latent channels, and a block for each width of `blocks`."""
     from diffusers import AutoencoderKL
 
     n = len(blocks)
@@ -77,7 +83,8 @@ def _clip(width: int, tokenizer: Any, projection: int | None = None, heads: int 
     return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
 
 
-def _t5(width: int, tokenizer: Any) -> Any:
+def tiny_t5(width: int, tokenizer: Any) -> Any:
+    """A T5 text encoder of a width for a tokenizer."""
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
@@ -112,7 +119,7 @@ def _sd(denoiser: dict[str, Any], pad: str = "<|endoftext|>", prediction: str = 
 
     tokenizer = clip_tokenizer(pad=pad)
     return StableDiffusionPipeline(
-        vae=_vae(4),
+        vae=tiny_vae(4),
         text_encoder=_clip(24, tokenizer),
         tokenizer=tokenizer,
         unet=_unet(denoiser),
@@ -143,7 +150,7 @@ def _sdxl(denoiser: dict[str, Any]) -> Any:
         "projection_class_embeddings_input_dim": 6 * 8 + 20,
     }
     return StableDiffusionXLPipeline(
-        vae=_vae(4, scaling_factor=0.13025, force_upcast=True),
+        vae=tiny_vae(4, scaling_factor=0.13025, force_upcast=True),
         text_encoder=_clip(24, first),
         text_encoder_2=_clip(28, second, projection=20),
         tokenizer=first,
@@ -174,12 +181,12 @@ def _sd3(denoiser: dict[str, Any]) -> Any:
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(**{**config, **denoiser}),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(8, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        vae=tiny_vae(8, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=_clip(24, first, projection=20),
         tokenizer=first,
         text_encoder_2=_clip(28, second, projection=14),
         tokenizer_2=second,
-        text_encoder_3=_t5(60, third),
+        text_encoder_3=tiny_t5(60, third),
         tokenizer_3=third,
     )
 
@@ -201,10 +208,10 @@ def _flux(denoiser: dict[str, Any]) -> Any:
     }
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=_vae(6, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        vae=tiny_vae(6, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=_clip(28, first),
         tokenizer=first,
-        text_encoder_2=_t5(60, second),
+        text_encoder_2=tiny_t5(60, second),
         tokenizer_2=second,
         transformer=FluxTransformer2DModel(**{**config, **denoiser}),
     )
@@ -229,8 +236,8 @@ def _pixart(denoiser: dict[str, Any]) -> Any:
     }
     return PixArtAlphaPipeline(
         tokenizer=tokenizer,
-        text_encoder=_t5(60, tokenizer),
-        vae=_vae(4, (4, 4, 8, 12)),
+        text_encoder=tiny_t5(60, tokenizer),
+        vae=tiny_vae(4, (4, 4, 8, 12)),
         transformer=PixArtTransformer2DModel(**{**config, **denoiser}),
         scheduler=DDIMScheduler(clip_sample=False),
     )
@@ -252,7 +259,7 @@ def _dit(denoiser: dict[str, Any]) -> Any:
     }
     pipe: Any = DiTPipeline(
         transformer=DiTTransformer2DModel(**{**config, **denoiser}),
-        vae=_vae(4),
+        vae=tiny_vae(4),
         scheduler=DDIMScheduler(clip_sample=False),
         id2label=LABELS,
     )

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
-import torch
 import transformers
 
-from veneer.testing.pipelines import _t5, _vae
+from veneer.testing.pipelines import random_pipeline, tiny_t5, tiny_vae
 from veneer.testing.tokenizers import WORDS, gemma_tokenizer, qwen_tokenizer, t5_tokenizer
 
 INSTRUCT = (
@@ -103,8 +102,8 @@ def _chroma(denoiser: dict[str, Any]) -> Any:
     }  # fmt: skip
     return diffusers.ChromaPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=_vae(6, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=_t5(60, tokenizer),
+        vae=tiny_vae(6, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=tiny_t5(60, tokenizer),
         tokenizer=tokenizer,
         transformer=diffusers.ChromaTransformer2DModel(**{**config, **denoiser}),
     )
@@ -189,11 +188,4 @@ PIPELINES: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 def tiny(name: str, **denoiser: Any) -> Any:
     """A tiny random pipeline in float32 on the CPU, in `eval` mode; the global random state is preserved."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        pipe = PIPELINES[name](denoiser)
-    pipe.set_progress_bar_config(disable=True)
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.eval()
-    return pipe
+    return random_pipeline(lambda: PIPELINES[name](denoiser))

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
-import torch
 import transformers
 
-from veneer.testing.pipelines import _vae
+from veneer.testing.pipelines import random_pipeline, tiny_vae
 from veneer.testing.tokenizers import gemma_tokenizer, qwen_tokenizer
 
 QWEN = (
@@ -35,7 +34,7 @@ def _z_image(shift: dict[str, Any]) -> Any:
     text = transformers.Qwen3Config(**_language_model(tokenizer, 20), head_dim=8)
     return diffusers.ZImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **shift}),
-        vae=_vae(4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        vae=tiny_vae(4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=transformers.Qwen3Model(text),
         tokenizer=tokenizer,
         transformer=diffusers.ZImageTransformer2DModel(
@@ -74,7 +73,7 @@ def _lumina2(shift: dict[str, Any]) -> Any:
     text = transformers.Gemma2Config(**_language_model(tokenizer, 20), head_dim=8, query_pre_attn_scalar=8, sliding_window=64)
     return diffusers.Lumina2Pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 6.0, **shift}),
-        vae=_vae(
+        vae=tiny_vae(
             4, (4, 4, 8, 12), scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
         ),
         text_encoder=transformers.Gemma2Model(text),
@@ -99,11 +98,4 @@ def tiny(name: str, **scheduler: Any) -> Any:
     Args:
         scheduler: entries that override the scheduler's config.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        pipe = PIPELINES[name](scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.eval()
-    return pipe
+    return random_pipeline(lambda: PIPELINES[name](scheduler))
