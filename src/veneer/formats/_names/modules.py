@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.injection.sites import WeightSite
+from veneer.injection.sites import Site, WeightSite
 from veneer.injection.towers import Tower
 
 from .._core.lora_config import ENCODERS
@@ -62,16 +62,22 @@ def original_modules(tower: Tower) -> list[OriginalModule]:
 
 def sliced_modules(tower: Tower) -> list[OriginalModule]:
     """The modules whose slices are sites, under their original names: the slices of each, if they are all of its rows."""
-    slices: dict[str, list[WeightSite]] = {}
-    for site in tower.sites:
-        if isinstance(site, WeightSite) and site.rows is not None:
-            slices.setdefault(site.path, []).append(site)
-    modules = []
+    slices, modules = slices_by_layer(tower.sites), []
     for module in original_modules(tower):
-        parts = sorted(slices.get(module.sites[0].path, []), key=lambda site: site.rows or ())
-        if module.sites[0].fused and sum(site.d_out for site in parts) == module.sites[0].d_out:
-            modules.append(replace(module, sites=tuple(parts)))
+        layer = module.sites[0]
+        parts = slices.get((layer.component, layer.path), ())
+        if layer.fused and sum(site.d_out for site in parts) == layer.d_out:
+            modules.append(replace(module, sites=parts))
     return modules
+
+
+def slices_by_layer(sites: Iterable[Site]) -> dict[tuple[str, str], tuple[WeightSite, ...]]:
+    """(component, path) of each layer that has slices as sites to these, in the order of their rows."""
+    layers: dict[tuple[str, str], list[WeightSite]] = {}
+    for site in sites:
+        if isinstance(site, WeightSite) and site.rows is not None:
+            layers.setdefault((site.component, site.path), []).append(site)
+    return {layer: tuple(sorted(slices, key=lambda site: site.rows or ())) for layer, slices in layers.items()}
 
 
 def diffusers_modules(tower: Tower) -> list[OriginalModule]:

@@ -10,7 +10,7 @@ from veneer.injection.sites import WeightSite
 
 from .._names.kohya import NamedLayer
 from .._names.kohya_fused import LoRAFactors, merge_adapters
-from .._names.modules import is_always_fused
+from .._names.modules import is_always_fused, slices_by_layer
 
 
 class FusedLoRA(NamedTuple):
@@ -32,8 +32,6 @@ def merge_slices(attachment: Attachment) -> Iterator[FusedLoRA]:
     for site, adapter in attachment.parts.values():
         if is_slice(site):
             layers.setdefault((site.component, site.path), {})[site.name] = adapter
-    weights = [s for s in attachment.supported_sites if isinstance(s, WeightSite)]
+    slices = slices_by_layer(attachment.supported_sites)
     for (component, path), adapters in layers.items():
-        rows = {s.rows: s for s in weights if s.rows is not None and (s.component, s.path) == (component, path)}
-        slices = tuple(rows[each] for each in sorted(rows))
-        yield FusedLoRA(component, path, merge_adapters(NamedLayer((path,), slices), adapters))
+        yield FusedLoRA(component, path, merge_adapters(NamedLayer((path,), slices[component, path]), adapters))
