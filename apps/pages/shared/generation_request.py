@@ -178,8 +178,13 @@ def defaults(base: str) -> tuple[int, float, str, int]:
         VeneerError: unknown base model.
     """
     preset = base_models.preset(check_access(check_text(str(base or "bundled"), "base")))
-    guidance = GUIDANCE if preset.guidance_scale is None else preset.guidance_scale
+    guidance = _shown_guidance(preset.guidance_scale)
     return min(preset.steps, LIMITS.steps), guidance, preset.negative_prompt, preset.resolution or 0
+
+
+def _shown_guidance(scale: Any) -> Any:
+    """A guidance scale for the form, which has no entry for the default of a pipeline."""
+    return GUIDANCE if scale is None else scale
 
 
 def read_request(workspace: Workspace, path: str | Path | None) -> tuple[GenerationRequest, dict[str, float], list[str]]:
@@ -207,8 +212,7 @@ def read_request(workspace: Workspace, path: str | Path | None) -> tuple[Generat
     height, width = size if isinstance(size, list) and len(size) == 2 else (0, 0)
     texts = (settings.get(name) for name in ("base", "prompt", "negative"))
     base, prompt, negative = (text if isinstance(text, str) else "" for text in texts)
-    guidance = settings.get("guidance", "")
-    guidance = GUIDANCE if guidance is None else guidance
+    guidance = _shown_guidance(settings["guidance"]) if "guidance" in settings else None
     generation = parse_request(base, prompt, negative, settings.get("seed"), settings.get("steps"), guidance, width, height, 1)
     known, strengths, missing = workspace.all_adapters(), dict[str, float](), list[str]()
     listed = settings.get("adapters")
