@@ -97,7 +97,6 @@ class Comparison:
         self.base, self.views, self.out, self.accelerator = base, views, out, accelerator
         self.classifier, self.search_views = classifier, search_views or views
         self.features = CachedFeatures(classifier, views, base.batch)
-        self._random: Classifier | None = None
         self.new_classes: NewClassTest | None = None
         self.done = self._read()
 

@@ -18,6 +18,9 @@ __all__ = [
     "sampling_arguments",
 ]  # fmt: skip
 
+EDITING = ("Kontext", "Fill", "Edit", "Control", "Pix2Pix", "Redux")
+"""Parts of the names of pipelines whose transformer needs an image as its input."""
+
 
 def families() -> dict[str, type[Family]]:
     """Module name → family, in alphabetical order: every subclass of `Family` defined in a module of this package."""
@@ -81,10 +84,6 @@ def check_folder(folder: Path) -> None:
             given=tuple(missing),
             expected=kind.needs,
         )
-
-
-EDITING = ("Kontext", "Fill", "Edit", "Control", "Pix2Pix", "Redux")
-"""Parts of the names of pipelines whose transformer needs an image as its input."""
 
 
 def _unsupported(name: str, folder: Path | None = None) -> BaseModelError:
