@@ -16,7 +16,7 @@ from veneer import OptionError
 from veneer.cli import main, parser_for
 from veneer.config_file import entries_of, read_config, to_toml
 from veneer.flags import values
-from veneer.methods.reparameterized.lora import LoRA
+from veneer.methods.reparameterized.low_rank.lora import LoRA
 from veneer.testing.pipelines import tiny_pipeline
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from veneer.control.config import ControlConfig
 from veneer.flags import add_flags, help_of, values
-from veneer.methods.reparameterized.lora import LoRA
+from veneer.methods.reparameterized.low_rank.lora import LoRA
 from veneer.training.personalization_config import PersonalizeConfig
 
 

@@ -113,7 +113,8 @@ def test_version_is_the_installed_package_version() -> None:
 
 def test_import_of_veneer_is_lazy_and_complete() -> None:
     code = (
-        "import sys, veneer; early = 'torch' in sys.modules; import veneer.methods.reparameterized.lora, veneer.hosts.timm_vit\n"
+        "import sys, veneer; early = 'torch' in sys.modules; import veneer.methods.reparameterized.low_rank.lora\n"
+        "import veneer.hosts.timm_vit\n"
         "print(early, veneer.methods.get('lora').__name__, 'timm_vit' in veneer.hosts.names())\n"
         "print({*veneer.__all__} <= {*dir(veneer)})"
     )

@@ -60,7 +60,8 @@ def test_type_checkers_see_the_public_names() -> None:
 
 def test_methods_and_hosts_are_packages_with_the_functions_of_a_registry() -> None:
     code = (
-        "import veneer.methods.reparameterized.lora as a, veneer.hosts.timm_vit as b, veneer; print(a.LoRA.name, b.TimmViT.name)"
+        "import veneer, veneer.methods.reparameterized.low_rank.lora as a, veneer.hosts.timm_vit as b\n"
+        "print(a.LoRA.name, b.TimmViT.name)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["lora", "timm_vit"]

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
         VeneerWarning,
     )
     from veneer.injection.towers import sites
-    from veneer.methods.additive.tip_adapter import TipAdapterError
+    from veneer.methods.additive.clip.tip_adapter import TipAdapterError
     from veneer.models.tokenizer import TextError
     from veneer.training.data.image_io import DataError, DataWarning, PhotoError
     from veneer.training.data.latent_cache import CacheWarning
@@ -95,7 +95,7 @@ _MODULES = {
         "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning",
     ),
     "injection.towers": ("sites",),
-    "methods.additive.tip_adapter": ("TipAdapterError",),
+    "methods.additive.clip.tip_adapter": ("TipAdapterError",),
     "models.tokenizer": ("TextError",),
     "training.data.image_io": ("DataError", "DataWarning", "PhotoError"),
     "training.data.latent_cache": ("CacheWarning",),

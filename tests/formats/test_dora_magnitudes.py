@@ -15,7 +15,7 @@ from tests.raising import raises
 from veneer.formats import convert, lycoris
 from veneer.formats._core.dora_magnitudes import base_weight, magnitude, magnitude_delta
 from veneer.injection import VeneerError, attach
-from veneer.methods.reparameterized.dora import DoRA
+from veneer.methods.reparameterized.low_rank.dora import DoRA
 from veneer.testing.pipelines import tiny_pipeline
 
 

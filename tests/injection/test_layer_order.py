@@ -18,10 +18,10 @@ from veneer.injection.attachment.plan import supports
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.seams.adapter_calls import blend
 from veneer.injection.sites import BranchSite, WeightSite
-from veneer.methods.reparameterized.dora import DoRA
-from veneer.methods.reparameterized.loha import LoHa
-from veneer.methods.reparameterized.lokr import LoKr
-from veneer.methods.reparameterized.repadapter import RepAdapter
+from veneer.methods.reparameterized.kronecker.loha import LoHa
+from veneer.methods.reparameterized.kronecker.lokr import LoKr
+from veneer.methods.reparameterized.low_rank.dora import DoRA
+from veneer.methods.reparameterized.low_rank.repadapter import RepAdapter
 from veneer.testing.snapshot import assert_same, snapshot
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from veneer.injection import StateError, UnsupportedSite, attach, merges
 from veneer.injection.composition.merge import merged_weight
 from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.lora import LoRA
+from veneer.methods.reparameterized.low_rank.lora import LoRA
 
 WHERE = "embed.token conv attn.{q,v,out} head"
 METHODS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from tests.injection.toy import net
 from tests.raising import raises
 from veneer.injection import SelectionError, UnsupportedSite, hosts, methods
 from veneer.injection.errors import UnknownOption
-from veneer.methods.reparameterized.lora import LoRA
+from veneer.methods.reparameterized.low_rank.lora import LoRA
 
 
 @pytest.mark.parametrize("name", methods.names())

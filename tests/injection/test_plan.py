@@ -9,7 +9,7 @@ from veneer.injection.attachment.plan import hosts_for, supports
 from veneer.injection.method import Need
 from veneer.injection.sites import TokenSite, WeightSite
 from veneer.methods.prompt.vpt import VPT
-from veneer.methods.reparameterized.lora import LoRA
+from veneer.methods.reparameterized.low_rank.lora import LoRA
 
 
 def test_a_need_checks_type_role_and_fields() -> None:

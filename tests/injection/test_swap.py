@@ -15,11 +15,11 @@ from veneer import load
 from veneer.formats import formats
 from veneer.injection import Attachment, LoadError, StateError, attach, hosts
 from veneer.injection.method import Method
-from veneer.methods.reparameterized.dora import DoRA
-from veneer.methods.reparameterized.loha import LoHa
-from veneer.methods.reparameterized.lokr import LoKr
-from veneer.methods.reparameterized.lora import LoRA
-from veneer.methods.reparameterized.oft import OFT
+from veneer.methods.reparameterized.kronecker.loha import LoHa
+from veneer.methods.reparameterized.kronecker.lokr import LoKr
+from veneer.methods.reparameterized.low_rank.dora import DoRA
+from veneer.methods.reparameterized.low_rank.lora import LoRA
+from veneer.methods.reparameterized.rotation.oft import OFT
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.testing.snapshot import assert_same, snapshot
 

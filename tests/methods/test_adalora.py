@@ -20,7 +20,7 @@ from veneer.functional.importance import cubic_budget, largest_mask
 from veneer.injection import attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.adalora import TRAINED, AdaLoRA, AdaLoRAAdapter
+from veneer.methods.reparameterized.low_rank.adalora import TRAINED, AdaLoRA, AdaLoRAAdapter
 
 LAYERS = [
     nn.Linear(7, 6),

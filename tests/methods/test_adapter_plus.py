@@ -26,7 +26,7 @@ from tests.methods.bottlenecks import (
 from tests.raising import raises
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
-from veneer.methods.additive.adapter_plus import AdapterPlus
+from veneer.methods.additive.bottleneck.adapter_plus import AdapterPlus
 
 
 def test_the_equation_in_every_layout() -> None:

@@ -25,7 +25,7 @@ from tests.methods.bottlenecks import (
 from tests.raising import raises
 from veneer.injection import SelectionError, attach
 from veneer.injection.errors import OptionError
-from veneer.methods.additive.adaptformer import AdaptFormer
+from veneer.methods.additive.bottleneck.adaptformer import AdaptFormer
 
 
 def slow(adapter: Any, x: Tensor, y: Tensor) -> Tensor:

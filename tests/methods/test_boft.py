@@ -13,8 +13,8 @@ from veneer.functional.cayley import skew
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.boft import BOFT
-from veneer.methods.reparameterized.oft import OFT
+from veneer.methods.reparameterized.rotation.boft import BOFT
+from veneer.methods.reparameterized.rotation.oft import OFT
 
 
 def linear_site(d_out: int, d_in: int) -> WeightSite:

@@ -8,7 +8,7 @@ from tests.methods.classifiers import large, pictures, tiny
 from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach
 from veneer.injection.errors import OptionError
-from veneer.methods.additive.clip_adapter import CLIPAdapter
+from veneer.methods.additive.clip.clip_adapter import CLIPAdapter
 
 
 def changed(f: torch.Tensor, down: torch.Tensor, up: torch.Tensor, r: float) -> torch.Tensor:

@@ -14,7 +14,7 @@ from tests.methods.controls import drawn, picture, pipeline
 from tests.raising import raises
 from veneer.hosts.diffusers_unet import DiffusersUNet
 from veneer.injection.errors import ConditionError
-from veneer.methods.additive.controlnext import cross_normalize
+from veneer.methods.additive.control.controlnext import cross_normalize
 from veneer.testing.case import perturb
 
 

@@ -28,7 +28,7 @@ from tests.raising import raises
 from veneer.injection import HostChanged, UnsupportedSite, attach
 from veneer.injection.attachment.plan import supports
 from veneer.injection.errors import OptionError
-from veneer.methods.additive.convpass import Convpass
+from veneer.methods.additive.bottleneck.convpass import Convpass
 
 
 def act(z: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from tests.raising import raises
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.diffusekrona import DiffuseKronA, DiffuseKronAAdapter
-from veneer.methods.reparameterized.lokr import LoKr
+from veneer.methods.reparameterized.kronecker.diffusekrona import DiffuseKronA, DiffuseKronAAdapter
+from veneer.methods.reparameterized.kronecker.lokr import LoKr
 
 LINEAR = WeightSite(name="l", role="attn.q", path="l", d_out=12, d_in=10)
 GEOMETRIES = [

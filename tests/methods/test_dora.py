@@ -19,9 +19,9 @@ from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.dora import DoRA, DoRAAdapter
-from veneer.methods.reparameterized.loha import LoHa
-from veneer.methods.reparameterized.lokr import LoKr
+from veneer.methods.reparameterized.kronecker.loha import LoHa
+from veneer.methods.reparameterized.kronecker.lokr import LoKr
+from veneer.methods.reparameterized.low_rank.dora import DoRA, DoRAAdapter
 
 LINEAR = WeightSite(name="l", role="mlp.in", path="0", d_out=5, d_in=7)
 

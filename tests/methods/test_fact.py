@@ -15,7 +15,7 @@ from tests.raising import raises
 from veneer.injection import attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.fact import FacT, FacTAdapter, tiles
+from veneer.methods.reparameterized.low_rank.fact import FacT, FacTAdapter, tiles
 
 LAYERS = [
     nn.Linear(4, 4),

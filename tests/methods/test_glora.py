@@ -17,7 +17,7 @@ from tests.raising import raises
 from veneer.injection import attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import ParamSite, WeightSite
-from veneer.methods.reparameterized.glora import GLoRA, GLoRAAdapter, Term
+from veneer.methods.reparameterized.low_rank.glora import GLoRA, GLoRAAdapter, Term
 
 FORMS = ("low_rank", "vector", "scalar", "none")
 LINEAR = WeightSite(name="l", role="mlp.in", path="l", d_out=5, d_in=7)

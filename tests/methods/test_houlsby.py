@@ -13,7 +13,7 @@ from tests.methods.bottlenecks import blocks_written_out, branch, change, check_
 from tests.raising import raises
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
-from veneer.methods.additive.houlsby import Houlsby
+from veneer.methods.additive.bottleneck.houlsby import Houlsby
 
 
 def gelu(z: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from tests.hosts.published import build
 from veneer.injection import attach, hosts
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.ia3 import IA3, ScaledInput, ScaledOutput
+from veneer.methods.reparameterized.scale.ia3 import IA3, ScaledInput, ScaledOutput
 
 
 def site_of(module: nn.Module, role: str) -> WeightSite:

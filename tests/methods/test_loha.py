@@ -15,7 +15,7 @@ from veneer.functional.hadamard import hadamard, hadamard_pair
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.loha import LoHa, LoHaAdapter
+from veneer.methods.reparameterized.kronecker.loha import LoHa, LoHaAdapter
 
 SMALL = WeightSite(name="s", role="mlp.in", path="s", d_out=5, d_in=7)
 WIDE = WeightSite(name="w", role="mlp.in", path="w", d_out=24, d_in=20)

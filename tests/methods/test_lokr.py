@@ -15,7 +15,7 @@ from veneer.functional.kronecker import kron_apply, kron_factors, kron_weight
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.lokr import LoKr, LoKrAdapter
+from veneer.methods.reparameterized.kronecker.lokr import LoKr, LoKrAdapter
 
 LINEAR = WeightSite(name="l", role="mlp.in", path="l", d_out=24, d_in=12)
 GEOMETRIES = [

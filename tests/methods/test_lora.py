@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from tests.raising import raises
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized._low_rank import LoRAAdapter
-from veneer.methods.reparameterized.lora import LoRA
+from veneer.methods.reparameterized.low_rank._low_rank import LoRAAdapter
+from veneer.methods.reparameterized.low_rank.lora import LoRA
 
 LINEAR = WeightSite(name="l", role="mlp.in", path="l", d_out=5, d_in=7)
 TABLE = WeightSite(name="t", role="embed.token", path="t", kind="embedding", d_out=4, d_in=9)

@@ -12,7 +12,7 @@ from tests.raising import raises
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.lora_fa import LoRAFA
+from veneer.methods.reparameterized.low_rank.lora_fa import LoRAFA
 
 LINEAR = WeightSite(name="l", role="mlp.in", path="l", d_out=5, d_in=7)
 GROUPED = WeightSite(

@@ -20,8 +20,8 @@ from veneer.functional.convolve import convolve
 from veneer.injection import LoadError, UnsupportedSite, attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized._low_rank import TuckerAdapter, WeightInitAdapter
-from veneer.methods.reparameterized.lora import LoRA
+from veneer.methods.reparameterized.low_rank._low_rank import TuckerAdapter, WeightInitAdapter
+from veneer.methods.reparameterized.low_rank.lora import LoRA
 from veneer.testing import parametrize_with_checks
 
 TABLE = WeightSite(name="t", role="embed.token", path="0", kind="embedding", d_out=6, d_in=9)

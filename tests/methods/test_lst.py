@@ -14,7 +14,7 @@ from tests.raising import raises
 from veneer.injection import Attachment, UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.injection.registry import hosts
-from veneer.methods.additive.lst import LST
+from veneer.methods.additive.side.lst import LST
 from veneer.testing.case import perturb
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "num_classes": 10}

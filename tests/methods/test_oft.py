@@ -15,7 +15,7 @@ from veneer.functional.cayley import blocks_apply, cayley_change, clip_norm, neu
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.oft import OFT
+from veneer.methods.reparameterized.rotation.oft import OFT
 
 LINEAR = WeightSite(name="l", role="attn.q", path="l", d_out=5, d_in=12)
 

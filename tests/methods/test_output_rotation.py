@@ -12,8 +12,8 @@ from tests.methods.layers import conv_site, trained
 from tests.raising import raises
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.boft import BOFT
-from veneer.methods.reparameterized.oft import OFT
+from veneer.methods.reparameterized.rotation.boft import BOFT
+from veneer.methods.reparameterized.rotation.oft import OFT
 from veneer.testing import Check, parametrize_with_checks
 
 LINEAR = WeightSite(name="l", role="attn.q", path="l", d_out=24, d_in=5)

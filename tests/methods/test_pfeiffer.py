@@ -13,7 +13,7 @@ from tests.methods.bottlenecks import blocks_written_out, branch, change, check_
 from tests.raising import raises
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
-from veneer.methods.additive.pfeiffer import Pfeiffer
+from veneer.methods.additive.bottleneck.pfeiffer import Pfeiffer
 
 
 def test_the_equation_in_every_layout() -> None:

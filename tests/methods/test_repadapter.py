@@ -14,7 +14,7 @@ from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.repadapter import BiasedRepBottleneck, RepAdapter, RepBottleneck
+from veneer.methods.reparameterized.low_rank.repadapter import BiasedRepBottleneck, RepAdapter, RepBottleneck
 
 
 @torch.no_grad()

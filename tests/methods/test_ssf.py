@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach, hosts
 from veneer.injection.sites import NormSite, WeightSite
-from veneer.methods.reparameterized.ssf import SSF, ScaleAdapter, ScaleShiftAdapter
+from veneer.methods.reparameterized.scale.ssf import SSF, ScaleAdapter, ScaleShiftAdapter
 
 TINY = [
     ("timm_vit", "vit"),

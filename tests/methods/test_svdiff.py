@@ -13,7 +13,7 @@ from tests.hosts.published import build
 from tests.methods.layers import site_of
 from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach, hosts
-from veneer.methods.reparameterized.svdiff import SVDiff, SVDiffAdapter
+from veneer.methods.reparameterized.scale.svdiff import SVDiff, SVDiffAdapter
 
 LAYERS = [
     nn.Linear(6, 4),

@@ -14,7 +14,7 @@ from tests.methods.classifiers import large, pictures, tiny
 from tests.raising import raises
 from veneer.formats import load
 from veneer.injection import LoadError, StateError, UnsupportedSite, attach
-from veneer.methods.additive.tip_adapter import TipAdapter, TipAdapterError, grid, search
+from veneer.methods.additive.clip.tip_adapter import TipAdapter, TipAdapterError, grid, search
 
 LABELS = torch.tensor([2, 0, 2, 1, 0, 2])
 

@@ -15,7 +15,7 @@ from tests.raising import raises
 from veneer.injection import attach, hosts
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
-from veneer.methods.reparameterized.vera import VeRA, VeRAAdapter
+from veneer.methods.reparameterized.low_rank.vera import VeRA, VeRAAdapter
 
 LAYERS = [
     nn.Linear(6, 4),

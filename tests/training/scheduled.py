@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection import Attachment, attach, hosts
-from veneer.methods.reparameterized.adalora import AdaLoRA
+from veneer.methods.reparameterized.low_rank.adalora import AdaLoRA
 from veneer.training import param_groups
 from veneer.training.loop.seeds import generator
 from veneer.training.loop.trainer import TrainConfig, Trainer

@@ -13,9 +13,9 @@ from veneer.functional.cayley import blocks_apply, cayley_change, clip_norm, neu
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
+from veneer.methods.reparameterized._state_transfer import rotation_state
 
 from ._output_rotation import OutputRotation, reject_straddling_blocks
-from ._state_transfer import rotation_state
 
 
 class OFTAdapter(Adapter):

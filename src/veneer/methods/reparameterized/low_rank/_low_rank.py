@@ -16,8 +16,7 @@ from veneer.injection.attachment.deferred_init import is_init_deferred, zeros
 from veneer.injection.method import Adapter
 from veneer.injection.quantized_weight import readable_weight
 from veneer.injection.sites import WeightSite
-
-from ._state_transfer import lora_batched, lora_state
+from veneer.methods.reparameterized._state_transfer import lora_batched, lora_state
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 

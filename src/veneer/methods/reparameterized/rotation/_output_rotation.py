@@ -13,8 +13,7 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
 from veneer.injection.seams.effective_weight import effective_tensor
 from veneer.injection.sites import WeightSite
-
-from ._state_transfer import rotation_state
+from veneer.methods.reparameterized._state_transfer import rotation_state
 
 
 class OutputRotation(Adapter):

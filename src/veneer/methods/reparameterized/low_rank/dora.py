@@ -19,10 +19,10 @@ from veneer.injection.quantized_weight import readable_weight
 from veneer.injection.seams.adapter_calls import module_at
 from veneer.injection.seams.effective_weight import effective_tensor
 from veneer.injection.sites import WeightSite
+from veneer.methods.reparameterized._state_transfer import lora_state
+from veneer.methods.reparameterized._weight_decomposition import AXES, DecomposedAdapter, NormAxis, magnitude_count
 
 from ._low_rank import factor_pairs
-from ._state_transfer import lora_state
-from ._weight_decomposition import AXES, DecomposedAdapter, NormAxis, magnitude_count
 
 
 class DoRAAdapter(Adapter):

@@ -15,9 +15,8 @@ from veneer.functional.low_rank_autograd import add_product, project
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
-
-from ._state_transfer import loha_state
-from ._weight_decomposition import AXES, DecomposedAdapter, NormAxis, magnitude_count
+from veneer.methods.reparameterized._state_transfer import loha_state
+from veneer.methods.reparameterized._weight_decomposition import AXES, DecomposedAdapter, NormAxis, magnitude_count
 
 
 class LoHaFactors(Adapter):

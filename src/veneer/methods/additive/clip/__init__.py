@@ -1,0 +1,1 @@
+"""Adapters of the image features and the classifier of a CLIP model."""

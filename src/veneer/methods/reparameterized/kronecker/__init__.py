@@ -1,0 +1,1 @@
+"""Updates of a weight by Kronecker and Hadamard products."""

@@ -1,0 +1,1 @@
+"""Updates of a weight by factors of low rank."""

@@ -1,0 +1,1 @@
+"""Orthogonal updates, which rotate the output or the input of a layer."""

@@ -1,0 +1,1 @@
+"""Updates that scale the features or the singular values of a layer."""
