@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,8 @@ def caption(config: CaptionConfig) -> Iterator[str]:
                 count += bool(text)
     kept = len(photos) - len(files)
     yield f"{count} captions {'not written (dry run)' if config.dry_run else 'written'}, {kept} photos left as they were"
+    if count and not config.dry_run:
+        yield f"read the captions, then train: veneer personalize {shlex.quote(str(config.folder))} --concept '<NAME>'"
 
 
 def _file(photo: Photo, config: CaptionConfig) -> Path:

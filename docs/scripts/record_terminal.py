@@ -1,6 +1,8 @@
 """Writes `docs/terminal.md`: what each job prints on a terminal, recorded in one new folder.
 
-    python docs/scripts/record_terminal.py [--only NAME …]
+    python docs/scripts/record_terminal.py [--only NAME …] [--work FOLDER]
+
+"Write captions" reads `dog`, a folder of photos, and `tagger`, as `docs/scripts/imagenet_tagger.py` writes it, from FOLDER.
 
 A bar is shown as it stood at its end. The recorded text of a command is kept in the page until it is recorded again.
 """
@@ -39,6 +41,7 @@ JOBS: dict[str, tuple[str, ...]] = {
         "veneer export runs/classes --to onnx --out digits.onnx",
     ),
     "Compare methods": ("veneer compare digits --methods 'bitfit, ssf' --epochs 1 --seeds 2 --out runs/compared",),
+    "Write captions": ("veneer caption dog --model tagger --threshold 0.1 --prefix 'a photo of <dog>, '",),
     "Control the composition": (
         "veneer control train --method t2i_adapter --generated-images 64 --steps 60 --eval-seeds 1 --out runs/canny",
         "veneer control generate 'a blue car' --adapter runs/canny --image photos/octopus/01.png --out images",

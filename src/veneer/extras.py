@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 EXTRAS: Mapping[str, str] = {
     "timm": "timm",
@@ -65,3 +66,19 @@ def advice(module: str | None) -> str:
     """How to install the library of a module; empty if no extra has it."""
     extra = EXTRAS.get((module or "").partition(".")[0])
     return f'{module} is not installed; install it with: pip install "veneer[{extra}]"' if extra else ""
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences the report and the progress bar with which transformers loads weights; callers check for missing ones."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -101,7 +101,7 @@ def test_existing_captions_are_kept_unless_overwritten(photos: Path, tagger: str
     (photos / "0.txt").write_text("my own")
     (photos / "metadata.jsonl").write_text(json.dumps({"file_name": "1.png", "text": "in the table"}))
     lines = list(caption(CaptionConfig(photos, tagger, threshold=0.8)))
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert (photos / "0.txt").read_text() == "my own"
     assert not (photos / "1.txt").exists()
     assert (photos / "2.txt").read_text() == "red ball\n"
@@ -170,5 +170,7 @@ def test_command_line(photos: Path, tagger: str) -> None:
     words = [sys.executable, "-c", start, "caption", str(photos), "--model", tagger, "--threshold", "0.8", "--json"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["messages"][-1] == "3 captions written, 0 photos left as they were"
+    *_, summary, advice = json.loads(done.stdout)["messages"]
+    assert summary == "3 captions written, 0 photos left as they were"
+    assert f"veneer personalize {photos}" in advice
     assert (photos / "2.txt").read_text() == "red ball\n"

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from veneer.extras import require
+from veneer.extras import quiet_transformers, require
 from veneer.injection.errors import VeneerError
 
 from .errors import CaptionError
@@ -66,10 +66,11 @@ def _open(name: str, folder: Path, device: str, threshold: float, max_tokens: in
     if (folder / TAGS_FILE).is_file() and "architecture" in config:
         return _wd_tagger(folder, device, threshold)
     require("transformers")
-    if kind in GENERATORS:
-        return _generator(folder, GENERATORS[kind], device, max_tokens)
-    if any(each.endswith("ForImageClassification") for each in architectures):
-        return _classifier(folder, device, threshold)
+    with quiet_transformers():
+        if kind in GENERATORS:
+            return _generator(folder, GENERATORS[kind], device, max_tokens)
+        if any(each.endswith("ForImageClassification") for each in architectures):
+            return _classifier(folder, device, threshold)
     supported = (*GENERATORS, "ForImageClassification", TAGS_FILE)
     message = (
         f"caption: {name} is a model of type {kind!r} ({', '.join(architectures) or 'no architecture'}); expected BLIP, GIT, an "

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from veneer.extras import require
+from veneer.extras import quiet_transformers, require
 from veneer.hub.connection import hub
 from veneer.hub.names import parse_name
 from veneer.injection import sites
@@ -114,7 +113,7 @@ def transformers_classifier(
     if weights == "none" and keep_head:
         message = f"{name}: its own head is kept, but the weights are random. Leave out --weights none, or pass --head fresh."
         raise ModelError(message, where="head", given="none", expected="published")
-    with torch.random.fork_rng(devices=[]), _quiet(), hub(not source.is_local) as why:
+    with torch.random.fork_rng(devices=[]), quiet_transformers(), hub(not source.is_local) as why:
         config = _config(source, why)
         _checked(name, _outline(config, name))
         data = _with_size(data_config(_image_processor(source, why), name), size)
@@ -135,7 +134,7 @@ def transformers_outline(name: str) -> nn.Module:
     """
     require("transformers")
     source = _source(name)
-    with _quiet(), hub(not source.is_local) as why:
+    with quiet_transformers(), hub(not source.is_local) as why:
         return _checked(name, _outline(_config(source, why), name))
 
 
@@ -265,19 +264,3 @@ def _digest(folder: Path) -> str:
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report and progress bar of loaded weights: missing ones are an error, and others are left out."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
