@@ -9,9 +9,11 @@ import sys
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from veneer import transformer_records
 from veneer.cli import main
 from veneer.injection import hosts, methods
 
@@ -51,7 +53,8 @@ def namespace() -> Iterator[types.ModuleType]:
     """A module that blocks run in; what they register is gone afterwards."""
     module = types.ModuleType("page")
     sys.modules["page"] = module
-    before = [(registry, set(registry.names())) for registry in (methods, hosts)]
+    registries: tuple[Any, ...] = (methods, hosts, transformer_records)
+    before = [(registry, set(registry.names())) for registry in registries]
     try:
         yield module
     finally:

@@ -31,6 +31,7 @@ COUNTS = {
     "wan-14b": {"transformer": 14_288_491_584},
     "wan-14b-i2v": {"transformer": 16_394_878_784},
     "hunyuan-video": {"transformer": 12_821_012_544},
+    "krea-2": {"transformer": 12_820_073_036},
     "sana": {"transformer": 1_604_462_752},
 }
 """Parameters of the published checkpoints. The fixed position embedding of DiT-XL/2 is not a parameter."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from veneer_example.resmlp import ResMLP
 
 import veneer
+from veneer import transformer_records
 from veneer.testing import check_host, check_method
 
 folder = Path(sys.argv[1])
@@ -18,8 +19,10 @@ assert "gain" in veneer.methods.names()
 assert veneer.methods.source("gain") == "veneer-example"
 assert "resmlp" in veneer.hosts.names()
 assert {row["name"]: row["source"] for row in veneer.methods.table()}["gain"] == "veneer-example"
+assert "clay" in transformer_records.names()
+assert not {"diffusers", "veneer_example.clay"} & {*sys.modules}  # a record imports no models
 
-records = [*check_method("gain", "resmlp"), *check_host("resmlp")]
+records = [*check_method("gain", "resmlp"), *check_host("resmlp"), *check_host("diffusers_dit", models=("clay",))]
 failed = [str(r) for r in records if r.outcome == "failed"]
 assert not failed, failed
 assert {"identity_at_start", "save_load_save_is_byte_equal", "ports_in_order"} <= {
@@ -58,4 +61,21 @@ torch.testing.assert_close(model(features), trained)
 tuned.unmerge()
 tuned.detach()
 assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), base.state_dict().values(), strict=True))
+
+from veneer_example.clay import ClayTransformer  # noqa: E402 (with diffusers, which takes seconds)
+
+clay = ClayTransformer().eval()
+inputs = {"hidden_states": torch.randn(2, 6, 4), "timestep": torch.rand(2)}
+before = clay(**inputs)
+lora = veneer.attach(clay, "lora", rank=2, where=("attn", "mlp"))
+assert len(lora.parts) == 12
+assert torch.equal(clay(**inputs), before)
+clay(**inputs).square().mean().backward()
+torch.optim.Adam(lora.parameters(), 1e-2).step()
+changed = clay(**inputs)
+assert not torch.allclose(changed, before)
+path = lora.save(folder / "clay")
+lora.detach()
+veneer.load(clay, path)
+assert torch.equal(clay(**inputs), changed)
 print("used")

@@ -47,6 +47,7 @@ CLASSES: dict[str, tuple[dict[str, Any], tuple[str | None, ...]]] = {
     "LTXVideoTransformer3DModel": ({}, ("LTX", "LTX", "LTX", None)),
     "LTX2VideoTransformer3DModel": ({}, ("LTX-2", "LTX-2", "LTX-2", None)),
     "SanaTransformer2DModel": ({}, ("Sana",) * 4),
+    "Krea2Transformer2DModel": ({}, ("Krea 2",) * 4),
     "CosmosTransformer3DModel": ({}, ("Cosmos", "Cosmos", None, None)),
     "MochiTransformer3DModel": ({}, (None,) * 4),
     "CogVideoXTransformer3DModel": ({}, (None,) * 4),
@@ -130,6 +131,19 @@ def test_gated_feed_forwards_tell_flux2_from_flux(rows: int, family: str) -> Non
     """A file of a few blocks: the rows of queries, keys, values and the feed-forward's input, at the width of both."""
     name = "lora_unet_single_blocks_3_linear1"
     assert family_of({f"{name}.lora_down.weight": (1, 3072), f"{name}.lora_up.weight": (rows, 1)}) == family
+
+
+@pytest.mark.parametrize(("rows", "family"), [(1536, "Krea 2"), (6144, "FLUX.2"), (None, "FLUX.2 or Krea 2")])
+def test_keys_of_fewer_heads_tell_krea2_from_flux2(rows: int | None, family: str) -> None:
+    """A file of queries, or of queries and keys, of the blocks of images: both have the same names and input width."""
+    shapes = {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 6144)}
+    if rows:
+        name = "transformer.transformer_blocks.0.attn.to_k"
+        shapes |= {f"{name}.lora_A.weight": (4, 6144), f"{name}.lora_B.weight": (rows, 4)}
+    assert family_of(shapes) == family
+    name = {"Krea 2": "krea-2", "FLUX.2": "flux2"}.get(family)
+    assert architecture_of(shapes) == name
+    assert architecture_of(shapes, model_spec="Krea-2/lora") == (name or "krea-2")
 
 
 def test_metadata_decides_between_architectures_that_fit() -> None:

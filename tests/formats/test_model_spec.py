@@ -130,6 +130,7 @@ def test_inspection_shows_the_trigger_phrase(tmp_path: Path) -> None:
         ("lumina2", "lumina-2"),
         ("wan-14b", "wan2.1"),
         ("hunyuan-video", "hunyuan-video"),
+        ("krea-2", "Krea-2"),
     ],
 )
 def test_architectures_of_published_models(architecture: str, expected: str | None) -> None:

@@ -49,8 +49,9 @@ def assert_as(theirs: dict[str, Tensor], tower: Any) -> None:
         assert torch.equal(theirs[f"{name}.weight"], rows), name
 
 
-def test_sd3() -> None:
-    tower = tower_of("sd3_medium")
+@pytest.mark.parametrize("name", ["sd3", "sd35", "sd35-large"])
+def test_sd3(name: str) -> None:
+    (tower, *_) = towers_of(architecture(name).components["transformer"])
     state = coded(tower) | {"pos_embed": torch.zeros(1, 1, 1)}
     # only that is read of the width
     state["context_embedder.weight"] = state["context_embedder.weight"].expand(-1, 4096)
@@ -97,6 +98,7 @@ CONVERTERS: dict[str, tuple[Any, Any]] = {
     "lumina2": (converters.convert_lumina2_to_diffusers, dict),
     "wan-14b-i2v": (converters.convert_wan_transformer_to_diffusers, dict),
     "hunyuan-video": (converters.convert_hunyuan_video_transformer_to_diffusers, dict),
+    "krea-2": (converters.convert_krea2_transformer_checkpoint_to_diffusers, dict),
     "sana": (converters.convert_sana_transformer_to_diffusers, sana_others),
 }
 

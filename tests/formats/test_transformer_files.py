@@ -31,7 +31,7 @@ def test_files_of_other_tools(peer: Peer, tmp_path: Path) -> None:
     attached = veneer.load(model, tmp_path / "a")
     assert attached.loaded.clean
     assert_same(deltas(attached), want)
-    path = formats.get("comfyui" if peer.form == "bfl" else peer.form)().save(attached, tmp_path / "b")
+    path = formats.get(peer.round_trip or peer.form)().save(attached, tmp_path / "b")
     if peer.is_written:
         again = load_file(path)
         assert again.keys() == state.keys()
@@ -54,6 +54,20 @@ def test_outputs_are_those_of_diffusers(peer: Peer, tmp_path: Path) -> None:
     torch.testing.assert_close(ours, output(theirs), rtol=1e-4, atol=1e-5)
 
 
+NEW_TO_DIFFUSERS = [peer for peer in PEERS if not peer.mixin and peer.family in ("sd35_medium", "sd35_large", "sana", "krea2")]
+
+
+@pytest.mark.parametrize("peer", NEW_TO_DIFFUSERS, ids=str)
+def test_files_that_diffusers_does_not_read_are_converted_for_it(peer: Peer, tmp_path: Path) -> None:
+    model, theirs = tiny(peer.family), tiny(peer.family)
+    base = output(model)
+    save_file(peer.file(model)[0], tmp_path / "a.safetensors")
+    path = formats.get("diffusers")().save(veneer.load(model, tmp_path / "a"), tmp_path / "b")
+    theirs.load_lora_adapter(load_file(path), prefix="transformer", metadata=read(path).json("lora_adapter_metadata"))
+    assert (output(model) - base).abs().max() > 1e-2
+    torch.testing.assert_close(output(model), output(theirs), rtol=1e-4, atol=1e-5)
+
+
 WRITTEN = [
     ("z_image", "kohya", "ZImageLoraLoaderMixin"), ("z_image", "diffusers", "ZImageLoraLoaderMixin"),
     ("flux2", "kohya", "Flux2LoraLoaderMixin"), ("flux2", "diffusers", "Flux2LoraLoaderMixin"),
@@ -61,6 +75,8 @@ WRITTEN = [
     ("qwen_image", "kohya", "QwenImageLoraLoaderMixin"), ("qwen_image", "comfyui", "QwenImageLoraLoaderMixin"),
     ("qwen_image", "diffusers", "QwenImageLoraLoaderMixin"), ("lumina2", "diffusers", "Lumina2LoraLoaderMixin"),
     ("wan", "comfyui", "WanLoraLoaderMixin"), ("hunyuan_video", "diffusers", "HunyuanVideoLoraLoaderMixin"),
+    ("krea2", "diffusers", "Krea2LoraLoaderMixin"), ("sd35_medium", "diffusers", "SD3LoraLoaderMixin"),
+    ("sd35_large", "diffusers", "SD3LoraLoaderMixin"), ("sana", "diffusers", "SanaLoraLoaderMixin"),
 ]  # fmt: skip
 SINGLE = "single_transformer_blocks.{}.attn.to_qkv_mlp_proj"
 
@@ -70,7 +86,9 @@ def test_diffusers_reads_what_is_written(family: str, form: str, mixin: str, tmp
     """With a rank and an alpha of their own for values and for the feed-forward's output."""
     model, theirs = tiny(family), tiny(family)
     whole = [f"name:{SINGLE.format(i)}" for i in range(2)] if family == "flux2" else []
-    where = ["attn", "mlp", *whole] if family != "flux2" else ["dit.double/attn", "dit.double/mlp", "single.out", *whole]
+    where = {
+        "flux2": ["dit.double/attn", "dit.double/mlp", "single.out", *whole], "sana": ["attn", "xattn", "mlp.in", "mlp.out"],
+    }.get(family, ["attn", "mlp"])  # fmt: skip
     by_site: dict[str, Any] = {"attn.v": {"rank": 5}, "mlp.out": {"alpha": 7.0}}
     lora = fill(attach(model, "lora", where=where, rank=3, alpha=2.0, by_site=by_site), std=0.2)
     path = formats.get(form)().save(lora, tmp_path / "a")
@@ -89,6 +107,7 @@ METHODS = [
     ("flux2", "lycoris_single_transformer_blocks_0_attn_to_qkv_mlp_proj", "lokr", "single_transformer_blocks.0", SINGLE_0),
     ("qwen_image", "lycoris_transformer_blocks_0_attn_to_k", "lokr", DOUBLE, {"attn.to_k": 16}),
     ("qwen_image", "transformer_blocks.0.attn.to_q", "lokr", DOUBLE, {"attn.to_q": 16}),
+    ("krea2", "diffusion_model.blocks.0.attn.wq", "lokr", DOUBLE, {"attn.to_q": 24}),
     # musubi-tuner `networks/loha.py`, and converted for ComfyUI
     ("z_image", "lora_unet_layers_0_attention_to_v", "loha", LAYERS, {"attention.to_v": 16}),
     ("z_image", "lora_unet_layers_0_attention_qkv", "loha", LAYERS, QKV),
@@ -132,7 +151,7 @@ def test_other_methods_of_other_tools(
     lycoris_cases.assert_same(lycoris_cases.changes(veneer.load_all(tiny(family), path)), by_site)
 
 
-@pytest.mark.parametrize("form", ["comfyui", "kohya", "diffusers"])
+@pytest.mark.parametrize("form", ["comfyui", "kohya", "diffusers", "onetrainer"])
 def test_slices_of_a_fused_projection_are_written_as_the_whole(form: str, tmp_path: Path) -> None:
     """FLUX.2: rows of `to_qkv_mlp_proj` without an adapter are zero."""
     model, name = tiny("flux2"), "single_transformer_blocks.1.attn."

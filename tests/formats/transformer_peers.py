@@ -1,9 +1,10 @@
 """LoRA files of diffusion transformers as other tools write them, at the sizes of tiny models, and their ΔW.
 
 The names are those of the tools, not of this package: of musubi-tuner `networks/lora_zimage.py`, `lora_flux_2.py`,
-`lora_qwen_image.py`, `lora_wan.py`, `lora.py` and `convert_z_image_lora_to_comfy.py`; of sd-scripts `networks/lora_flux.py`,
-`lora_lumina.py`; of ai-toolkit `extensions_built_in/diffusion_models`; of OneTrainer `modules/modelSaver`; of diffusers'
-`loaders/lora_conversion_utils.py`; of ComfyUI `comfy/lora.py`, `comfy/utils.py`.
+`lora_qwen_image.py`, `lora_krea2.py`, `lora_wan.py`, `lora.py` and `convert_z_image_lora_to_comfy.py`; of sd-scripts
+`networks/lora_flux.py`, `lora_lumina.py`, `lora_sd3.py`; of ai-toolkit `extensions_built_in/diffusion_models`,
+`toolkit/lora_special.py`; of OneTrainer `modules/modelSaver`, `modules/model`, `modules/util/convert_lora_util.py`; of
+diffusers' `loaders/lora_conversion_utils.py`; of ComfyUI `comfy/lora.py`, `comfy/utils.py`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,23 @@ from veneer.hosts.diffusers_dit import DiffusersDiT
 
 KOHYA = ("lora_down.weight", "lora_up.weight", "alpha")
 PEFT = ("lora_A.weight", "lora_B.weight", "")
+PEFT_ALPHA = ("lora_A.weight", "lora_B.weight", "alpha")
 LUMINA = {
     "sample_size": 8, "in_channels": 4, "hidden_size": 36, "num_layers": 2, "num_refiner_layers": 1, "num_attention_heads": 6,
     "num_kv_heads": 2, "multiple_of": 4, "axes_dim_rope": (2, 2, 2), "axes_lens": (16, 8, 8), "cap_feat_dim": 20,
 }  # fmt: skip
 """The tiny model of the host, but with three times as many queries as keys, as in the published one."""
+SD3 = {
+    "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 3, "sample_size": 8, "patch_size": 2, "in_channels": 4,
+    "joint_attention_dim": 24, "pooled_projection_dim": 20, "caption_projection_dim": 16, "pos_embed_max_size": 8,
+    "qk_norm": "rms_norm",
+}  # fmt: skip
+MODELS = {
+    "lumina2": (diffusers.Lumina2Transformer2DModel, LUMINA),
+    "sd35_medium": (diffusers.SD3Transformer2DModel, {**SD3, "dual_attention_layers": (0, 1)}),
+    "sd35_large": (diffusers.SD3Transformer2DModel, {**SD3, "num_attention_heads": 3, "caption_projection_dim": 24}),
+}
+"""Tiny models beside those of the host. SD 3.5 has a second attention in its first blocks (medium) or more heads (large)."""
 SCALE = {"chroma": 192, "lumina2": 64}
 """Widths of the published models, which diffusers' converters assume, over those of the tiny ones."""
 Modules = Mapping[str, str]
@@ -42,7 +55,7 @@ class Peer:
         prefix: of the names, `lora_unet_` and others that end in `_` with underscores for dots. `ends`: key suffixes.
         blocks: list of blocks in the file and in diffusers -> modules of each block. `modules`: modules outside of the blocks.
         form: veneer's format. `mixin`: diffusers' loader, if it reads the files.
-        is_written: veneer writes the same keys and tensors.
+        is_written: veneer writes the same keys and tensors. `round_trip`: the format in which it is written, if not `form`.
     """
 
     family: str
@@ -54,6 +67,7 @@ class Peer:
     mixin: str = ""
     modules: Modules | None = None
     is_written: bool = False
+    round_trip: str = ""
 
     def file(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The tensors of a file for a model, and ΔW by diffusers' path."""
@@ -163,9 +177,49 @@ HUNYUAN_OUTSIDE = {
     "txt_in.c_embedder.linear_1": "context_embedder.time_text_embed.text_embedder.linear_1",
     "time_in.mlp.2": "time_text_embed.timestep_embedder.linear_2",
 }  # fmt: skip
+JOINT = {
+    "x_block.attn.qkv": QKV, "x_block.attn.proj": "attn.to_out.0", "x_block.mlp.fc1": "ff.net.0.proj",
+    "x_block.mlp.fc2": "ff.net.2", "x_block.attn2.qkv": "attn2.to_q attn2.to_k attn2.to_v",
+    "x_block.attn2.proj": "attn2.to_out.0", "x_block.adaLN_modulation.1": "norm1.linear", "context_block.attn.qkv": ADDED,
+    "context_block.attn.proj": "attn.to_add_out",
+    "context_block.mlp.fc1": "ff_context.net.0.proj", "context_block.mlp.fc2": "ff_context.net.2",
+}  # fmt: skip
+SD35 = {("joint_blocks", "transformer_blocks"): JOINT}
+SD35_OUTSIDE = {
+    "context_embedder": "context_embedder", "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2", "x_embedder.proj": "pos_embed.proj",
+    "final_layer.linear": "proj_out",
+}  # fmt: skip
+SD35_OWN = lists(alike(*" ".join(JOINT.values()).split()), "transformer_blocks")
+SD35_ATTENTION = lists(alike(*QKV.split(), *ADDED.split(), "attn.to_out.0", "attn.to_add_out"), "transformer_blocks")
 SANA = lists(alike("attn1.to_q", "attn1.to_k", "attn1.to_v"), "transformer_blocks")
+SANA_OWN = lists(
+    alike(*(f"attn{i}.to_{x}" for i in (1, 2) for x in ("q", "k", "v", "out.0")), "ff.conv_inverted", "ff.conv_point"),
+    "transformer_blocks",
+)
+SANA_ORIGINAL = {
+    ("blocks", "transformer_blocks"): {
+        "attn.qkv": "attn1.to_q attn1.to_k attn1.to_v", "attn.proj": "attn1.to_out.0", "cross_attn.q_linear": "attn2.to_q",
+        "cross_attn.kv_linear": "attn2.to_k attn2.to_v", "cross_attn.proj": "attn2.to_out.0",
+        "mlp.inverted_conv.conv": "ff.conv_inverted", "mlp.point_conv.conv": "ff.conv_point",
+    }
+}  # fmt: skip
+KREA_LAYERS = {
+    "attn.wq": "attn.to_q", "attn.wk": "attn.to_k", "attn.wv": "attn.to_v", "attn.gate": "attn.to_gate",
+    "attn.wo": "attn.to_out.0", "mlp.gate": "ff.gate", "mlp.up": "ff.up", "mlp.down": "ff.down",
+}  # fmt: skip
+KREA = {("blocks", "transformer_blocks"): KREA_LAYERS} | {
+    (f"txtfusion.{name}_blocks", f"text_fusion.{name}_blocks"): KREA_LAYERS for name in ("layerwise", "refiner")
+}
+KREA_OUTSIDE = {
+    "first": "img_in", "last.linear": "final_layer.linear", "tmlp.0": "time_embed.linear_1", "tmlp.2": "time_embed.linear_2",
+    "tproj.1": "time_mod_proj", "txtmlp.1": "txt_in.linear_1", "txtmlp.3": "txt_in.linear_2",
+    "txtfusion.projector": "text_fusion.projector",
+}  # fmt: skip
+KREA_OWN = {(own, own): alike(*KREA_LAYERS.values()) for _, own in KREA}
 COMFY, UNET, TRANSFORMER = "diffusion_model.", "lora_unet_", "transformer."
 Z, F2, Q = "ZImageLoraLoaderMixin", "Flux2LoraLoaderMixin", "QwenImageLoraLoaderMixin"
+K2, S3, SA = "Krea2LoraLoaderMixin", "SD3LoraLoaderMixin", "SanaLoraLoaderMixin"
 PEERS = (
     Peer("z_image", "musubi-tuner", UNET, KOHYA, lists(Z_SPLIT, "layers"), "kohya", Z),
     Peer("z_image", "musubi-tuner for ComfyUI", UNET, KOHYA, lists(Z_FUSED, "layers"), "kohya", Z, is_written=True),
@@ -178,10 +232,11 @@ PEERS = (
     Peer("flux2", "ComfyUI", COMFY, KOHYA, FLUX2, "comfyui", "", FLUX2_OUTSIDE, True),
     Peer("flux2", "diffusers behind ComfyUI's prefix", COMFY, PEFT, FLUX2_OWN, "comfyui", F2),
     Peer("flux2", "diffusers", TRANSFORMER, PEFT, FLUX2_OWN, "diffusers", F2, is_written=True),
-    Peer("flux2", "Black Forest Labs", "", PEFT, FLUX2, "bfl"),
-    Peer("flux2", "peft", "base_model.model.", PEFT, FLUX2, "bfl", F2),
+    Peer("flux2", "Black Forest Labs", "", PEFT, FLUX2, "bfl", round_trip="comfyui"),
+    Peer("flux2", "peft", "base_model.model.", PEFT, FLUX2, "bfl", F2, round_trip="comfyui"),
     Peer("flux2", "OneTrainer", TRANSFORMER, KOHYA, FLUX2_OWN, "onetrainer"),
     Peer("chroma", "sd-scripts", UNET, KOHYA, CHROMA, "kohya", "FluxLoraLoaderMixin", is_written=True),
+    Peer("chroma", "OneTrainer in the original format", "", PEFT_ALPHA, CHROMA, "bfl", round_trip="comfyui"),
     Peer("chroma", "diffusion-pipe", COMFY, PEFT, CHROMA, "comfyui", "", CHROMA_OUTSIDE),
     Peer("chroma", "diffusers", TRANSFORMER, PEFT, lists(alike(*QKV.split(), "proj_mlp"), "single_transformer_blocks"),
          "diffusers", "FluxLoraLoaderMixin", is_written=True),
@@ -199,7 +254,32 @@ PEERS = (
     Peer("hunyuan_video", "musubi-tuner", UNET, KOHYA, HUNYUAN, "kohya"),
     Peer("hunyuan_video", "diffusion-pipe", TRANSFORMER, PEFT, HUNYUAN, "comfyui"),
     Peer("hunyuan_video", "HunyuanVideo", COMFY, PEFT, HUNYUAN, "comfyui", "HunyuanVideoLoraLoaderMixin", HUNYUAN_OUTSIDE),
-    Peer("sana", "diffusers", TRANSFORMER, PEFT, SANA, "diffusers", "SanaLoraLoaderMixin", is_written=True),
+    Peer("sana", "diffusers", TRANSFORMER, PEFT, SANA, "diffusers", SA, is_written=True),
+    Peer("sana", "OneTrainer", TRANSFORMER, PEFT, SANA_OWN, "diffusers", SA, is_written=True),
+    Peer("sana", "OneTrainer's backups", TRANSFORMER, KOHYA, SANA_OWN, "onetrainer"),
+    Peer("sana", "OneTrainer in kohya's format", UNET, KOHYA, SANA_OWN, "kohya", round_trip="comfyui"),
+    Peer("sana", "OneTrainer in ComfyUI's format", COMFY, PEFT_ALPHA, SANA_OWN, "comfyui"),
+    Peer("sana", "ComfyUI_ExtraModels", COMFY, KOHYA, SANA_ORIGINAL, "comfyui", is_written=True),
+    *(
+        peer
+        for family in ("sd35_medium", "sd35_large")
+        for peer in (
+            Peer(family, "sd-scripts", UNET, KOHYA, SD35, "kohya", "", SD35_OUTSIDE, True),
+            Peer(family, "ComfyUI", COMFY, KOHYA, SD35, "comfyui", "", SD35_OUTSIDE, True),
+            Peer(family, "ai-toolkit", TRANSFORMER, PEFT, SD35_OWN, "diffusers", S3, is_written=True),
+            Peer(family, "SimpleTuner", TRANSFORMER, PEFT, SD35_ATTENTION, "diffusers", S3, is_written=True),
+            Peer(family, "OneTrainer", "lora_transformer_", KOHYA, SD35_OWN, "onetrainer", is_written=True),
+            Peer(family, "OneTrainer in ComfyUI's format", COMFY, PEFT_ALPHA, SD35, "comfyui"),
+            Peer(family, "OneTrainer in the original format", "", PEFT_ALPHA, SD35, "bfl", round_trip="comfyui"),
+        )
+    ),
+    Peer("krea2", "musubi-tuner", UNET, KOHYA, KREA, "kohya", "", KREA_OUTSIDE, True),
+    Peer("krea2", "ai-toolkit", COMFY, PEFT, KREA, "comfyui", K2, KREA_OUTSIDE),
+    Peer("krea2", "ComfyUI", COMFY, KOHYA, KREA, "comfyui", "", KREA_OUTSIDE, True),
+    Peer("krea2", "peft", "base_model.model.", PEFT, KREA, "bfl", K2, round_trip="comfyui"),
+    Peer("krea2", "diffusers", TRANSFORMER, PEFT, KREA_OWN, "diffusers", K2, is_written=True),
+    Peer("krea2", "OneTrainer in ComfyUI's format", COMFY, PEFT_ALPHA, KREA, "comfyui", "", KREA_OUTSIDE),
+    Peer("krea2", "OneTrainer in the original format", "", PEFT_ALPHA, KREA, "bfl", "", KREA_OUTSIDE, round_trip="comfyui"),
 )  # fmt: skip
 
 
@@ -207,8 +287,9 @@ def tiny(family: str) -> Any:
     """The tiny transformer of a family, always with the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if family == "lumina2":
-            return diffusers.Lumina2Transformer2DModel(**LUMINA).eval()
+        if family in MODELS:
+            kind, config = MODELS[family]
+            return kind(**config).eval()
         return DiffusersDiT().tiny()[family]()
 
 

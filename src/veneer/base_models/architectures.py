@@ -123,7 +123,7 @@ def architecture(name: str) -> Any:
     Args:
         name: one of `ARCHITECTURES`: `sd15`, `sd21`, `sdxl`, `sd3`, `sd35` (medium), `sd35-large`, `flux`, `pixart`, `dit`,
             `chroma`, `flux2`, `flux2-klein-4b`, `flux2-klein-9b`, `z-image`, `qwen-image`, `lumina2`, `wan-1.3b`, `wan-5b`,
-            `wan-14b`, `wan-14b-i2v`, `hunyuan-video`, `sana`.
+            `wan-14b`, `wan-14b-i2v`, `hunyuan-video`, `krea-2`, `sana`.
     Raises:
         UnknownName: no such architecture.
     """

@@ -1,4 +1,4 @@
-"""LoRA of FLUX.1, FLUX.2 and Chroma with the names of Black Forest Labs' original release, such as their control LoRAs."""
+"""LoRA with the names of a transformer's original release and no prefix, such as Black Forest Labs' control LoRAs."""
 
 from __future__ import annotations
 
@@ -25,9 +25,14 @@ from ._names.modules import original_modules
 from ._peft.config import NAME, read_config, reject_unsupported, scaled_alpha
 from .comfyui import ComfyUI
 
-CLASSES = ("FluxTransformer2DModel", "Flux2Transformer2DModel", "ChromaTransformer2DModel")
+CLASSES = (
+    "FluxTransformer2DModel", "Flux2Transformer2DModel", "ChromaTransformer2DModel", "SD3Transformer2DModel",
+    "Krea2Transformer2DModel",
+)  # fmt: skip
 PEFT = "base_model.model."
-STARTS = ("double_blocks.", "single_blocks.", f"{PEFT}double_blocks.", f"{PEFT}single_blocks.")
+BLOCKS = re.compile(
+    r"(?:base_model\.model\.)?(?:(?:double|single|joint)_blocks\.|txtfusion\.|blocks\.\d+\.(?:attn\.(?:w[qkvo]|gate)|mlp\.(?:gate|up|down))\.)"
+)
 BIAS = ".lora_B.bias"
 NORM = re.compile(
     r"(?:base_model\.model\.)?(?P<kind>double|single)_blocks\.(?P<i>\d+)\.(?:(?P<stream>img|txt)_attn\.)?norm\.(?P<half>query|key)_norm\.scale"
@@ -39,10 +44,12 @@ NORMS = {(None, "query"): "norm_q", (None, "key"): "norm_k", ("img", "query"): "
 class BFL(LayerTableFormat):
     """`double_blocks.{i}.img_attn.qkv.lora_A.weight` (r, d_in), `….lora_B.weight` (d_out, r), `….lora_B.bias` (d_out).
 
-    ΔW = B A; ComfyUI's names without a prefix. FLUX.1's control LoRAs (Canny, Depth) have biases, which become a bitfit
-    attachment, and complete query and key norms, which become trained base parameters. Their `img_in` reads the control image
-    concatenated with the latents, 128 channels, so that they need a FLUX widened to this input. peft's prefix
-    `base_model.model.` is also accepted: with peft's config beside the file, ΔW = (alpha / r)·B A with its alphas. Read only.
+    ΔW = B A, or (alpha / r)·B A with `….alpha` (); ComfyUI's names without a prefix, of FLUX.1, FLUX.2, Chroma, SD 3
+    (`joint_blocks.{i}.x_block.attn.qkv`) and Krea 2 (`blocks.{i}.attn.wq`), also as in OneTrainer's original format. FLUX.1's
+    control LoRAs (Canny, Depth) have biases, which become a bitfit attachment, and complete query and key norms, which become
+    trained base parameters. Their `img_in` reads the control image concatenated with the latents, 128 channels, so that they
+    need a FLUX widened to this input. peft's prefix `base_model.model.` is also accepted: with peft's config beside the file,
+    ΔW = (alpha / r)·B A with its alphas. Read only.
     """
 
     name: ClassVar[str] = "bfl"
@@ -51,7 +58,7 @@ class BFL(LayerTableFormat):
     suffixes = ComfyUI.suffixes
 
     def reads(self, file: File) -> bool:
-        return any(key.startswith(STARTS) for key in file.shapes) and not any(".processor." in key for key in file.shapes)
+        return any(BLOCKS.match(key) for key in file.shapes) and not any(".processor." in key for key in file.shapes)
 
     def places(self, tower: Tower) -> Sequence[NamedLayer]:
         modules = original_modules(tower) if type(tower.module).__name__ in CLASSES else []

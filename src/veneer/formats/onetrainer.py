@@ -23,7 +23,7 @@ from ._io.reader import File
 from ._io.writer import write
 from ._names.kohya import NamedLayer
 from ._names.kohya import readable_layers as kohya_places
-from ._names.modules import T5, original_modules, weight_paths
+from ._names.modules import T5, diffusers_modules, original_modules, sliced_modules, weight_paths
 from ._peft.low_rank import MAGNITUDE
 from ._peft.tensors import peft_specs as peft_wanted
 from .comfyui import ComfyUI
@@ -63,15 +63,13 @@ class OneTrainer(LayerTableFormat):
 
     def places(self, tower: Tower) -> Sequence[NamedLayer]:
         prefix = _prefix(tower)
+        if not prefix:
+            return []
         root = "text_model_" if type(tower.module).__name__ in ENCODERS else ""
-        spellings = (
-            {p: p if not root or p.startswith("text_projection") else root + p for p in weight_paths(tower)} if prefix else {}
-        )
-        return [
-            NamedLayer((f"{prefix}_{spellings[p].replace('.', '_')}",), (site,))
-            for p, site in weight_paths(tower).items()
-            if prefix
-        ]
+        layers = {p: p if not root or p.startswith("text_projection") else root + p for p in weight_paths(tower)}
+        slices = [(m.path, m.sites) for m in sliced_modules(tower, diffusers_modules(tower))]
+        sites = [*slices, *((path, (site,)) for path, site in weight_paths(tower).items())]
+        return [NamedLayer((f"{prefix}_{layers[path].replace('.', '_')}",), parts) for path, parts in sites]
 
     def readable(self, tower: Tower) -> Iterator[NamedLayer]:
         yield from kohya_places(tower)

@@ -1,4 +1,4 @@
-"""Diffusion transformers of diffusers: the families with a record in `_diffusion_transformers`, from DiT to video models."""
+"""Diffusion transformers: the families with a record here or in another package, from DiT to video models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from veneer.injection.host import Host, module_names
+from veneer.injection.host import Host
 from veneer.injection.sites import Site
 
 from ._describe import SampleInputs, TowerPart
@@ -24,7 +24,8 @@ class DiffusersDiT(Host):
 
     Depth counts the blocks of all lists in the order of the forward pass; if a model has several lists, `stage` is their label,
     such as `double` or `single`. Branches are written at the output of their module, before the gate of adaptive norms.
-    Joint blocks return text and image tokens, so they have no `StreamSite`.
+    Joint blocks return text and image tokens, so they have no `StreamSite`. Other packages add families by records:
+    `veneer.transformer_records`.
     """
 
     name: ClassVar[str] = "diffusers_dit"
@@ -35,9 +36,10 @@ class DiffusersDiT(Host):
         return self.record(model) is not None
 
     def record(self, model: nn.Module) -> TransformerRecord | None:
-        """The record of a model's family."""
-        names = {n.rpartition(".")[2] for n in module_names(model) if n.startswith("diffusers.")}
-        return next((record for record in records().values() if not names.isdisjoint(record.classes)), None)
+        """The record of a model's family: of its class, or of the nearest base class that has one."""
+        known = {(record.top_package, name): record for record in records().values() for name in record.classes}
+        bases = ((base.__module__.partition(".")[0], base.__name__) for base in type(model).__mro__)
+        return next((known[base] for base in bases if base in known), None)
 
     def sites(self, model: nn.Module, component: str = "", components: Mapping[str, Any] | None = None) -> Iterator[Site]:
         if (record := self.record(model)) is not None:

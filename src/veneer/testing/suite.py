@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any
 
 from veneer.injection.attachment.plan import hosts_for
-from veneer.injection.errors import UnsupportedSite
+from veneer.injection.errors import UnknownName, UnsupportedSite
 from veneer.injection.host import Host
 from veneer.injection.method import Method
 from veneer.injection.registry import hosts, methods
@@ -60,9 +60,16 @@ def check_method(method: MethodLike, host: HostLike | None = None, *, expected: 
     return Records(check.record(expected or {}) for check in method_checks(method, host))
 
 
-def check_host(host: HostLike, *, expected: Mapping[str, str] | None = None) -> Records:
-    """Runs every check of a host on each of its small models. Arguments and result as for `check_method`."""
-    return Records(check.record(expected or {}) for check in host_checks(host))
+def check_host(host: HostLike, *, expected: Mapping[str, str] | None = None, models: Collection[str] | None = None) -> Records:
+    """Runs every check of a host on each of its small models.
+
+    Args:
+        host, expected: as for `check_method`, which has the same result.
+        models: names of small models; None means all. `("clay",)` for a record of `veneer.transformer_records`.
+    Raises:
+        UnknownName: no such host, or the host has no small model of a name.
+    """
+    return Records(check.record(expected or {}) for check in host_checks(host, models))
 
 
 def parametrize_with_checks(
@@ -140,12 +147,17 @@ def _without_repeats(checks: Iterable[Check]) -> list[Check]:
     return kept
 
 
-def host_checks(host: HostLike) -> list[Check]:
+def host_checks(host: HostLike, models: Collection[str] | None = None) -> list[Check]:
     """The checks of a host, model by model, not yet run."""
     found = _host(host)
+    names = tuple(found.tiny())
+    for model in models or ():
+        if model not in names:
+            message = f"{found.name}: no small model '{model}'. There are: {', '.join(names)}."
+            raise UnknownName(message, model, "model", expected=names)
     return [
         Check(body.__name__, "", found.name, model, functools.partial(_on_trace, body, type(found), model))
-        for model in found.tiny()
+        for model in (names if models is None else models)
         for body in HOST_CHECKS
     ]
 

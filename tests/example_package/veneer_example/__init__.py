@@ -1,1 +1,1 @@
-"""An example package: the method `gain` and the host `resmlp`."""
+"""An example package: the method `gain`, the host `resmlp` and the diffusion transformer `clay`."""

@@ -30,6 +30,7 @@ TRANSFORMERS: dict[str, TransformerConfig] = {
     "wan-14b": ("WanTransformer3DModel", {}),
     "wan-14b-i2v": ("WanTransformer3DModel", {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}),
     "hunyuan-video": ("HunyuanVideoTransformer3DModel", {}),
+    "krea-2": ("Krea2Transformer2DModel", {}),
     "sana": ("SanaTransformer2DModel", {}),
 }
 """Architecture to its transformer."""

@@ -9,7 +9,7 @@ from .._io.reader import File
 
 Shapes = Mapping[str, tuple[int, ...]]
 SD1, SD2, SDXL, SD3 = "Stable Diffusion 1", "Stable Diffusion 2", "Stable Diffusion XL", "Stable Diffusion 3"
-WAN, Z_IMAGE, LUMINA = "Wan", "Z-Image", "Lumina 2"
+WAN, Z_IMAGE, LUMINA, KREA = "Wan", "Z-Image", "Lumina 2", "Krea 2"
 # families without a host in veneer, by layer names that occur nowhere else: musubi-tuner and others use the same layouts
 UNSUPPORTED = {
     r"(?:double|single)_stream_blocks": "HiDream",
@@ -24,6 +24,8 @@ NAMES = {
     r"joint_transformer_blocks|single_transformer_blocks[._]\d+[._](?:attn[._]to_out[._]0|ff[._])": "AuraFlow",
     r"double_blocks\.\d+\.(?:img|txt)_attn_": "HunyuanVideo",
     r"distilled_guidance_layer": "Chroma",
+    r"(?:txt|text_)fusion|txtmlp[._]\d": KREA,
+    r"blocks[._]\d+[._](?:attn[._](?:w[qkvo]|(?:to_)?gate)|(?:mlp|ff)[._](?:gate|up|down))[._]": KREA,
     r"ff[._]conv_inverted|mlp[._]inverted_conv": "Sana",
     r"joint_blocks": SD3,
     r"processor[._](?:qkv|proj)_lora": "FLUX",
@@ -33,6 +35,7 @@ NAMES = {
 FAMILY_ARCHITECTURES = {
     SD1: "sd15", SD2: "sd21", SDXL: "sdxl", "FLUX": "flux", "PixArt": "pixart", "DiT": "dit", "Chroma": "chroma",
     Z_IMAGE: "z-image", LUMINA: "lumina2", "Qwen-Image": "qwen-image", "HunyuanVideo": "hunyuan-video",
+    KREA: "krea-2",
 }  # fmt: skip
 SIZES = {
     "FLUX.2": {6144: "flux2", 3072: "flux2-klein-4b", 4096: "flux2-klein-9b"},
@@ -63,6 +66,8 @@ TWO_STREAMS = re.compile(r"transformer_blocks[._]\d+[._](?:attn[._]|ff_context|n
 QUERIES = re.compile(
     r"attn[12]?[._](?:to_[qkv]|add_[qkv]_proj|qkv)|linear1|norm1?(?:_context)?[._]linear|mlp[._]0|net[._]0|proj_mlp|lin[._:]"
 )
+KEYS = re.compile(r"attn[._]to_[kv]")
+KREA_KEY_ROWS = 1536  # Krea 2 has a quarter as many heads of keys as of queries, FLUX.2 as many
 MODULATED = re.compile(r"norm1?(?:_context)?[._]linear|(?:img|txt)_mod[._]lin|modulation[._]lin")
 # modulation of an image stream that has two attentions in SD3.5 medium, and there 13,824 rows
 SD3_MODULATION = re.compile(r"(?:transformer|joint)_blocks[._](?:\d|1[0-2])[._](?:norm1[._]linear|x_block[._]adaLN_modulation)")
@@ -118,7 +123,7 @@ def architecture_of(shapes: Shapes, form: str | None = None, model_spec: str = "
             return "sd35-large"
         return "sd3" if any(9216 in shape and SD3_MODULATION.search(key) for key, shape in shapes.items()) else "sd35"
     known = [name for family in families if (name := FAMILY_ARCHITECTURES.get(family) or _size_of(family, shapes))]
-    if (name := model_spec.partition("/")[0]) in known:
+    if (name := model_spec.partition("/")[0].lower()) in known:
         return name
     return known[0] if len(known) == 1 or "flux" in known[:1] else None
 
@@ -187,7 +192,11 @@ def _double_stream_family(shapes: Shapes) -> str | None:
         return None
     (width,) = widths
     if width == 6144:
-        return "FLUX.2" if _any_match(r"add_[qkv]_proj|context|double_blocks", shapes) else "FLUX.2 or Krea 2"
+        rows = {shape[0] for key, shape in shapes.items() if KEYS.search(key) and shape}
+        if KREA_KEY_ROWS in rows:
+            return KREA
+        is_flux = width in rows or _any_match(r"add_[qkv]_proj|context|double_blocks", shapes)
+        return "FLUX.2" if is_flux else f"FLUX.2 or {KREA}"
     if width != 3072 or _any_match("token_refiner", shapes):
         return STREAM_WIDTHS.get(width, "HunyuanVideo" if width == 3072 else None)
     lasts = [max((int(m[1]) for key in keys if (m := block.search(key))), default=-1) for block in (DOUBLE, SINGLE)]

@@ -51,7 +51,9 @@ def named_layers(tower: Tower, numbered: bool = False) -> list[NamedLayer]:
 def readable_layers(tower: Tower) -> list[NamedLayer]:
     """Every module of a tower under all names that are read: for a transformer also under its path in diffusers."""
     layers = named_layers(tower)
-    return [*(_unet_layer(module) for module in diffusers_modules(tower) if layers), *layers]
+    if names_of(tower.module) is not None and not layers:  # OneTrainer writes families that kohya's trainers do not support
+        layers = [_unet_layer(module) for module in original_modules(tower)]
+    return [*(_unet_layer(module) for module in diffusers_modules(tower)), *layers]
 
 
 def base_model_version(model: nn.Module) -> str | None:

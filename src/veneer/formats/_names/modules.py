@@ -60,10 +60,14 @@ def original_modules(tower: Tower) -> list[OriginalModule]:
     return []
 
 
-def sliced_modules(tower: Tower) -> list[OriginalModule]:
-    """The modules whose slices are sites, under their original names: the slices of each, if they are all of its rows."""
+def sliced_modules(tower: Tower, names: Iterable[OriginalModule] | None = None) -> list[OriginalModule]:
+    """The modules whose slices are sites: the slices of each, if they are all of its rows.
+
+    Args:
+        names: modules under the names of the format (default: under their original names).
+    """
     slices, modules = slices_by_layer(tower.sites), []
-    for module in original_modules(tower):
+    for module in original_modules(tower) if names is None else names:
         layer = module.sites[0]
         parts = slices.get((layer.component, layer.path), ())
         if layer.fused and sum(site.d_out for site in parts) == layer.d_out:

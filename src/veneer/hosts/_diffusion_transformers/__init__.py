@@ -1,11 +1,13 @@
-"""Diffusion transformers of diffusers as records: one module per family, for images and for video."""
+"""Diffusion transformers as records: one module per family of diffusers, and the records of other packages."""
 
 from __future__ import annotations
 
-from .._records import load_records
+from .._records.record_registry import RecordRegistry
 from .record import TransformerRecord
+
+REGISTRY = RecordRegistry(TransformerRecord, __name__, "veneer.transformer_records")
 
 
 def records() -> dict[str, TransformerRecord]:
-    """The record of every family, by the name of its module. Imports no library of models."""
-    return load_records(__name__)
+    """The record of every family, by the name of its module or entry point. Imports no library of models."""
+    return REGISTRY.records()

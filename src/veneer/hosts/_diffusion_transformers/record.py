@@ -24,9 +24,17 @@ ROLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerRecord(ModelRecord):
-    """A family of diffusion transformers of diffusers. Arguments as for `ModelRecord`."""
+    """A family of diffusion transformers, of diffusers unless `library` names another module.
 
-    library: ClassVar[str] = "diffusers"
+    Args:
+        classes: names of the classes of the models. `library`: importable module that has them, such as `my_package.models`.
+        modules: the model in the order of its forward pass: lists of blocks, and paths of other modules or parameters.
+        sample: keyword inputs of a forward pass, for a model.
+        tiny: config of each small model by its name, unique among all records: keyword arguments of the first class.
+        roles, inert_biases, read, inert, full_size: as for `ModelRecord`.
+    """
+
+    library: str = "diffusers"
     default_roles: ClassVar[Mapping[str, str]] = ROLES
 
     def attention_order(self, model: nn.Module) -> Mapping[str, int]:

@@ -21,7 +21,7 @@ class ModelRecord:
     """A family of models of one library.
 
     Args:
-        classes: names of the library's classes.
+        classes: names of the library's classes. `library`: importable module that has them.
         modules: the model in the order of its forward pass: lists of blocks, single modules with parts, and paths of other
             modules or parameters.
         sample: keyword inputs of a forward pass, for a model.
@@ -34,9 +34,9 @@ class ModelRecord:
         full_size: name of a published model to its config and number of parameters.
     """
 
-    library: ClassVar[str]
     default_roles: ClassVar[Mapping[str, str]] = {}
     classes: tuple[str, ...]
+    library: str
     modules: tuple[str | Blocks | Single, ...]
     sample: Callable[[SampleInputs, Any], dict[str, Any]]
     tiny: Mapping[str, Mapping[str, Any]]
@@ -45,6 +45,11 @@ class ModelRecord:
     read: tuple[str, ...] = ()
     inert: tuple[str, ...] = ()
     full_size: Mapping[str, tuple[Mapping[str, Any], int]] = field(default_factory=dict)
+
+    @property
+    def top_package(self) -> str:
+        """Top-level package of the library."""
+        return self.library.partition(".")[0]
 
     def sites(self, part: TowerPart) -> Iterator[Site]:
         """Every site of a model, in the order of the forward pass."""

@@ -56,7 +56,7 @@ class VisionRecord(ModelRecord):
         mean, std: normalization of the published models.
     """
 
-    library: ClassVar[str] = "transformers"
+    library: str = "transformers"
     default_roles: ClassVar[Mapping[str, str]] = ROLES
     sample: Callable[[SampleInputs, Any], dict[str, Any]] = image_inputs
     inert: tuple[str, ...] = ("mask_token",)  # only masked image modeling reads it
