@@ -94,7 +94,7 @@ def visit_attention(layers: Sequence[AttentionLayer], visit: Visit) -> Iterator[
     unfused = [module for layer in layers if getattr(module := layer.module, "fused_attn", True) is False]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused kernel of nn.MultiheadAttention shows no attention
-    F.scaled_dot_product_attention = visitor.call  # type: ignore[assignment]
+    F.scaled_dot_product_attention = visitor.call
     for module in unfused:  # timm's option, off for Swin by default
         module.fused_attn = True  # type: ignore[assignment]
     try:
