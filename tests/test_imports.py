@@ -37,6 +37,7 @@ ALLOWED = {
     "formats": {"atomic_files", "functional", "hub", "injection", "version"},
     "adapter_merging": {"formats", "functional", "injection"},
     "testing": {"base_models", "formats", "functional", "injection"},
+    "attention_heads": {"atomic_files", "injection"},
     "base_models": {"extras", "hub", "injection"},
     "full_size_models": {"base_models", "injection", "models"},
     "method_catalog": {"flags", "full_size_models", "injection"},
@@ -58,8 +59,8 @@ ALLOWED = {
     },
     "cli": {"allocator", "command_line", "commands", "extras", "version"},
     "pipelines": {
-        *JOBS, "adapter_merging", "benchmarks", "captioning", "classification", "cli", "config_conversion", "config_file",
-        "control", "flags", "methods", "publishing",
+        *JOBS, "adapter_merging", "attention_heads", "benchmarks", "captioning", "classification", "cli", "config_conversion",
+        "config_file", "control", "flags", "methods", "publishing",
     },
     "apps": {
         *JOBS, "adapter_merging", "allocator", "classification", "cli", "config_file", "control", "flags", "full_size_models",

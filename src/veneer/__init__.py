@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         training,
     )
     from veneer.adapter_merging.delta_weights import CombineError
+    from veneer.attention_heads.layers import HeadsError
     from veneer.benchmarks.shapes import BenchError
     from veneer.captioning.errors import CaptionError
     from veneer.classification.data.transforms import ViewError
@@ -71,7 +72,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Attachment", "BaseModelError", "BenchError", "BlockedGradient", "CacheWarning", "CaptionError", "CheckpointError",
     "CheckpointWarning", "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite", "DiskFull", "Diverged",
-    "ExportError", "HostChanged", "HubError", "LoadError", "MissingExtra", "ModelError", "OptimizerWarning", "OptionError",
+    "ExportError", "HeadsError", "HostChanged", "HubError", "LoadError", "MissingExtra", "ModelError", "OptimizerWarning",
+    "OptionError",
     "PhotoError", "PreflightError", "PromptError", "PromptWarning", "SaveError", "SelectionError", "StateError", "TextError",
     "TipAdapterError", "TrainError", "UnknownName", "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning",
     "ViewError", "activate", "adapter_merging", "attach", "attachments", "base_models", "classification", "control", "formats",
@@ -82,6 +84,7 @@ __all__ = [
 _MODULES = {
     "adapter_merging.delta_weights": ("CombineError",),
     "benchmarks.shapes": ("BenchError",),
+    "attention_heads.layers": ("HeadsError",),
     "captioning.errors": ("CaptionError",),
     "classification.data.transforms": ("ViewError",),
     "classification.export.export_format": ("ExportError",),

@@ -230,6 +230,15 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
         "export a fine-tuned classifier to timm, open_clip, ONNX or torch.export",
         _config_command("export", "export", "ExportConfig", ("folder",), True),
     ),
+    "analyze": (
+        "study what the attention heads of a model do",
+        _command_group(
+            heads=(
+                "classify the patterns of attention heads, and measure a model without each head",
+                _config_command("analyze", "analyze_heads", "AnalyzeHeadsConfig", ("model", "data"), True),
+            ),
+        ),
+    ),
     "control": (
         "train control adapters (ControlNet and others), and generate with them",
         _command_group(

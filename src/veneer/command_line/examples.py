@@ -34,6 +34,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "veneer export runs/clothes --to timm --out clothes-timm",
         "veneer export runs/clothes --to onnx --include-normalization --out clothes.onnx",
     ),
+    "analyze heads": (
+        "veneer analyze heads runs/clothes clothes/",
+        "veneer analyze heads bundled --prompts 'a photo of a blue car, white background'",
+    ),
     "control train": (
         "veneer control train --condition canny --method t2i_adapter",
         "veneer control train photos/ --condition soft_edge --base owner/model",

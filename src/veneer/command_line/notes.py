@@ -23,6 +23,12 @@ NOTES: dict[str, tuple[str, ...]] = {
     ),
     "predict": ("Prints one line per image on stdout: its most probable classes with their probabilities.",),
     "export": ("Class names and preprocessing are in the folder, or in a `.json` file beside the graph.",),
+    "analyze": ("The flags are shown by `veneer analyze heads --help`.",),
+    "analyze heads": (
+        "Disables each head in two ways, by equal attention to all tokens and by zero, and measures a classifier by accuracy and "
+        "loss, a diffusion model by the change of its prediction. Writes `heads.json`, `importance.png`, `maps.png` and, for a "
+        "diffusion model with a CLIP tokenizer, `words.png`. `veneer transfer --method head_pruning` prunes heads.",
+    ),
     "control": (
         "A control adapter makes images follow a map, such as edges, or an example image. The flags are shown by "
         "`veneer control train --help` and `veneer control generate --help`.",

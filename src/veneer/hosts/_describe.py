@@ -18,6 +18,8 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, nn.Embedding, *CONVS)
 SAME_PADDED = ("Conv2dSame", "Conv2dSameExport")  # timm's convolutions with TensorFlow's padding, also when strided
 OFFSET_NORMS = ("Krea2RMSNorm",)  # norm(x) ∘ (1 + weight): their weight is a parameter, but no scale
+HEAD_OUTPUTS = ("attn.out", "xattn.out")  # roles of layers whose input is the concatenation of the attention heads
+HEADS = ("num_heads", "heads", "num_attention_heads", "n_heads")  # attributes of attention modules
 CHANNELS_FIRST = (nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -68,6 +70,7 @@ class TowerPart:
         yield WeightSite(
             name=path, role=role, path=path, called=called, inert=inert, guard=self.guard,
             bias=f"{path}.bias" if bias is not None else "", **geometry(module), **self.labels,
+            **(attention_fields(self.model, path) if role in HEAD_OUTPUTS else {}),
         )  # fmt: skip
         if bias is not None:
             yield self.bias(path, role, tuple(bias.shape), called=called, inert=inert or inert_bias)
@@ -194,6 +197,21 @@ def geometry(module: nn.Module) -> dict[str, Any]:
         return {"kind": "conv", "d_out": module.out_channels, "d_in": module.in_channels, "kernel": module.kernel_size, **fields}
     linear: Any = module
     return {"kind": "linear", "d_out": linear.out_features, "d_in": linear.in_features}
+
+
+def attention_fields(model: nn.Module, path: str) -> dict[str, Any]:
+    """Heads and path of the attention with the output projection at `path`, for a `WeightSite`; else empty."""
+    parent = path.rpartition(".")[0]
+    while parent:
+        owner = model.get_submodule(parent)
+        for name, module in (("", owner), *owner.named_children()):
+            heads = next((value for each in HEADS if isinstance(value := getattr(module, each, None), int)), None)
+            if heads is not None:
+                return {"heads": heads, "attention": f"{parent}.{name}" if name else parent}
+        if parent.rpartition(".")[2].isdigit() and not isinstance(owner, (nn.ModuleList, nn.Sequential)):
+            break  # a whole block
+        parent = parent.rpartition(".")[0]
+    return {}
 
 
 def channel_dim(module: nn.Module) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 from veneer.injection.registry import host_of
 from veneer.injection.sites import Port, Site
 
-NAMES = ("name", "bias", "guard")
+NAMES = ("name", "bias", "guard", "attention")
 
 
 def nested_sites(model: nn.Module, path: str, tower: str = "", component: str = "") -> Iterator[Site]:

@@ -65,6 +65,8 @@ class WeightSite(Site):
         called: True if hooks fire on the module and see a product with the tensor; False if it is read or standardized first.
         bias: path of the bias that is added after it, with the parameter's name (`blocks.0.attn.q_bias`), or "" for none.
         bias_rows: (start, stop) in that bias, or None for all of it.
+        heads: number of attention heads of which its input is the concatenation, if it is the output projection of an
+            attention; else None. `attention`: path of the module that computes them, or "".
     """
 
     path: str
@@ -82,6 +84,8 @@ class WeightSite(Site):
     called: bool = True
     bias: str = ""
     bias_rows: tuple[int, int] | None = None
+    heads: int | None = None
+    attention: str = ""
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
