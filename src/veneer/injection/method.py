@@ -54,6 +54,7 @@ class Adapter(nn.Module):
     | `prefers_weight` | bool | False | `weight` is cheaper than `output` here: W is parametrized, unless quantized |
     | `input_port` | str | `"read"` | x on a `BranchSite`: the stream; `"normed"` after the norm; `"write"` y (`StreamSite` too) |
     | `training_buffers` | tuple of str | `()` | non-persistent buffers that training checkpoints keep and saved files do not |
+    | `unsaved` | tuple of str | `()` | parameters that checkpoints keep and files do not: saved buffers have their result |
     | `replaces` | bool | False | the adapter replaces its tensor: the result does not depend on the base value |
     | `changes_shape` | bool | False | `output` has another shape than y: strength is 0 or 1, and nothing is blended |
 
@@ -70,6 +71,7 @@ class Adapter(nn.Module):
     prefers_weight: bool = False
     input_port: ClassVar[Literal["read", "normed", "write"]] = "read"
     training_buffers: ClassVar[tuple[str, ...]] = ()
+    unsaved: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
     changes_shape: bool = False
     group: int = 0
