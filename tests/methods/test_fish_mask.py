@@ -18,53 +18,46 @@ from veneer.methods.selective.fish_mask import FishMask
 from veneer.testing.case import loss
 
 
-@pytest.mark.parametrize(("host", "name"), MODELS)
-@pytest.mark.parametrize("score", ["square", "absolute"])
-def test_the_entries_have_the_largest_scores(host: str, name: str, score: str) -> None:
+@pytest.mark.parametrize(("host", "name", "score"), [*((*each, "square") for each in MODELS), (*MODELS[0], "absolute")])
+def test_selection_outputs_gradients_and_merged_weights_are_those_of_a_masked_model(host: str, name: str, score: str) -> None:
     model, samples = tiny(host, name)
-    gradients = plain_gradients(model, samples)
-    tuned = attach(model, "fish_mask", keep_ratio=0.01, score=score)
+    bare = copy.deepcopy(model)
+    parts = plain_gradients(model, samples)
+    tuned = attach(model, "fish_mask", keep_ratio=0.02, score=score)
     tuned.select(losses(model, samples))
-    power = 2 if score == "square" else 1
-    parts = [at_sites(tuned, of_sample) for of_sample in gradients]
-    scores = torch.cat([sum(g.abs() ** power for g in of_site).flatten() for of_site in zip(*parts, strict=True)])
     entries = next(iter(tuned.parts.values()))[1].own
-    count = int(0.01 * len(scores))
+    power = 2 if score == "square" else 1
+    by_site = zip(*(at_sites(tuned, of_sample) for of_sample in parts), strict=True)
+    scores = torch.cat([sum(g.abs() ** power for g in of_site).flatten() for of_site in by_site])
+    count = int(0.02 * len(scores))
     assert len(entries.values) == count
     assert entries.indices.tolist() == sorted(scores.argsort(descending=True)[:count].tolist())
 
-
-@pytest.mark.parametrize(("host", "name"), MODELS)
-def test_outputs_gradients_and_merged_weights_are_those_of_a_masked_model(host: str, name: str) -> None:
-    model, samples = tiny(host, name)
-    bare = copy.deepcopy(model)
-    tuned = attach(model, "fish_mask", keep_ratio=0.05)
-    tuned.select(losses(model, samples))
-    entries = next(iter(tuned.parts.values()))[1].own
     assert torch.equal(entries.values, torch.zeros_like(entries.values))
     torch.nn.init.normal_(entries.values, std=0.05)
-    sizes = [at.numel() for at in at_sites(tuned, dict(bare.named_parameters()))]
-    flat = torch.zeros(sum(sizes)).double()
+    weights = at_sites(tuned, dict(bare.named_parameters()))
+    flat = torch.zeros_like(scores)
     flat[entries.indices.long()] = entries.values.detach()
-    shapes = [at.shape for at in at_sites(tuned, dict(bare.named_parameters()))]
-    deltas = [piece.reshape(shape) for piece, shape in zip(flat.split(sizes), shapes, strict=True)]
+    pieces = flat.split([weight.numel() for weight in weights])
+    deltas = [piece.reshape(weight.shape) for piece, weight in zip(pieces, weights, strict=True)]
     changed = explicit(bare, tuned, deltas)
-    got, expected = loss(model, samples[0]), loss(changed, samples[0])
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    got = loss(model, samples[0])
+    torch.testing.assert_close(got, loss(changed, samples[0]), rtol=1e-5, atol=1e-6)
     (gradient,) = torch.autograd.grad(got, [entries.values])
     (of_sample,) = plain_gradients(changed, samples[:1])
     whole = torch.cat([g.flatten() for g in at_sites(tuned, of_sample)])
-    torch.testing.assert_close(gradient, whole[entries.indices.long()], rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(gradient, whole[entries.indices.long()], rtol=1e-5, atol=1e-8)
     tuned.scale = 0.5
     half = explicit(bare, tuned, [0.5 * delta for delta in deltas])
-    torch.testing.assert_close(loss(model, samples[1]), loss(half, samples[1]))
+    torch.testing.assert_close(loss(model, samples[1]), loss(half, samples[1]), rtol=1e-5, atol=1e-6)
     tuned.scale = 1.0
     tuned.merge()
+    merged = tuned.host_state_dict()
     for key, tensor in changed.named_parameters():
-        torch.testing.assert_close(tuned.host_state_dict()[key], tensor.detach(), msg=key)
+        torch.testing.assert_close(merged[key], tensor.detach(), msg=key)
     tuned.unmerge()
     tuned.detach()
-    assert torch.equal(loss(model, samples[0]), loss(bare, samples[0]))
+    assert torch.equal(loss(model, samples[0]), loss(bare.requires_grad_(False), samples[0]))
 
 
 def test_weight_decay_changes_no_other_entry() -> None:
