@@ -51,7 +51,7 @@ class MaskAdapter(Adapter):
 
     def weight(self, weight: Tensor) -> Tensor:
         """W where the mask is 1, and 0 elsewhere."""
-        mask: Tensor = _StraightThrough.apply(self.scores, self.threshold)  # type: ignore[no-untyped-call]
+        mask: Tensor = _StraightThrough.apply(self.scores, self.threshold)
         return weight * mask
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
