@@ -1,4 +1,4 @@
-"""Selected entries of base weights: their indices, their trained values, and the adapter that adds them."""
+"""Selected entries of base weights: their indices, their updates, and the adapter that adds them."""
 
 from __future__ import annotations
 
