@@ -44,7 +44,7 @@ def adapter_trainer(
         loss: loss without the penalties of the methods.
         config, groups, folder, identity, accelerator, base, on_step, on_preview: see `Trainer`.
         named: tensors in checkpoints (default: `param_groups.named_state(attached)`).
-        different: number of different samples; None if each sample of the run has noise of its own.
+        different: number of different samples; None if every sample of the run has other noise.
     """
     checked = param_groups.check_first_gradients(param_groups.add_penalties(loss, attached), attached)
     return Trainer(

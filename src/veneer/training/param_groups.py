@@ -79,7 +79,7 @@ def select_entries(
 
     Args:
         loss: called in each step. `sample_loss`: for the selection, without penalties: of sample n of the run, (step, row).
-        count: number of different samples; None if each sample of the run has noise of its own.
+        count: number of different samples; None if every sample of the run has other noise.
     """
     pending = [a for a in attached if a.method.selects]
 

@@ -66,7 +66,7 @@ class FishMask(Method):
         return Entries(sizes, count_entries(sizes, self.keep_ratio), [site.name for site in sites])
 
     def build(self, site: WeightSite | ParamSite) -> SparseAdapter:
-        """The adapter of one weight, without parameters of its own."""
+        """The adapter of one weight; its parameters are in the shared entries."""
         return SparseAdapter(site.name)
 
     def select(self, adapters: Sequence[tuple[Any, Adapter]], losses: Iterable[Tensor]) -> None:
