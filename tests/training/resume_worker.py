@@ -49,7 +49,7 @@ class Job:
         seconds: time after the start at which all processes are killed from outside.
         config: changes to `CONFIG`.
         dropout: of the model.
-        model: `tiny`, `pipeline` or `quantized` for those of `kill_points`, or `scheduled` for that of `scheduled`.
+        model: `tiny`, `pipeline` or `quantized` for those of `kill_points`, `scheduled` or `selected` for those of the modules.
     """
 
     folder: str
@@ -145,6 +145,10 @@ def maker(model: str) -> Callable[..., Trainer]:
 
         tuned()
         return scheduled_trainer
+    if model == "selected":
+        from tests.training.selected import selected_trainer
+
+        return selected_trainer
     from tests.training.kill_points import pipeline_trainer, quantized_trainer, warm_up
 
     warm_up()

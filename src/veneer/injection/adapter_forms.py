@@ -195,3 +195,18 @@ class SwappableAdapter(WeightAdapter, Protocol):
         Raises:
             ValueError: `other` is larger than this adapter.
         """
+
+
+@runtime_checkable
+class CheckedAdapter(Protocol):
+    """Has tensors that must be consistent, such as indices, and state that depends on them."""
+
+    def check_state(self, tensors: Mapping[str, Tensor], /) -> None:
+        """Checks the tensors of a file before any is loaded.
+
+        Raises:
+            ValueError: they are inconsistent.
+        """
+
+    def after_load(self) -> None:
+        """Called after tensors were loaded."""

@@ -144,6 +144,17 @@ class StateError(VeneerError):
     """
 
 
+class NotSelected(StateError):
+    """A method whose trained entries are not selected yet runs with gradients; `given` is the method's name."""
+
+
+class EmptySelection(VeneerError):
+    """A selection of entries without a usable score: no sample, or gradients that are all zero or not finite.
+
+    `where` is the method, `given` the number of samples, or "zero" or "not finite".
+    """
+
+
 class SaveError(VeneerError):
     """A file that could not be written whole; what was there before is as it was."""
 

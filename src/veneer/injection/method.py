@@ -54,6 +54,7 @@ class Adapter(nn.Module):
     | `prefers_weight` | bool | False | `weight` is cheaper than `output` here: W is parametrized, unless quantized |
     | `input_port` | str | `"read"` | x on a `BranchSite`: the stream; `"normed"` after the norm; `"write"` y (`StreamSite` too) |
     | `training_buffers` | tuple of str | `()` | non-persistent buffers that training checkpoints keep and saved files do not |
+    | `unsaved` | tuple of str | `()` | parameters that checkpoints keep and files do not: saved buffers have their result |
     | `replaces` | bool | False | the adapter replaces its tensor: the result does not depend on the base value |
     | `changes_shape` | bool | False | `output` has another shape than y: strength is 0 or 1, and nothing is blended |
 
@@ -70,6 +71,7 @@ class Adapter(nn.Module):
     prefers_weight: bool = False
     input_port: ClassVar[Literal["read", "normed", "write"]] = "read"
     training_buffers: ClassVar[tuple[str, ...]] = ()
+    unsaved: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
     changes_shape: bool = False
     group: int = 0
@@ -125,6 +127,7 @@ class Method(ABC):
         keeps_head: True if a classifier keeps its head, because the method maps the head's labels to new ones.
         conditions: names of the conditions that `Attachment.condition` takes, such as `("image",)`; empty for none.
         prepares: `once` if `prepare` runs before training, `epoch` if before every epoch.
+        selects: True if `select` must run before the first step; adapters have `is_selected`, True after it.
         revision: incremented when the same saved options and tensors compute another function. See `migrate`.
         shared_options: options that `build_shared` reads; `by_site` cannot change them.
     Args:
@@ -146,6 +149,7 @@ class Method(ABC):
     shared_options: ClassVar[tuple[str, ...]] = ()
     keeps_head: ClassVar[bool] = False
     prepares: ClassVar[Literal["", "once", "epoch"]] = ""
+    selects: ClassVar[bool] = False
     conditions: ClassVar[tuple[str, ...]] = ()
 
     by_site: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, kw_only=True, hash=False)
@@ -211,6 +215,10 @@ class Method(ABC):
         Args:
             run: a forward pass of the adapted model without autograd. `batches`: images (B, C, H, W) and labels (B,).
         """
+        return None
+
+    def select(self, adapters: Sequence[tuple[Site, Adapter]], losses: Iterable[Tensor]) -> None:
+        """Selects the entries that are trained, by gradients, into saved buffers. See `Attachment.select`."""
         return None
 
     def parse_conditions(self, sites: Sequence[Site], pipeline: Any, **conditions: Any) -> ParsedConditions:

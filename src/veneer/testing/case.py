@@ -115,7 +115,11 @@ class Case:
         """Attaches at every usable site, with a fixed seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return add_conditions(attach(model, method or self.method, **{"where": self.where, **options}), self.plain(model))
+            attachment = attach(model, method or self.method, **{"where": self.where, **options})
+            add_conditions(attachment, self.plain(model))
+            if attachment.method.selects:
+                attachment.select(loss(model, self.inputs(model, attachment)) for _ in range(2))
+            return attachment
 
     def attached(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Attachment]:
         """A new copy with perturbed adapters."""

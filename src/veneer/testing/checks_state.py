@@ -79,10 +79,11 @@ def save_load_save_is_byte_equal(case: Case) -> None:
 
 
 def everything_trained_is_saved(case: Case) -> None:
-    """Every parameter given to the optimizer is in `state_dict()`, under `site-name:parameter`, and can be loaded."""
+    """Every parameter given to the optimizer is in `state_dict()`, under `site-name:parameter`, or in `unsaved`."""
     model, attachment = case.attached()
     saved = attachment.state_dict()
     pointers = {t.data_ptr() for t in saved.values()}
+    pointers |= {a.get_parameter(key).data_ptr() for _, a in attachment.parts.values() for key in a.unsaved}
     lost = [name for name, p in attachment.named_parameters() if p.numel() and p.data_ptr() not in pointers]
     if lost:
         raise AssertionError(f"{case.method.name}: trained, but not in state_dict(): {', '.join(lost[:5])}")

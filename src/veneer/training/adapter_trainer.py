@@ -35,19 +35,22 @@ def adapter_trainer(
     on_step: Callable[[Progress], None] | None,
     named: Mapping[str, Tensor] | None = None,
     base: ShardedBase | None = None,
+    different: int | None = None,
 ) -> Trainer:
-    """A `Trainer` of the parameters of attachments, with the penalties and `after_step` callbacks of their methods.
+    """A `Trainer` of the parameters of attachments, with the selections, penalties and `after_step` callbacks of their methods.
 
     Args:
         attached: trained attachments.
         loss: loss without the penalties of the methods.
         config, groups, folder, identity, accelerator, base, on_step, on_preview: see `Trainer`.
         named: tensors in checkpoints (default: `param_groups.named_state(attached)`).
+        different: number of different samples; None if every sample of the run has other noise.
     """
+    checked = param_groups.check_first_gradients(param_groups.add_penalties(loss, attached), attached)
     return Trainer(
         config,
         groups,
-        param_groups.check_first_gradients(param_groups.add_penalties(loss, attached), attached),
+        param_groups.select_entries(checked, loss, attached, config, accelerator, different),
         param_groups.named_state(attached) if named is None else named,
         folder,
         identity=identity,

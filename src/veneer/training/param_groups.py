@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from veneer.injection import Attachment
@@ -11,8 +14,11 @@ from veneer.injection.attachment.gradient_flow import check_gradient_flow
 from veneer.injection.method import Method
 
 from .attach_methods import trains_token_embeddings
+from .loop.config import TrainConfig
+from .loop.distributed import broadcast_start
 from .loop.optimizer_step import LossStep
 from .loop.optimizers import ParameterGroup
+from .loop.seeds import mix
 
 
 def named_parameters(attached: Sequence[Attachment]) -> dict[str, Tensor]:
@@ -59,6 +65,43 @@ def check_first_gradients(loss: LossStep, attached: Sequence[Attachment]) -> Los
         return result
 
     return checked_loss
+
+
+def select_entries(
+    loss: LossStep,
+    sample_loss: LossStep,
+    attached: Sequence[Attachment],
+    config: TrainConfig,
+    accelerator: Accelerator,
+    count: int | None = None,
+) -> LossStep:
+    """The loss; before its first call, methods with `selects` select the entries that they train, unless a checkpoint has them.
+
+    Args:
+        loss: called in each step. `sample_loss`: for the selection, without penalties: of sample n of the run, (step, row).
+        count: number of different samples; None if every sample of the run has other noise.
+    """
+    pending = [a for a in attached if a.method.selects]
+
+    def losses() -> Iterator[Tensor]:
+        for n in itertools.count() if count is None else range(count):
+            step, row = divmod(n, config.samples)
+            torch.manual_seed(mix(config.seed, step, "torch", row))
+            yield sample_loss(step, [row])
+
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+
+    def selected_loss(step: int, rows: list[int]) -> Tensor:
+        with torch.random.fork_rng(devices, enabled=bool(pending)):
+            for a in pending:
+                if not a.is_selected:
+                    a.select(losses())
+                    buffers = [buffer for _, adapter in a.parts.values() for buffer in adapter.buffers()]
+                    broadcast_start(accelerator, list({id(buffer): buffer for buffer in buffers}.values()))
+        pending.clear()
+        return loss(step, rows)
+
+    return selected_loss if pending else loss
 
 
 def after_step(attached: Sequence[Attachment]) -> Callable[[int, int], None] | None:

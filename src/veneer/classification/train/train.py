@@ -195,6 +195,7 @@ class ClassifierTrainer:
             on_step=self.on_step,
             on_preview=evaluate,
             named=self.named,
+            different=len(self.views.data.splits.train),
         )
         steps = trainer.checkpoints.steps() if trainer.checkpoints else []
         if self.config.resume and steps:

@@ -97,11 +97,12 @@ def _reject_duplicate_sites(each: AttachmentSpec) -> None:
 
 
 def _parameters_by_site(each: AttachmentSpec) -> dict[str, int]:
-    """Number of parameters in the file for each site; the total under ""."""
-    found = {"": sum(tensor.numel() for tensor in each.state.values())}
-    for key, tensor in each.state.items():
+    """Number of parameters in the file for each site, eight in a byte, which may have bits; the total under ""."""
+    counts = {key: tensor.numel() * (8 if tensor.dtype == torch.uint8 else 1) for key, tensor in each.state.items()}
+    found = {"": sum(counts.values())}
+    for key, count in counts.items():
         site = key.rpartition(":")[0]
-        found[site] = found.get(site, 0) + tensor.numel()
+        found[site] = found.get(site, 0) + count
     return found
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..composition.merge import MergeReport, host_tensors
 from ..conditions import Conditions
-from ..errors import OptionError, StateError
+from ..errors import StateError
 from ..method import Adapter
 from ..seams.seam import Seam
 from ..sites import Site
@@ -23,12 +22,13 @@ from .extra_parameters import ExtraParameters
 from .files import file_functions
 from .installation import Installation
 from .plan import Plan
-from .probe import eval_mode, probe
+from .probe import probe
 from .report import Report
 from .state_dict import LoadReport, load_state, state_of
+from .training_hooks import TrainingHooks, allow_unselected
 
 
-class Attachment:
+class Attachment(TrainingHooks):
     """One method on one model: its sites and adapters, and the operations on them.
 
     Attributes:
@@ -120,38 +120,6 @@ class Attachment:
         groups = self.method.groups(list(self.parts.values()))
         extra = [p for _, p in self.trained.items()]
         return [*groups, {"params": extra, "lr_scale": 1.0}] if extra else groups
-
-    def prepare(self, batches: Iterable[tuple[Tensor, Tensor]], run: nn.Module | None = None) -> None:
-        """Runs the method's pass over the training data, if it has one (`method.prepares`). For models with a single image input.
-
-        `veneer transfer` calls it. A custom training loop calls it before the first step, or before every epoch.
-
-        Args:
-            batches: preprocessed images (B, C, H, W) and labels (B,).
-            run: called instead of the model: its head, if the batches are features.
-        """
-        (tower,) = self.towers.values()
-        with eval_mode(tower), torch.no_grad():
-            self.method.prepare(list(self.parts.values()), run or tower, batches)
-
-    def penalty(self) -> Tensor | None:
-        """Regularization term of the method, to be added to the loss before `backward()`; None for most methods."""
-        return self.method.penalty(list(self.parts.values()))
-
-    def after_step(self, step: int, steps: int) -> None:
-        """Runs the method's update after an optimizer step. Must be called before the gradients are cleared.
-
-        `veneer.training` calls this and `penalty`. A custom training loop calls them if the method's documentation says so.
-
-        Args:
-            step: number of this step, from 1. `steps`: of the whole run.
-        Raises:
-            ValueError: `step` is not in 1 … `steps`.
-        """
-        if not 1 <= step <= steps:
-            message = f"'{self.name}': after_step({step}, {steps}): step must be in 1 … {steps}."
-            raise OptionError(message, option="step", where=self.name, given=step, expected=(1, steps))
-        self.method.after_step(list(self.parts.values()), step, steps)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that training changed, under `site-name:parameter`, norm statistics of the host included."""
@@ -289,7 +257,8 @@ class Attachment:
         Raises:
             DeadSite: with the sites whose parameters do not reach the output.
         """
-        probe(self, sample)
+        with allow_unselected():
+            probe(self, sample)
 
     def __repr__(self) -> str:
         state = "merged" if self.merged else ("attached" if self.seams else "detached")

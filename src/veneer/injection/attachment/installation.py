@@ -156,6 +156,8 @@ class Installation:
             active = self.attachment.is_enabled and self.attachment.scale != 0
             enabled = enabled or active
             self.attachment.check() if active else self.trained.check()  # disabled adapters cannot be bypassed
+            if active:
+                self.attachment.require_selection()
         if enabled and self.attachment.method.conditions:
             set_call_conditions(self.attachment, module, args, kwargs)
         batch = self.batches.get(id(module))

@@ -37,6 +37,9 @@ class AttachmentProtocol(Protocol):
     def check(self) -> None:
         """Raises if the host was rebuilt or fused since attach."""
 
+    def require_selection(self) -> None:
+        """Raises in a forward pass with gradients while the entries to train are not selected."""
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the adapters and of `trained`."""
 

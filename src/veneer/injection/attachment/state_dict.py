@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter_forms import CheckedAdapter
 from ..errors import LoadError
 from ..seams.adapter_calls import base_tensor
 from ..sharded_tensor import copy_whole, full_tensor, is_sharded
@@ -60,9 +61,29 @@ def load_state(attachment: AttachmentProtocol, state: Mapping[str, Tensor], stri
     if strict and not report.clean:
         told = f"'{attachment.name}' ({attachment.method.name}): {report}. Pass strict=False to load what fits."
         raise load_error(told, attachment, state, report)
+    check_tensors(attachment, {key: state[key] for key in report.used})
     assigned = _assign(attachment, state, report) if assign else set()
-    _copy(targets, state, [key for key in report.used if key not in assigned])
+    _copy(attachment, targets, state, [key for key in report.used if key not in assigned])
     return report
+
+
+def check_tensors(attachment: AttachmentProtocol, state: Mapping[str, Tensor]) -> None:
+    """Checks that tensors of an adapter that depend on each other are consistent.
+
+    Raises:
+        LoadError: they are not.
+    """
+    for name, adapter in _checked(attachment).items():
+        own = {key.removeprefix(f"{name}:"): tensor for key, tensor in state.items() if key.startswith(f"{name}:")}
+        try:
+            adapter.check_state(own)
+        except ValueError as error:
+            message = f"'{attachment.name}' ({attachment.method.name}): {name}: {error}"
+            raise LoadError.from_error(error, message, where=name) from error
+
+
+def _checked(attachment: AttachmentProtocol) -> dict[str, CheckedAdapter]:
+    return {name: adapter for name, (_, adapter) in attachment.parts.items() if isinstance(adapter, CheckedAdapter)}
 
 
 def load_error(message: str, attachment: AttachmentProtocol, state: Mapping[str, Tensor], report: LoadReport) -> LoadError:
@@ -102,13 +123,17 @@ def _differ(given: Tensor, target: Tensor) -> tuple[Any, Any]:
 
 def fill(attachment: AttachmentProtocol, state: Mapping[str, Tensor], report: LoadReport) -> None:
     """Copy in what fits."""
-    _copy(dict(_targets(attachment, state)), state, report.used)
+    _copy(attachment, dict(_targets(attachment, state)), state, report.used)
 
 
-def _copy(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], keys: Iterable[str]) -> None:
+def _copy(
+    attachment: AttachmentProtocol, targets: Mapping[str, Tensor], state: Mapping[str, Tensor], keys: Iterable[str]
+) -> None:
     with torch.no_grad():
         for key in keys:
             copy_whole(targets[key], state[key])
+    for adapter in _checked(attachment).values():
+        adapter.after_load()
 
 
 def _assign(attachment: AttachmentProtocol, state: Mapping[str, Tensor], report: LoadReport) -> set[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapter_forms import SwappableAdapter
 from ..attachment.protocol import AttachmentProtocol
-from ..attachment.state_dict import LoadReport, compare, fill, load_error
+from ..attachment.state_dict import LoadReport, check_tensors, compare, fill, load_error
 from ..errors import LoadError, OptionError, StateError
 from ..method import Adapter, Method
 from ..sites import Site
@@ -48,6 +48,7 @@ def swap_state(attachment: AttachmentProtocol, method: Method, sites: Sequence[s
     if not report.clean:
         message = f"'{attachment.name}' ({attachment.method.name}): {report}. Nothing was loaded."
         raise load_error(message, attachment, state, report)
+    check_tensors(attachment, state)
     fill(attachment, state, report)
     return report
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from veneer.injection.attachment.training_hooks import allow_unselected
 from veneer.injection.sharded_tensor import local_bytes
 
 
@@ -180,7 +181,8 @@ def measure_step_cost(step: Callable[[], Tensor]) -> StepCost:
     cost = _under_counters(step)
     _synchronize()
     start = time.perf_counter()
-    loss = step()
+    with allow_unselected():
+        loss = step()
     _synchronize()
     forward = time.perf_counter() - start
     loss.backward()
@@ -190,7 +192,7 @@ def measure_step_cost(step: Callable[[], Tensor]) -> StepCost:
 
 def _under_counters(step: Callable[[], Tensor], mode: Any = None, count_flops: bool = True) -> StepCost:
     peak, flops = PeakBytes(), FlopCounter()
-    with torch.enable_grad(), flops if count_flops else contextlib.nullcontext():
+    with allow_unselected(), torch.enable_grad(), flops if count_flops else contextlib.nullcontext():
         if mode is None:
             with peak:
                 step().backward()

@@ -1,0 +1,105 @@
+"""The part of `Attachment` that training calls: passes over the data, penalties, updates after a step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NotSelected, OptionError
+from ..method import Adapter, Method
+from ..sites import Site
+from .probe import eval_mode
+
+_ALLOWED: ContextVar[bool] = ContextVar("unselected_allowed", default=False)
+
+
+@contextlib.contextmanager
+def allow_unselected() -> Iterator[None]:
+    """Inside it, entries that are not selected yet may run with gradients: to select them, or to measure a step."""
+    token = _ALLOWED.set(True)
+    try:
+        yield
+    finally:
+        _ALLOWED.reset(token)
+
+
+class TrainingHooks:
+    """Base class of `Attachment`: what a training loop calls, besides the forward pass."""
+
+    name: str
+    method: Method
+    parts: dict[str, tuple[Site, Adapter]]
+    towers: Mapping[str, nn.Module]
+    _selected: bool = False
+
+    def prepare(self, batches: Iterable[tuple[Tensor, Tensor]], run: nn.Module | None = None) -> None:
+        """Runs the method's pass over the training data, if it has one (`method.prepares`). For models with a single image input.
+
+        `veneer transfer` calls it. A custom training loop calls it before the first step, or before every epoch.
+
+        Args:
+            batches: preprocessed images (B, C, H, W) and labels (B,).
+            run: called instead of the model: its head, if the batches are features.
+        """
+        (tower,) = self.towers.values()
+        with eval_mode(tower), torch.no_grad():
+            self.method.prepare(list(self.parts.values()), run or tower, batches)
+
+    @property
+    def is_selected(self) -> bool:
+        """False while the method's entries to train are not selected; True for methods without a selection."""
+        if not self._selected:
+            adapters = [adapter for _, adapter in self.parts.values()]
+            self._selected = not self.method.selects or all(getattr(adapter, "is_selected", True) for adapter in adapters)
+        return self._selected
+
+    def select(self, losses: Iterable[Tensor]) -> None:
+        """Selects the entries that the method trains, by gradients of the training loss (`method.selects`).
+
+        `veneer.training` calls it before the first step of a run. A custom training loop calls it once; saved files and
+        checkpoints have the selection. Gradients of parameters are not changed.
+
+        Args:
+            losses: scalar losses with a graph, of one training sample each. They are read one by one, as many as the method
+                needs: a generator computes each when it is needed, and its graph is freed before the next.
+        Raises:
+            EmptySelection: there is no sample, or the gradients are all zero or not finite.
+        """
+        with allow_unselected(), torch.enable_grad():
+            self.method.select(list(self.parts.values()), losses)
+
+    def penalty(self) -> Tensor | None:
+        """Regularization term of the method, to be added to the loss before `backward()`; None for most methods."""
+        return self.method.penalty(list(self.parts.values()))
+
+    def after_step(self, step: int, steps: int) -> None:
+        """Runs the method's update after an optimizer step. Must be called before the gradients are cleared.
+
+        `veneer.training` calls this and `penalty`. A custom training loop calls them if the method's documentation says so.
+
+        Args:
+            step: number of this step, from 1. `steps`: of the whole run.
+        Raises:
+            ValueError: `step` is not in 1 … `steps`.
+        """
+        if not 1 <= step <= steps:
+            message = f"'{self.name}': after_step({step}, {steps}): step must be in 1 … {steps}."
+            raise OptionError(message, option="step", where=self.name, given=step, expected=(1, steps))
+        self.method.after_step(list(self.parts.values()), step, steps)
+
+    def require_selection(self) -> None:
+        """Raises in a forward pass with gradients before `select`.
+
+        Raises:
+            NotSelected: the entries to train are not selected.
+        """
+        if self.method.selects and torch.is_grad_enabled() and not _ALLOWED.get() and not self.is_selected:
+            message = (
+                f"'{self.name}' ({self.method.name}) has not selected the entries that it trains. Call attachment.select(losses) "
+                "with losses of single training samples before the first step, or run without gradients."
+            )
+            raise NotSelected(message, where=self.name, given=self.method.name, expected="select")
