@@ -65,8 +65,7 @@ class WeightSite(Site):
         called: True if hooks fire on the module and see a product with the tensor; False if it is read or standardized first.
         bias: path of the bias that is added after it, with the parameter's name (`blocks.0.attn.q_bias`), or "" for none.
         bias_rows: (start, stop) in that bias, or None for all of it.
-        heads: number of attention heads of which its input is the concatenation, if it is the output projection of an
-            attention; else None. `attention`: path of the module that computes them, or "".
+        heads: attention heads at the input of an output projection, else None. `attention`: path of their module, or "".
     """
 
     path: str
@@ -244,8 +243,7 @@ class FeatureSite(Site):
 
     Args:
         port: where features enter the head, or logits leave it. `read`: the features, for both.
-        width: of the features. `classes`: number of classes of the head; 0 if it has none.
-        head: path of the head.
+        width: of the features. `head`: path of the head. `classes`: its number of classes; 0 if it has none.
     """
 
     port: Port
