@@ -111,6 +111,8 @@ VIT = [
     _vit("houlsby", 2_379_264, FORMULA),
     _vit("houlsby", 1_789_056, FORMULA, bottleneck=48),
     _vit("houlsby", 313_536, FORMULA, bottleneck=8),
+    _vit("adapter_bias", 46_092),
+    _vit("adapter_bias", 12_289, share=True),
     _vit("pfeiffer", 894_528, FORMULA),
     _vit("pfeiffer", 156_768, FORMULA, reduction=96),
     _vit("fact", 61_440, rank=16),
