@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.methods.bottlenecks import branch, change, check_layouts, everywhere, picture, random, stirred, stream, tiny, trained
+from tests.methods.dense import loss_of, small_model
 from tests.raising import raises
-from veneer.injection import UnsupportedSite, attach
+from veneer.injection import attach
 from veneer.injection.errors import OptionError
-from veneer.injection.sites import StreamSite
+from veneer.injection.sites import BranchSite, Port, StreamSite
 from veneer.methods.additive.bottleneck.ciat import CIAT
 
 
@@ -111,6 +112,25 @@ def test_wrong_options(option: str, given: Any) -> None:
         CIAT(**{option: given})
 
 
-def test_convolutional_networks_are_rejected() -> None:
-    with raises(UnsupportedSite, method="ciat"):
-        attach(timm.create_model("resnet18", channels=(8, 8, 8, 8), stem_width=8), "ciat")
+def test_a_branch_without_a_norm_port_is_read_before_the_norm() -> None:
+    """In a DiT and in a text encoder: y + A(x) with x the stream."""
+    for host, key in (("diffusers_dit", "dit"), ("clip_text", "clip")):
+        model, inputs = small_model(host, key)
+        explicit, _ = small_model(host, key)
+        tuned = attach(model, "ciat", bottleneck=3, where="mlp")
+        stirred(tuned)
+        for site, adapter in tuned.parts.values():
+            assert isinstance(site, BranchSite)
+            assert site.read.side == "in"
+            streams: list[Tensor] = []
+            tensors = {n: p.detach() for n, p in adapter.named_parameters()}
+            read, write = explicit.get_submodule(site.read.path), explicit.get_submodule(site.write.path)
+            port = Port(site.normed.path, "out") if site.normed else site.read
+            module = explicit.get_submodule(port.path)
+            if port.side == "out":
+                module.register_forward_hook(lambda m, args, output, streams=streams: streams.append(output))
+            else:
+                read.register_forward_pre_hook(lambda m, args, streams=streams: streams.append(args[0]))
+            write.register_forward_hook(lambda m, args, y, t=tensors, streams=streams: y + bottleneck(t, streams.pop()))
+        with torch.no_grad():
+            torch.testing.assert_close(loss_of(model(**inputs)), loss_of(explicit(**inputs)))

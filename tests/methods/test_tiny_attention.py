@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.methods.bottlenecks import blocks_written_out, branch, picture, random, stirred, tiny, trained
-from tests.methods.dense import small_model
+from tests.methods.dense import loss_of, small_model
 from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach
 from veneer.injection.errors import OptionError
@@ -149,3 +149,24 @@ def test_models_without_such_branches_are_rejected() -> None:
     swin = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=8, depths=(1, 1), num_heads=(1, 2), img_size=56)
     with raises(UnsupportedSite, method="tiny_attention"):
         attach(swin, "tiny_attention")
+
+
+def test_a_branch_without_a_norm_port_is_read_before_the_norm() -> None:
+    """In a text encoder: y + A(x) with x the stream, which the norm of the branch reads."""
+    assert TinyAttention().build(branch()).input_port == "normed"
+    assert TinyAttention(position="sequential").build(branch(normed=None)).input_port == "write"
+    model, inputs = small_model("clip_text", "clip")
+    explicit, _ = small_model("clip_text", "clip")
+    tuned = attach(model, "tiny_attention", heads=2)
+    stirred(tuned)
+    assert len(tuned.parts) == 2
+    for site, adapter in tuned.parts.values():
+        streams: list[Tensor] = []
+        block = explicit.get_submodule(f"encoder.layers.{site.depth}")
+        t = {n: p.detach() for n, p in adapter.named_parameters()}
+        block.layer_norm1.register_forward_pre_hook(lambda m, args, streams=streams: streams.append(args[0]))
+        block.self_attn.register_forward_hook(
+            lambda m, args, y, t=t, streams=streams: (y[0] + attended(t, streams.pop(), True), *y[1:])
+        )
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(model(**inputs)), loss_of(explicit(**inputs)))

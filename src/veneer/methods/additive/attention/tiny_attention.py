@@ -20,13 +20,13 @@ Position = Literal["parallel", "sequential"]
 
 
 class TinyAttentionAdapter(Adapter):
-    """y' = y + mean_m Softmax(Q_m K_mᵀ / √d) V_m O_mᵀ with Q_m = x W_mᵀ and so on; x after the branch's norm.
+    """y' = y + mean_m Softmax(Q_m K_mᵀ / √d) V_m O_mᵀ with Q_m = x W_mᵀ and so on; x the stream.
 
     Shapes: `query`, `key`, `value` (heads, d, width), `up` (heads, width, d), biases (heads, d) and `up_bias` (width,).
     """
 
     applies_strength: ClassVar[bool] = True
-    input_port: ClassVar[Literal["normed", "write"]] = "normed"
+    input_port: ClassVar[Literal["read", "normed", "write"]] = "read"
 
     def __init__(self, site: BranchSite, heads: int, dim: int, bias: bool) -> None:
         super().__init__()
@@ -51,6 +51,12 @@ class TinyAttentionAdapter(Adapter):
         weight, bias = getattr(self, name), getattr(self, f"{name}_bias")
         low = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
         return low.unflatten(-1, weight.shape[:2]).transpose(1, 2)
+
+
+class NormedTinyAttention(TinyAttentionAdapter):
+    """The same with x after the branch's norm."""
+
+    input_port: ClassVar[Literal["normed"]] = "normed"
 
 
 class SequentialTinyAttention(TinyAttentionAdapter):
@@ -83,9 +89,10 @@ class TinyAttention(Method):
         dim: d, features of a head, at least 1.
         position: `parallel` reads the norm before the attention, `sequential` the output of the attention.
         bias: all four projections have biases; that of O is one for all heads.
-    Attention is over all tokens, and over the earlier ones in text towers, as the host's. Each layer computes N² scores for N
-    tokens; in UNets select the blocks of low resolution by `where`. Branches without a norm before them, features with two
-    spatial dimensions (Swin) and cross-attention are not supported: the keys of the latter are another sequence.
+    Attention is over all tokens, and over the earlier ones in text towers, as CLIP's. Each layer computes N² scores for N tokens;
+    in UNets select the blocks of low resolution by `where`. Where the norm's output is no site's port (UNets, most diffusion
+    transformers, text encoders of pipelines), `parallel` reads the stream before the norm. Features with two spatial dimensions
+    (Swin) and cross-attention, whose keys are another sequence, are not supported.
     Counts: 4·heads·dim·width per block, with biases 3·heads·dim + width more; ViT-B/16 147,456, with `heads=1` 36,864, and
     46,116 with biases.
     Source: Zhao, Tan, Mei, Tiny-Attention Adapter, EMNLP 2022, section 2. The authors have published no code. Not stated there
@@ -98,7 +105,7 @@ class TinyAttention(Method):
     paper: ClassVar[str] = (
         "Zhao, Tan, Mei, Tiny-Attention Adapter: Contexts Are More Important Than the Number of Parameters, EMNLP 2022"
     )
-    needs: ClassVar[tuple[Need, ...]] = (Need(BranchSite, roles=("attn",), where={"layout": "NLC", "normed": ...}),)
+    needs: ClassVar[tuple[Need, ...]] = (Need(BranchSite, roles=("attn",), where={"layout": "NLC"}),)
     default: ClassVar[tuple[str, ...]] = ("attn",)
     fallback: ClassVar[tuple[str, ...]] = ()
     learning_rate: ClassVar[float] = 1e-3
@@ -117,7 +124,9 @@ class TinyAttention(Method):
 
     def build(self, site: BranchSite) -> TinyAttentionAdapter:
         """Q, K, V and O = 0 for one block."""
-        adapter = TinyAttentionAdapter if self.position == "parallel" else SequentialTinyAttention
+        adapter: type[TinyAttentionAdapter] = NormedTinyAttention if site.normed else TinyAttentionAdapter
+        if self.position == "sequential":
+            adapter = SequentialTinyAttention
         return adapter(site, self.heads, self.dim, self.bias)
 
     def count(self, site: BranchSite) -> int:

@@ -48,8 +48,8 @@ class CIAT(Method):
         embedding_bottleneck: the same of the embedding adapter. 0: as `bottleneck`.
         embedding_norm: the embedding adapter has a trained layer norm before Down.
         dropout: probability of dropping one of the h features in training, 0 to 1.
-    Branches without a norm before them (text encoders of diffusion pipelines, Swin v2) have no layer adapters, and features with
-    channels first no embedding adapter.
+    Where the norm's output is no site's port (UNets, most diffusion transformers, text encoders of pipelines, post-norm blocks),
+    a layer adapter reads the stream before the norm. Features with channels first have no embedding adapter.
     Counts: 2·width·h + h + width per branch and for the embedding, whose norm has 2·width more; ViT-B/16 2,479,936 with h = 64,
     without the norm 2,478,400.
     Source: Zhu et al., Counter-Interference Adapter for Multilingual Machine Translation, Findings of EMNLP 2021, section 3, and
@@ -63,11 +63,10 @@ class CIAT(Method):
     uses: ClassVar[tuple[str, ...]] = ("classification",)
     paper: ClassVar[str] = "Zhu et al., Counter-Interference Adapter for Multilingual Machine Translation, Findings of EMNLP 2021"
     needs: ClassVar[tuple[Need, ...]] = (
-        Need(BranchSite, where={"normed": ...}),
+        Need(BranchSite),
         Need(StreamSite, roles=("block",), where={"depth": 0, "d_in": 0, "layout": ("NLC", "NHWC")}),
     )
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn", "mlp", "block")
-    fallback: ClassVar[tuple[str, ...]] = ()
     learning_rate: ClassVar[float] = 1e-3
 
     bottleneck: int = 64
@@ -86,7 +85,8 @@ class CIAT(Method):
         if isinstance(site, StreamSite):
             adapter = EmbeddingBottleneck(site, self._embedding_width, self.dropout, self.embedding_norm)
         else:
-            adapter = LayerBottleneck(site, self.bottleneck, "relu", dropout=self.dropout)
+            parallel = LayerBottleneck if site.normed else Bottleneck
+            adapter = parallel(site, self.bottleneck, "relu", dropout=self.dropout)
         nn.init.kaiming_uniform_(adapter.down, a=math.sqrt(5))
         return adapter
 
