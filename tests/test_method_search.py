@@ -20,7 +20,7 @@ def found(query: str) -> list[str]:
         ("ipadapter", "ip_adapter"), ("lora", "lora"), ("lorra", "lora"), ("textual inversion", "textual_inversion"),
         ("control net", "controlnet"), ("(IA)3", "ia3"), ("dreambooth", "lora"), ("stable diffusion", "lora"),
         ("faces", "lora"), ("style", "lora"), ("few images", "tip_adapter"), ("depth", "controlnet"), ("biases", "bitfit"),
-        ("butterfly", "boft"), ("adapter", "adapter_plus"),
+        ("butterfly", "boft"), ("adapter plus", "adapter_plus"),
     ],
 )  # fmt: skip
 def test_best_match(query: str, first: str) -> None:

@@ -137,7 +137,9 @@ def text(part: TowerPart, path: str) -> Iterator[Site]:
     for param, role in {"cls_emb": "embed.class", "positional_embedding": "embed.position"}.items():
         if part.has(path, param):
             yield part.parameter(path, param, role)
-    yield from blocks(part, f"{root}transformer", can_insert=False)
+    pooling = getattr(tower, "pool_type", getattr(tower, "text_pool_type", ""))
+    start = int(pooling != "last")  # SigLIP, which pools the last token, has no start token
+    yield from blocks(part, f"{root}transformer", prefix_tokens=start, can_insert=False)
     yield from part.norm(f"{root}ln_final")
     yield from _projection(part, path)
     if path:

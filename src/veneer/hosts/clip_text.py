@@ -85,15 +85,17 @@ def clip_sites(part: TowerPart, tokenizer: Any) -> Iterator[Site]:
     root = "text_model." if part.module("text_model") is not None else ""
     yield from _vocabulary(part, f"{root}embeddings.token_embedding", tokenizer)
     yield from part.layer(f"{root}embeddings.position_embedding", "embed.position")
+    start = int(part.module("text_model.head") is None)  # SigLIP, which has a head, has no start token
     for depth in range(len(part.module(f"{root}encoder.layers"))):
-        yield from _clip_block(part.at(depth=depth), f"{root}encoder.layers.{depth}")
+        yield from _clip_block(part.at(depth=depth), f"{root}encoder.layers.{depth}", start)
     yield from part.norm(f"{root}final_layer_norm")
     if root:
         yield from part.layer(f"{root}head", "proj.out")
     yield from part.layer("text_projection", "proj.out")
 
 
-def _clip_block(part: TowerPart, path: str) -> Iterator[Site]:
+def _clip_block(part: TowerPart, path: str, start: int) -> Iterator[Site]:
+    """A block. `start`: 1 if texts begin with a start token, else 0."""
     attn, mlp = f"{path}.self_attn", f"{path}.mlp"
     width = part.module(attn).embed_dim
     yield from part.norm(f"{path}.layer_norm1")
@@ -105,7 +107,7 @@ def _clip_block(part: TowerPart, path: str) -> Iterator[Site]:
     for name, role in CLIP_MLP.items():
         yield from part.layer(f"{mlp}.{name}", role)
     yield part.branch(mlp, "mlp", Port(f"{path}.layer_norm2", "in"), Port(mlp, "out"), width)
-    yield part.stream(path, width)
+    yield part.stream(path, width, prefix_tokens=start)
 
 
 def _t5(part: TowerPart, tokenizer: Any) -> Iterator[Site]:

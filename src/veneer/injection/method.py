@@ -53,6 +53,7 @@ class Adapter(nn.Module):
     | `overwrites` | bool | False | `output` takes a third argument; if it is True, y may be modified in place |
     | `prefers_weight` | bool | False | `weight` is cheaper than `output` here: W is parametrized, unless quantized |
     | `input_port` | str | `"read"` | x on a `BranchSite`: the stream; `"normed"` after the norm; `"write"` y (`StreamSite` too) |
+    | | | | `"enter"` on a `StreamSite`: x and y are the input of the block, which is changed |
     | `training_buffers` | tuple of str | `()` | non-persistent buffers that training checkpoints keep and saved files do not |
     | `unsaved` | tuple of str | `()` | parameters that checkpoints keep and files do not: saved buffers have their result |
     | `replaces` | bool | False | the adapter replaces its tensor: the result does not depend on the base value |
@@ -69,7 +70,7 @@ class Adapter(nn.Module):
     casts: ClassVar[bool] = True
     overwrites: ClassVar[bool] = False
     prefers_weight: bool = False
-    input_port: ClassVar[Literal["read", "normed", "write"]] = "read"
+    input_port: ClassVar[Literal["read", "normed", "write", "enter"]] = "read"
     training_buffers: ClassVar[tuple[str, ...]] = ()
     unsaved: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False

@@ -141,7 +141,7 @@ class StreamSite(Site):
     Args:
         d_in: channels of the input, if a block changes them; 0 for `width`, the channels of the output.
         resamples: True if the block changes the grid (by a stride or by merging patches).
-        prefix_tokens, grid: as for `BranchSite`.
+        prefix_tokens, grid: as for `BranchSite`; of a text, the start token.
     """
 
     path: str

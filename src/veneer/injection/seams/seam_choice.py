@@ -107,6 +107,8 @@ def acts_in_calls(site: Any, adapter: Adapter) -> bool:
 
 def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
     """The read port and the write port of a call seam."""
+    if isinstance(site, StreamSite) and adapter.input_port == "enter":
+        return Port(site.path, "in"), Port(site.path, "in")
     if isinstance(site, (BranchSite, StreamSite)) and adapter.input_port == "write":
         write = site.write if isinstance(site, BranchSite) else Port(site.path, "out")
         return write, write

@@ -1,0 +1,1 @@
+"""Small attention modules beside or after the host's attention."""

@@ -1,0 +1,1 @@
+"""Methods that add vectors to features, or multiply features by vectors."""
