@@ -41,7 +41,7 @@ def dense(adapter: Any, shuffle: bool, groups: int) -> Tensor:
 @pytest.mark.parametrize("layer", LAYERS, ids=repr)
 def test_values_gradients_and_merged_tensors_are_the_formula(layer: nn.Module, shuffle: bool) -> None:
     layer = copy.deepcopy(layer).double()
-    adapter: Any = trained(Consolidator(groups=4, shuffle=shuffle), site_of(layer))
+    adapter: Any = trained(Consolidator(channel_groups=4, shuffle=shuffle), site_of(layer))
     adapter.strength.fill_(0.75)
     x = torch.randn(2, 8, *(5, 5)[: layer.weight.ndim - 2], dtype=torch.float64, requires_grad=True)
     inputs = [x, adapter.blocks]
@@ -64,7 +64,7 @@ def test_values_gradients_and_merged_tensors_are_the_formula(layer: nn.Module, s
 def test_a_vit_with_the_papers_blocks() -> None:
     """All four layers of a block, with torch's grouped convolution; merging gives the same outputs."""
     bare, model = tiny(), tiny()
-    tuned = attach(model, "consolidator", groups=8)
+    tuned = attach(model, "consolidator", channel_groups=8)
     adapters = stirred(tuned)
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert [*adapters] == [f"blocks.{i}.{layer}" for i in range(2) for layer in layers]
@@ -93,7 +93,7 @@ def test_a_vit_with_the_papers_blocks() -> None:
 
 def test_drop_path_drops_whole_samples_in_training() -> None:
     layer = nn.Linear(8, 4).double()
-    adapter = trained(Consolidator(groups=2, drop_path=0.25), site_of(layer))
+    adapter = trained(Consolidator(channel_groups=2, drop_path=0.25), site_of(layer))
     x, y = torch.randn(400, 3, 8, dtype=torch.float64), torch.zeros(400, 3, 4, dtype=torch.float64)
     whole = adapter.output(x, y)
     torch.manual_seed(0)
@@ -119,7 +119,7 @@ def test_counts() -> None:
 def test_start() -> None:
     """Weights and biases uniform within 0.001."""
     torch.manual_seed(0)
-    for p in Consolidator(groups=4).build(site_of(nn.Linear(128, 256))).parameters():
+    for p in Consolidator(channel_groups=4).build(site_of(nn.Linear(128, 256))).parameters():
         assert 0.98e-3 < p.abs().max() <= 1e-3
         assert p.mean().abs() < 1e-4
 
@@ -129,7 +129,7 @@ def test_grouped_convolutions_are_not_supported() -> None:
     assert not supports(Consolidator(), site_of(nn.Conv2d(8, 8, 3, groups=8)))
 
 
-@pytest.mark.parametrize(("option", "given"), [("groups", 0), ("drop_path", 1.0), ("bound", 0.0)])
+@pytest.mark.parametrize(("option", "given"), [("channel_groups", 0), ("drop_path", 1.0), ("bound", 0.0)])
 def test_wrong_options(option: str, given: Any) -> None:
     with raises(OptionError, method="consolidator", option=option, given=given):
         Consolidator(**{option: given})

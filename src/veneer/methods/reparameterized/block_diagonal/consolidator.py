@@ -85,17 +85,17 @@ class Consolidator(Method):
     Without dropping it is linear and merges: W' = W + G as a block-diagonal matrix, b' = b + t.
 
     Args:
-        groups: number of groups, at least 1; at each layer the greatest common divisor of this and of both widths.
+        channel_groups: number of groups, at least 1; at each layer the greatest common divisor of this and of both widths.
         shuffle: interleave the inputs, one of each group after the other, before they are grouped.
         drop_path: probability of dropping the change of a layer for a sample in training, 0 to 1.
         bound: G and t are initialized uniformly within ± bound.
     Supports linear layers and convolutions without groups, in which G has the kernel and the stride of the layer. If a weight is
     read and not called (open_clip's attention), G and t are added to the tensors in each forward pass, without dropping; there
     is no t if no bias follows.
-    Counts: d_out·d_in·kernel / groups + d_out per layer; ViT-B/16 304,128.
+    Counts: d_out·d_in·kernel / channel_groups + d_out per layer; ViT-B/16 304,128.
     Source: Hao et al., Consolidator: Mergeable Adapter with Grouped Connections for Visual Adaptation, ICLR 2023, and the
     authors' code, with one branch, as in its settings; they choose `drop_path` by task, up to 0.8. Deviations: layers with widths
-    that `groups` does not divide have fewer groups; convolutions may be selected.
+    that `channel_groups` does not divide have fewer groups; convolutions may be selected.
     """
 
     name: ClassVar[str] = "consolidator"
@@ -106,14 +106,14 @@ class Consolidator(Method):
     identity_at_start: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-3
 
-    groups: int = 384
+    channel_groups: int = 384
     shuffle: bool = False
     drop_path: float = 0.0
     bound: float = 1e-3
 
     def __post_init__(self) -> None:
-        if self.groups < 1:
-            raise OptionError.of(self.name, "groups", self.groups, "at least 1")
+        if self.channel_groups < 1:
+            raise OptionError.of(self.name, "channel_groups", self.channel_groups, "at least 1")
         if not 0 <= self.drop_path < 1:
             raise OptionError.of(self.name, "drop_path", self.drop_path, "in [0, 1)")
         if self.bound <= 0:
@@ -122,19 +122,19 @@ class Consolidator(Method):
     @classmethod
     def examples(cls) -> tuple[Method, Method]:
         """Groups of several channels in small models, in order and interleaved."""
-        return cls(groups=4), cls(groups=4, shuffle=True)
+        return cls(channel_groups=4), cls(channel_groups=4, shuffle=True)
 
     def build(self, site: WeightSite) -> ConsolidatorAdapter:
         """G, and t where possible."""
         kind = ShiftedConsolidatorAdapter if _is_shifted(site) else ConsolidatorAdapter
-        adapter = kind(site, self.groups, self.shuffle, self.drop_path)
+        adapter = kind(site, self.channel_groups, self.shuffle, self.drop_path)
         for p in adapter.parameters():
             nn.init.uniform_(p, -self.bound, self.bound)
         return adapter
 
     def count(self, site: WeightSite) -> int:
         """d_out·d_in·kernel / groups, and d_out for t."""
-        weights = site.d_out * site.d_in * math.prod(site.kernel) // groups_of(site, self.groups)
+        weights = site.d_out * site.d_in * math.prod(site.kernel) // groups_of(site, self.channel_groups)
         return weights + (site.d_out if _is_shifted(site) else 0)
 
 
