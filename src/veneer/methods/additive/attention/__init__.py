@@ -1,0 +1,1 @@
+"""Adapters that attend: to prompts, or with small heads beside those of the base model."""
