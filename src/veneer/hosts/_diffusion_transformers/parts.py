@@ -106,5 +106,5 @@ class FusedAttention:
         width = geometry(part.module(f"{path}.{self.fused}"))["d_in"]
         yield AttentionSite(
             name=f"{path}.processor", role="attn.processor", path=path, width=width, context_width=width, heads=attn.heads,
-            cross=False, index=order[path], **part.labels,
+            cross=False, index=order[path], plain=False, **part.labels,
         )  # fmt: skip

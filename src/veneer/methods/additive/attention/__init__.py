@@ -1,1 +1,1 @@
-"""Small attention modules beside or after the host's attention."""
+"""Adapters that attend: to prompts, or with small heads beside those of the base model."""
