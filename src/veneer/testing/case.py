@@ -115,7 +115,9 @@ class Case:
         """Attaches at every usable site, with a fixed seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return add_conditions(attach(model, method or self.method, **{"where": self.where, **options}), self.plain(model))
+            attachment = attach(model, method or self.method, **{"where": self.where, **options})
+        attachment.begin_pass(seed, 0)  # training passes of the checks have sampled values, as in a trainer
+        return add_conditions(attachment, self.plain(model))
 
     def attached(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Attachment]:
         """A new copy with perturbed adapters."""

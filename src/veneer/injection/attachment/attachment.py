@@ -26,9 +26,10 @@ from .plan import Plan
 from .probe import eval_mode, probe
 from .report import Report
 from .state_dict import LoadReport, load_state, state_of
+from .training_steps import TrainingSteps
 
 
-class Attachment:
+class Attachment(TrainingSteps):
     """One method on one model: its sites and adapters, and the operations on them.
 
     Attributes:
