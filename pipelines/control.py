@@ -41,6 +41,7 @@ from veneer.training.loop.distributed import on_main
 from veneer.training.loop.optimizers import ParameterGroup
 from veneer.training.loop.seeds import mix
 from veneer.training.loop.trainer import Trainer, TrainResult
+from veneer.training.objective.forward_passes import ForwardPasses
 from veneer.training.preflight.estimates import written_bytes
 from veneer.training.preflight.preflight import require_disk
 from veneer.training.report.phases import PhaseReport, report_of_run
@@ -129,7 +130,10 @@ def _loss(run: ControlRun, data: TrainingImages, kind: Family) -> ControlLoss:
     cache = Cache(config.cache_folder) if config.cache else None
     follow = _condition_input(config, run.embedder)
     samples = config.loop().samples
-    return ControlLoss(kind, dataset, config.seed, samples, config.objective(), cache=cache, control=run.control, follow=follow)
+    return ControlLoss(
+        kind, dataset, config.seed, samples, config.objective(), cache=cache, passes=ForwardPasses([run.control], config.seed),
+        control=run.control, follow=follow,
+    )  # fmt: skip
 
 
 def _print_start(run: ControlRun, data: TrainingImages, notes: Sequence[str]) -> None:
@@ -173,12 +177,15 @@ def _trainer(run: ControlRun, data: TrainingImages, loss: ControlLoss, digest: s
 
 def _finish(run: ControlRun, trainer: Trainer, result: TrainResult) -> None:
     """Writes the results of a finished run, or the weights so far of a stopped one."""
-    with trainer.averaged(), rounded_to([run.control], run.config.save_dtype):
-        if result.stopped:
-            write_files(run)
-            print(stopped_message(result, trainer.config.steps, run.out), flush=True)
-        else:
-            print(_final_message(write_results(run, result), run.out), flush=True)
+    with trainer.averaged():
+        if not result.stopped:
+            run.control.finalize()
+        with rounded_to([run.control], run.config.save_dtype):
+            if result.stopped:
+                write_files(run)
+                print(stopped_message(result, trainer.config.steps, run.out), flush=True)
+            else:
+                print(_final_message(write_results(run, result), run.out), flush=True)
 
 
 def generate_controlled(config: ControlGenerateConfig) -> list[Path]:

@@ -91,7 +91,7 @@ def _run(config: PersonalizeConfig, accelerator: Accelerator) -> Path:
     data = _load(config, out, accelerator)
     attached, generated, base = _attach_and_shard(data)
     config, loop = data.config, data.config.loop()
-    loss = data.loss(generated)
+    loss = data.loss(generated, attached)
     few = accelerator.num_processes == 1 or base is not None
     if config.offload_encoders and accelerator.device.type != "cpu" and few and loss.caches_all:
         _cache_and_offload(config, data.model, loss, loop.steps, data.report)
@@ -211,12 +211,15 @@ def _finish(run: PersonalizationRun, trainer: Trainer, result: TrainResult, vali
     """Writes the results of a finished run, or the weights so far of a stopped one."""
     if validation and not result.stopped:
         run.extra["validation"] = validation.finish(result.steps, run.notes)
-    with trainer.averaged(), rounded_to(run.attached, run.config.save_dtype):
-        if result.stopped:
-            write_files(run)
-            print(stopped_message(result, trainer.config.steps, run.out), flush=True)
-        else:
-            print(final_message(run, write_results(run, result)), flush=True)
+    with trainer.averaged():
+        if not result.stopped:
+            param_groups.finalize(run.attached)
+        with rounded_to(run.attached, run.config.save_dtype):
+            if result.stopped:
+                write_files(run)
+                print(stopped_message(result, trainer.config.steps, run.out), flush=True)
+            else:
+                print(final_message(run, write_results(run, result)), flush=True)
 
 
 def _named(

@@ -103,6 +103,15 @@ VIT = [
         _vit("adapter_plus", number, bottleneck=h)
         for h, number in {1: 36_876, 2: 55_320, 4: 92_208, 8: 165_984, 16: 313_536, 32: 608_640}.items()
     ),
+    _vit("adamix", 747_264),
+    _vit("adamix", 304_320, experts=1),
+    _vit(
+        "adapter_fusion",
+        21_252_096,
+        why="AdapterHub's K has a bias, which the softmax cancels",
+        adapters=("a", "b"),
+        fused={"method": "pfeiffer"},
+    ),
     _vit("convpass", 327_552),
     _vit("convpass", "0.33 M", TABLE),
     _vit("convpass", 163_776, where="attn"),

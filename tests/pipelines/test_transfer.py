@@ -357,3 +357,16 @@ def test_no_disk_space_is_an_error_before_training(
         transfer(config(pictures, models["vit"], tmp_path / "out"))
     assert [concern.about for concern in caught.value.given] == ["disk"]
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_finished_run_of_adamix_has_one_expert_and_its_checkpoints_have_all(
+    pictures: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.pipelines.transfer.tidy", lambda out: None)  # keeps the checkpoints
+    options = {"adamix": {"bottleneck": 4}}
+    out = transfer(config(pictures, models["vit"], tmp_path / "mix", epochs=1, method="adamix", options=options))
+    shapes = {key: tuple(t.shape) for key, t in load_file(out / "adapter.safetensors").items() if key.endswith("branch:down")}
+    assert {*shapes.values()} == {(1, 4, 24)}
+    (checkpoint,) = out.glob("checkpoint*")
+    stored = {k: t for file in checkpoint.glob("weights*.safetensors") for k, t in load_file(file).items()}
+    assert {tuple(t.shape) for key, t in stored.items() if key.endswith("branch:down")} == {(4, 4, 24)}

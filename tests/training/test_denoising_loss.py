@@ -16,6 +16,7 @@ from veneer.training.data.latent_cache import Cache
 from veneer.training.families import family
 from veneer.training.loop.seeds import generator
 from veneer.training.objective.denoising_loss import DenoisingLoss, LossOptions
+from veneer.training.objective.forward_passes import ForwardPasses
 from veneer.training.objective.losses import prior_preservation
 from veneer.training.objective.noise import NoiseOptions
 from veneer.training.objective.objectives import ObjectiveOptions
@@ -362,3 +363,26 @@ def test_randomness_depends_on_seed_step_and_sample_only(kinds, folder):
         loss(7, [0])
         assert torch.equal(loss(2, [0, 1, 2]), one)
         assert not torch.equal(loss(3, [0, 1, 2]), one)
+
+
+def test_two_passes_share_noise_and_timestep_and_add_their_distance(kinds, folder, monkeypatch):
+    """AdaMix on a DiT: loss + c · mean (second − first)², with other experts in the second pass only."""
+    kind, calls = kinds["dit"], []
+    tuned = veneer.attach(kind.pipe, "adamix", bottleneck=3, share_up=False, consistency=3.0)
+    torch.manual_seed(0)
+    for _, adapter in tuned.parts.values():
+        adapter.train()
+        for p in adapter.parameters():
+            p.data += 0.3 * torch.randn_like(p)
+    denoise = kind.denoise
+    monkeypatch.setattr(kind, "denoise", lambda *inputs: calls.append((inputs, denoise(*inputs))) or calls[-1][1])
+    loss = made(kind, folder, captions=Captions("duck", templates=("{concept}",)), passes=ForwardPasses([tuned], SEED))
+    examples = loss.dataset.examples(0, 2)
+    got = loss.losses(0, examples)
+    (first, prediction), (second, other) = calls
+    torch.testing.assert_close(first[:2], second[:2], rtol=0, atol=0)
+    assert (prediction - other).abs().max() > 1e-4
+    loss.passes = ForwardPasses()
+    tuned.begin_pass(SEED, 0, 0)
+    torch.testing.assert_close(got, loss.losses(0, examples) + 3 * ((prediction - other) ** 2).flatten(1).mean(1))
+    tuned.detach()

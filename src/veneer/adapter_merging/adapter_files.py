@@ -23,8 +23,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 EMBEDDINGS = "textual_inversion"
 MERGEABLE = frozenset(
     {
-        "adalora", "boft", "diffusekrona", "dora", "fact", "full", "glora", "ia3", "loha", "lokr", "lora", "lora_fa", "oft",
-        "svdiff", "vera", EMBEDDINGS,
+        "adalora", "adamix_lora", "boft", "diffusekrona", "dora", "fact", "full", "glora", "ia3", "loha", "lokr", "lora",
+        "lora_fa", "oft", "svdiff", "vera", EMBEDDINGS,
     }
 )  # fmt: skip
 """Methods whose files can be merged: a weight update ΔW, or token embeddings."""

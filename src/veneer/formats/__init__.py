@@ -15,6 +15,7 @@ from ._core import families
 from ._core.conversion import ConversionResult, convert
 from ._core.format import Format, LayerInfo, Options, format_of, formats, known_format
 from ._core.inspection import FileSummary, inspect
+from ._core.stored_adapters import read_stored
 from ._core.swap import swap_file
 from ._io.locations import DEFAULT_NAMES as DEFAULT_NAMES
 from ._io.locations import local_path
@@ -23,7 +24,7 @@ from .native import save
 
 _log = logging.getLogger(__name__)
 
-register_file_functions(FileFunctions(save=save, swap=swap_file))
+register_file_functions(FileFunctions(save=save, swap=swap_file, read=read_stored))
 
 __all__ = [
     "ConversionResult",

@@ -56,14 +56,13 @@ class Native(Format):
             raise SaveError(message, file=target, where=name, given=names.count(name), expected=1)
         tensors: dict[str, Tensor] = {}
         entries = [_entry(a, tensors, f"{a.name}/" if len(attachments) > 1 else "") for a in attachments]
+        origin = {k: v for a in attachments for k, v in a.provenance.items()} if provenance is None else dict(provenance)
         header = {
             "version": VERSION,
             "veneer": __version__,
             "base": _bases(attachments),
             "attachments": entries,
-            "provenance": dict(provenance)
-            if provenance is not None
-            else {k: v for a in attachments for k, v in a.provenance.items()},
+            "provenance": origin,
         }
         try:
             text = json.dumps(header, ensure_ascii=False)
@@ -73,18 +72,18 @@ class Native(Format):
         return write(target, tensors, {KEY: text})
 
     def layers(self, file: File) -> list[LayerInfo]:
-        entries = _header(file)["attachments"]
+        entries = header_of(file)["attachments"]
         start = {entry["name"]: f"{entry['name']}/" if len(entries) > 1 else "" for entry in entries}
         stored = parameters_by_prefix(file, ":")
         return [_layer(file, entry, start[entry["name"]], name, stored) for entry in entries for name in _site_names(entry)]
 
     def words(self, file: File) -> list[str]:
-        options = [entry["config"].get("tokens", ()) for entry in _header(file)["attachments"]]
+        options = [entry["config"].get("tokens", ()) for entry in header_of(file)["attachments"]]
         lists = [[tokens] if isinstance(tokens, str) else tokens for tokens in options]
         return [word for tokens in lists if isinstance(tokens, (list, tuple)) for word in tokens if isinstance(word, str)]
 
     def load(self, model: Any, file: File, options: Options) -> list[Attachment]:
-        header = _header(file)
+        header = header_of(file)
         move = ComponentMap.match(file, header["base"], {t.component: t.module for t in towers_of(model)})
         notes = list(_compare(file, header["base"], move, options))
         tensors = file.tensors(finite=options.strict, whole=("",))  # buffers may have an integer dtype
@@ -92,7 +91,7 @@ class Native(Format):
         here = {site.name for tower in towers_of(model) for site in tower.sites}
         specs, used = [], set[str]()
         for entry in header["attachments"]:
-            state, keys = _state(file, entry, tensors, f"{entry['name']}/" if several else "")
+            state, keys = state_of_entry(file, entry, tensors, f"{entry['name']}/" if several else "")
             used |= keys
             specs.append(_spec(file, entry, {move.name(k): t for k, t in state.items()}, move, here, options, header, notes))
         unused = [k for k in tensors if k not in used]
@@ -175,7 +174,8 @@ def _bases(attachments: Sequence[Attachment]) -> dict[str, Any]:
     return {c: {**identity(t, without[c]), "without": sorted(without[c])} for c, t in towers.items()}
 
 
-def _header(file: File) -> dict[str, Any]:
+def header_of(file: File) -> dict[str, Any]:
+    """The JSON header of a file. Raises `LoadError` if it is incomplete or of a later version."""
     header = file.json(KEY)
     version = header.get("version") if isinstance(header, dict) else None
     if isinstance(version, int) and version > VERSION:
@@ -249,7 +249,7 @@ def _compare(file: File, bases: Mapping[str, Any], move: ComponentMap, options: 
             raise base_mismatch(file, component, saved, found)
 
 
-def _state(
+def state_of_entry(
     file: File, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str
 ) -> tuple[dict[str, Tensor], set[str]]:
     """Tensors of one attachment by their own names, and their keys in the file."""

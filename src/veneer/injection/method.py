@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .errors import OptionError, UnknownOption
 from .select import has_role
 from .sites import Site
+from .training_protocol import TrainingProtocol
 
 if TYPE_CHECKING:
     from .conditions import CallConditions
@@ -112,7 +113,7 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(TrainingProtocol, ABC):
     """A method: a frozen dataclass with `build`. Its fields are the options: CLI flags and saved JSON.
 
     Class attributes:

@@ -119,7 +119,8 @@ class Case:
             add_conditions(attachment, self.plain(model))
             if attachment.method.selects:
                 attachment.select(loss(model, self.inputs(model, attachment)) for _ in range(2))
-            return attachment
+        attachment.begin_pass(seed, 0)  # training passes of the checks have sampled values, as in a trainer
+        return attachment
 
     def attached(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Attachment]:
         """A new copy with perturbed adapters."""

@@ -122,6 +122,7 @@ def attach_all(
         attachment = attach(pipe, method, where=selection or None)
         for _, adapter in attachment.parts.values():
             adapter.train()
+        attachment.begin_pass(seed, 0)  # for passes before training, such as estimates
         attached.append(attachment)
     return attached
 

@@ -115,6 +115,12 @@ def after_step(attached: Sequence[Attachment]) -> Callable[[int, int], None] | N
     return call if own else None
 
 
+def finalize(attached: Sequence[Attachment]) -> None:
+    """Runs the last change of the adapters of a finished run; see `Attachment.finalize`."""
+    for a in attached:
+        a.finalize()
+
+
 def parameter_groups(
     attached: Sequence[Attachment], rates: Mapping[str, float], text_rate: float, base: float
 ) -> list[ParameterGroup]:

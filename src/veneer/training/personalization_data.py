@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from accelerate import Accelerator
 
 from veneer import base_models
+from veneer.injection import Attachment
 from veneer.injection.errors import OptionError
 
 from .concepts.concept import Concept, concepts_of
@@ -26,6 +27,7 @@ from .fixed_adapters import FixedAdapter
 from .loop.distributed import on_main
 from .loop.seeds import generator
 from .objective.denoising_loss import DenoisingLoss, LossOptions
+from .objective.forward_passes import ForwardPasses
 from .report.phases import PhaseReport
 
 if TYPE_CHECKING:
@@ -102,11 +104,11 @@ class PersonalizationData:
         prompts = [captions[concept.token].prior for concept in self.concepts for _ in range(self.config.class_images)]
         return [expand_wildcards(prompt, generator(self.config.seed, "class", i)) for i, prompt in enumerate(prompts)]
 
-    def loss(self, generated: Sequence[Photo]) -> DenoisingLoss:
+    def loss(self, generated: Sequence[Photo], attached: Sequence[Attachment] = ()) -> DenoisingLoss:
         """The loss on all datasets.
 
         Args:
-            generated: class images besides those of datasets.
+            generated: class images besides those of datasets. `attached`: the trained methods.
         """
         config = self.config
         prior = [self.source(part) for part in self.photos.regularization]
@@ -124,4 +126,5 @@ class PersonalizationData:
             config.noise(),
             LossOptions(kind=config.loss, prior_weight=config.prior_loss_weight),
             Cache(config.cache_folder) if config.cache else None,
+            ForwardPasses(attached, config.seed),
         )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from veneer.training.objective.consistency import symmetric_binary_kl
+
 from .multi_label_metrics import THRESHOLD, MultiLabelMetrics, image_ranking_precision
 from .multi_label_plots import write_class_precision, write_label_mistakes
 from .objective import Evaluation, Metrics, MultiLabelPrediction, Objective, most_probable
@@ -59,6 +61,9 @@ class MultiLabel(Objective):
         weights = None if image_weights is None else image_weights[:, None]
         smoothed = (1 - smoothing) * targets + smoothing / 2
         return binary_cross_entropy_with_logits(logits, smoothed, weights, pos_weight=class_weights)
+
+    def divergence(self, logits: Tensor, others: Tensor) -> Tensor:
+        return symmetric_binary_kl(logits, others)
 
     def metrics(self, logits: Tensor, targets: Tensor) -> MultiLabelMetrics:
         return MultiLabelMetrics(logits, targets)

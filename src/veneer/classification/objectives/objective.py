@@ -138,6 +138,10 @@ class Objective(ABC):
         """
 
     @abstractmethod
+    def divergence(self, logits: Tensor, others: Tensor) -> Tensor:
+        """Symmetric KL divergence of two predictions of each image, (N,), from logits (N, classes)."""
+
+    @abstractmethod
     def metrics(self, logits: Tensor, targets: Tensor) -> Metrics:
         """Metrics of logits (N, classes)."""
 

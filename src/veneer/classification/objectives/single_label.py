@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from veneer.training.objective.consistency import symmetric_kl
+
 from ..report.metrics import ClassificationMetrics, compute_metrics
 from ..report.plots import write_confusion, write_mistakes
 from .objective import Evaluation, Metrics, Objective, Prediction, most_probable
@@ -48,6 +50,9 @@ class SingleLabel(Objective):
             return cross_entropy(logits, targets, label_smoothing=smoothing)
         each = cross_entropy(logits, targets, class_weights, label_smoothing=smoothing, reduction="none")
         return (each if image_weights is None else image_weights * each).mean()
+
+    def divergence(self, logits: Tensor, others: Tensor) -> Tensor:
+        return symmetric_kl(logits, others)
 
     def metrics(self, logits: Tensor, targets: Tensor) -> ClassificationMetrics:
         return compute_metrics(logits, targets)

@@ -29,6 +29,7 @@ def attach_methods(classifier: Classifier, config: TransferConfig, data: Data) -
     for method in configs:
         torch.manual_seed(mix(config.seed, "adapters", method.name))
         attached.append(attach(classifier.model, method, where=config.selection()))
+        attached[-1].begin_pass(config.seed, 0)  # for passes before training
     if classifier.fresh and not any(_trains_head(a) for a in attached):
         attached.append(attach(classifier.model, "linear_probe"))
     for change in initial.load_into(attached) if initial is not None else ():

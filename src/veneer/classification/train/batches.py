@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.training.loop.seeds import generator
+from veneer.training.objective.forward_passes import ForwardPasses
 
 from ..objectives.objective import Objective
 from ..objectives.single_label import SINGLE_LABEL
@@ -50,6 +51,7 @@ class ClassifyingLoss:
         class_weights: (classes,), or None.
         mixing: mixup and CutMix, or None.
         objective: computes the loss of logits and targets.
+        passes: runs the forward passes that the methods ask for.
     """
 
     def __init__(
@@ -64,8 +66,9 @@ class ClassifyingLoss:
         class_weights: Tensor | None = None,
         mixing: Mixing | None = None,
         objective: Objective = SINGLE_LABEL,
+        passes: ForwardPasses | None = None,
     ) -> None:
-        self.objective = objective
+        self.objective, self.passes = objective, passes or ForwardPasses()
         self.class_weights = None if class_weights is None else class_weights.to(device)
         self.mixing = mixing if mixing is not None and mixing.enabled else None
         self.logits, self.inputs, self.order, self.samples = logits, inputs, order, samples
@@ -80,18 +83,28 @@ class ClassifyingLoss:
         inputs, labels = inputs.to(self.device), labels.to(self.device)
         if self.mixing is not None:
             return self._mixed(self.mixing, step, rows, needed, inputs, labels)
-        return self._loss(self.logits(inputs).float(), labels)
+        logits, extra = self._forward(step, inputs)
+        return _with_mean(self._loss(logits, labels), extra)
 
     def _mixed(self, mixing: Mixing, step: int, rows: list[int], needed: list[int], inputs: Tensor, labels: Tensor) -> Tensor:
         """λ L(f(x), y) + (1 − λ) L(f(x), y') of images that are mixed with their partners."""
         places = [needed.index(row) for row in rows]
         partners = [needed.index(mixing.partner(row, self.samples)) for row in rows]
         images, weights = mixing(inputs[places], inputs[partners], step, rows)
-        logits = self.logits(images).float()
-        return self._loss(logits, labels[places], weights) + self._loss(logits, labels[partners], 1 - weights)
+        logits, extra = self._forward(step, images)
+        loss = self._loss(logits, labels[places], weights) + self._loss(logits, labels[partners], 1 - weights)
+        return _with_mean(loss, extra)
+
+    def _forward(self, step: int, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits, and the consistency loss of each image if a method has one."""
+        return self.passes(step, lambda: self.logits(inputs).float(), self.objective.divergence)
 
     def _loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         return self.objective.loss(logits, labels, self.smoothing, self.class_weights, weights)
+
+
+def _with_mean(loss: Tensor, extra: Tensor | None) -> Tensor:
+    return loss if extra is None else loss + extra.mean()
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from veneer.training.loop.checkpoints import Checkpoints
 from veneer.training.loop.optimizer_step import AUTOCAST
 from veneer.training.loop.optimizers import ParameterGroup, end_training
 from veneer.training.loop.trainer import TrainResult
+from veneer.training.objective.forward_passes import ForwardPasses
 from veneer.training.report.progress import Progress, peak_memory
 
 from ..config import TransferConfig
@@ -103,7 +104,7 @@ class ClassifierTrainer:
         self.identity, self.on_step = identity or {}, on_step
 
     def train(self) -> TransferResult:
-        """Prepares the methods, trains, and restores the best epoch's weights.
+        """Prepares the methods, trains, restores the best epoch's weights, and finalizes the methods unless the run was stopped.
 
         Raises:
             Diverged, CheckpointError: as the loop does.
@@ -120,6 +121,8 @@ class ClassifierTrainer:
             best = self.selection.best
         if self.accelerator.is_main_process and self.selection.epochs:
             self.selection.restore()
+        if best is not None:
+            param_groups.finalize(self.attached)
         validation = self.metrics("validation") if best else None
         return TransferResult(result, tuple(self.selection.epochs), best, validation, self.features is not None, self.trainable)
 
@@ -165,6 +168,7 @@ class ClassifierTrainer:
             self._class_weights(),
             self.mixing,
             self.views.data.objective,
+            ForwardPasses(self.attached, self.config.seed),
         )
 
     def _class_weights(self) -> Tensor | None:

@@ -1,17 +1,18 @@
-"""The part of `Attachment` that training calls: passes over the data, penalties, updates after a step."""
+"""The part of `Attachment` that training calls: passes over the data, forward passes, penalties, and what follows a step."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import NotSelected, OptionError
+from ..errors import NotSelected, OptionError, StateError
 from ..method import Adapter, Method
 from ..sites import Site
+from ..training_protocol import Distance
 from .probe import eval_mode
 
 _ALLOWED: ContextVar[bool] = ContextVar("unselected_allowed", default=False)
@@ -34,6 +35,7 @@ class TrainingHooks:
     method: Method
     parts: dict[str, tuple[Site, Adapter]]
     towers: Mapping[str, nn.Module]
+    merged: bool
     _selected: bool = False
 
     def prepare(self, batches: Iterable[tuple[Tensor, Tensor]], run: nn.Module | None = None) -> None:
@@ -72,6 +74,25 @@ class TrainingHooks:
         with allow_unselected(), torch.enable_grad():
             self.method.select(list(self.parts.values()), losses)
 
+    def begin_pass(self, seed: int, step: int, number: int = 0) -> None:
+        """Samples what the method uses in the next training forward pass, such as the expert of each site.
+
+        `veneer.training` calls it. A custom training loop calls it before each forward pass if the method's documentation says
+        so. With gradient checkpointing, call it again with the same arguments before a pass is recomputed.
+
+        Args:
+            seed: of the run. `step`: of the run, from 0. `number`: of the pass in its step, from 0 to `method.passes` − 1.
+        """
+        self.method.begin_pass(list(self.parts.values()), seed, step, number)
+
+    def consistency_loss(self, outputs: Sequence[Tensor], distance: Distance) -> Tensor:
+        """Loss of each batch row, (batch,), to be added to the loss of the first of `method.passes` forward passes.
+
+        Args:
+            outputs: logits or predictions of the passes. `distance`: of two outputs for each batch row.
+        """
+        return self.method.consistency_loss(outputs[: self.method.passes], distance)
+
     def penalty(self) -> Tensor | None:
         """Regularization term of the method, to be added to the loss before `backward()`; None for most methods."""
         return self.method.penalty(list(self.parts.values()))
@@ -90,6 +111,20 @@ class TrainingHooks:
             message = f"'{self.name}': after_step({step}, {steps}): step must be in 1 … {steps}."
             raise OptionError(message, option="step", where=self.name, given=step, expected=(1, steps))
         self.method.after_step(list(self.parts.values()), step, steps)
+
+    def finalize(self) -> None:
+        """Runs the method's last change of the adapters, such as the average of experts. Idempotent; most methods have none.
+
+        `veneer.training` calls it after the last step, before the final file is written. The parameters may be replaced by
+        smaller ones, so an optimizer or a checkpoint of the run must not be used afterwards. `method` becomes the new config.
+
+        Raises:
+            StateError: it is merged.
+        """
+        if self.merged:
+            message = f"'{self.name}' is merged. Call unmerge() before finalize()."
+            raise StateError(message, where=self.name, given="merged", expected="unmerged")
+        self.method = self.method.finalize(list(self.parts.values()))
 
     def require_selection(self) -> None:
         """Raises in a forward pass with gradients before `select`.

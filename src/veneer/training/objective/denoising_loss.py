@@ -14,6 +14,8 @@ from ..data.latent_cache import Cache, cache_key, encoder_digest, why_not_cached
 from ..encoder_offload import restore_encoders
 from ..families import Family
 from ..loop.seeds import generator
+from .consistency import squared_distance
+from .forward_passes import ForwardPasses
 from .losses import LossKind, MaskMean, huber_threshold, prior_preservation, sample_losses
 from .noise import NoiseOptions, sample_noise
 from .objectives import ObjectiveOptions
@@ -45,6 +47,7 @@ class DenoisingLoss:
         samples: photos in one optimizer step, over all processes and micro-batches.
         objective_options, noise, options: see their classes.
         cache: cache of latents and text embeddings; None recomputes both at each step.
+        passes: runs the forward passes that the methods ask for.
     Text embeddings are cached only if no text encoder trains. Of latents, the mean and standard deviation of the posterior are
     cached, and a new sample is taken at each step.
     """
@@ -57,6 +60,7 @@ class DenoisingLoss:
     noise: NoiseOptions = field(default_factory=NoiseOptions)
     options: LossOptions = field(default_factory=LossOptions)
     cache: Cache | None = None
+    passes: ForwardPasses = field(default_factory=ForwardPasses)
 
     def __post_init__(self) -> None:
         self.objective = self.family.objective(self.objective_options)
@@ -117,13 +121,13 @@ class DenoisingLoss:
         generators = [self._random(step, e, "timestep") for e in examples]
         t = objective.sample_timesteps(generators, family.tokens(height, width)) if timesteps is None else timesteps
         t = t.to(latents.device)
-        prediction = family.denoise(
-            objective.add_noise(latents, input_noise, t),
-            objective.model_input(t),
-            self._text([e.caption for e in examples]),
-            [e.size for e in examples],
-        )
-        return sample_losses(
+        noisy, captions = objective.add_noise(latents, input_noise, t), [e.caption for e in examples]
+
+        def predict() -> Tensor:
+            return family.denoise(noisy, objective.model_input(t), self._text(captions), [e.size for e in examples])
+
+        prediction, extra = self.passes(step, predict, squared_distance)
+        losses = sample_losses(
             prediction,
             objective.target(latents, noise, t),
             objective.weight(t),
@@ -133,6 +137,7 @@ class DenoisingLoss:
             mask_mean=self.options.mask_mean,
             mask_floor=self.options.mask_floor,
         )
+        return losses if extra is None else losses + extra
 
     def _random(self, step: int, example: Example, what: str) -> torch.Generator:
         return generator(self.seed, what, step, example.index)

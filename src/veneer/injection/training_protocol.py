@@ -1,0 +1,54 @@
+"""What a method may ask of a training loop besides a penalty: several forward passes of a batch, and a change at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self
+
+from torch import Tensor
+
+from .sites import Site
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Distance of the outputs of two forward passes for each batch row, (batch,): a KL divergence of logits, a squared error."""
+
+
+class TrainingProtocol:
+    """Base of `Method`: forward passes of a training batch, and the end of training. The defaults ask for nothing."""
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of each training batch. With two or more, `consistency_loss` of their outputs is added to the loss.
+
+        All passes have the same inputs, noise, timesteps and targets; dropout differs. The loss is that of the first.
+        """
+        return 1
+
+    def begin_pass(self, adapters: Iterable[tuple[Site, Any]], seed: int, step: int, number: int) -> None:
+        """Runs before each training forward pass: samples what the pass uses, such as the expert of each site.
+
+        A pure function of its arguments, so that a resumed run, other processes and recomputed blocks sample the same values.
+        Tensors of an earlier pass must not be modified in place, because its backward pass may need them.
+
+        Args:
+            seed: of the run. `step`: of the run, from 0. `number`: of the pass in its step, from 0.
+        """
+        return None
+
+    def consistency_loss(self, outputs: Sequence[Tensor], distance: Distance) -> Tensor:
+        """Loss of each batch row, (batch,), that is added to the loss of a batch; called only with `passes` above 1.
+
+        Args:
+            outputs: logits or predictions of the passes. `distance`: of two outputs.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has several passes and does not implement consistency_loss")
+
+    def finalize(self, adapters: Iterable[tuple[Site, Any]]) -> Self:
+        """Runs once after the last step, before the adapters are saved: averages experts or heads. Idempotent.
+
+        Checkpoints of a run are written before it, so that a resumed run is exact.
+
+        Returns:
+            The config with which `build` makes adapters of the new shapes: what the file contains.
+        """
+        return self
