@@ -22,7 +22,7 @@ Sizes = Tensor | Sequence[Sequence[int]]
 
 
 class Family(PromptLimits, ABC):
-    """A family of diffusers pipelines. Each module of `families/` with a subclass is registered automatically.
+    """A family of diffusers pipelines. Each module in a sub-package of `families/` with a subclass is registered automatically.
 
     Class attributes:
         pipelines: supported pipeline classes (and their subclasses), the text-to-image one first.
