@@ -437,8 +437,8 @@ def test_other_pipelines_are_refused_by_name():
 
 def test_every_file_is_one_family():
     assert list(families()) == [
-        "auraflow", "chroma", "cogview4", "dit", "flux", "flux2", "flux2_klein", "hunyuan_dit", "krea2", "longcat_image",
-        "lumina2", "pixart", "qwen_image", "sana", "sd", "sd3", "sdxl", "z_image",
+        "auraflow", "chroma", "cogview4", "dit", "flux", "flux2", "flux2_klein", "hunyuan_dit", "hunyuan_video", "krea2",
+        "longcat_image", "lumina2", "pixart", "qwen_image", "sana", "sd", "sd3", "sdxl", "wan", "z_image",
     ]  # fmt: skip
     for kind in families().values():
         for name in kind.pipelines:

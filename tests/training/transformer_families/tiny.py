@@ -52,14 +52,19 @@ def _cogview4(scheduler: dict[str, Any]) -> Any:
     )  # fmt: skip
 
 
+def tiny_umt5(width: int, tokenizer: Any) -> Any:
+    """A UMT5 text encoder of a width for a tokenizer."""
+    config = transformers.UMT5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=6, d_ff=28, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu"
+    )
+    return transformers.UMT5EncoderModel(config)
+
+
 def _auraflow(scheduler: dict[str, Any]) -> Any:
     tokenizer = t5_tokenizer()
-    text = transformers.UMT5Config(
-        vocab_size=len(tokenizer), d_model=20, d_kv=6, d_ff=28, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu"
-    )
     return diffusers.AuraFlowPipeline(
         tokenizer=tokenizer,
-        text_encoder=transformers.UMT5EncoderModel(text),
+        text_encoder=tiny_umt5(20, tokenizer),
         vae=tiny_vae(4, (4, 8, 12), scaling_factor=0.13025),
         transformer=diffusers.AuraFlowTransformer2DModel(
             sample_size=16, num_mmdit_layers=1, num_single_dit_layers=2, attention_head_dim=8, num_attention_heads=2,

@@ -11,11 +11,11 @@ from typing import Any
 from veneer.injection.errors import BaseModelError
 
 from .errors import PromptError, PromptWarning
-from .family import Family, Sizes
+from .family import Family, Sizes, generated_images
 
 __all__ = [
     "BaseModelError", "Family", "PromptError", "PromptWarning", "Sizes", "check_folder", "families", "family",
-    "sampling_arguments",
+    "generated_images", "sampling_arguments",
 ]  # fmt: skip
 
 EDITING = ("Kontext", "Fill", "Edit", "Control", "Pix2Pix", "Redux")

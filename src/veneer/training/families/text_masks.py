@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,14 +32,3 @@ def mask_shapes(rows: int, tokens: int, width: int, dtype: torch.dtype) -> dict[
         "prompt_embeds": torch.empty(rows, tokens, width, dtype=dtype, device="meta"),
         "mask": torch.empty(rows, tokens, dtype=torch.int64, device="meta"),
     }
-
-
-def rows_by_length(mask: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(number of tokens, indices of the rows of that length) for each length; a mask on the meta device counts as ones.
-
-    Args:
-        mask: (batch, tokens), 1 for text and 0 for padding at the end.
-    """
-    lengths = [mask.shape[1]] * len(mask) if mask.is_meta else mask.sum(dim=1).tolist()
-    for length in sorted(set(lengths)):
-        yield length, torch.tensor([row for row, each in enumerate(lengths) if each == length], device=mask.device)

@@ -11,7 +11,8 @@ from torch import Tensor
 from ...objective.objectives import Flow, Objective, ObjectiveOptions
 from ..family import Family, Sizes
 from ..prompt_limits import LanguageModelLimits
-from ..text_masks import mask_shapes, rows_by_length
+from ..row_groups import predict_by_group
+from ..text_masks import mask_shapes
 
 MULTIPLE = 16
 """The pipeline pads text on the left to a multiple of this, without a mask."""
@@ -66,22 +67,17 @@ class CogView4(LanguageModelLimits, Family):
         return mask_shapes(rows, tokens, self.config.text_embed_dim, self.pipe.text_encoder.dtype)
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], sizes: Sizes | None = None) -> Tensor:
+        mask = text["mask"]
+        lengths = [mask.shape[1]] * len(mask) if mask.is_meta else mask.sum(dim=1).tolist()
         inputs = self.cast(noisy), timesteps, self.cast(text["prompt_embeds"]), self.cast(self.sizes(noisy, sizes))
-        groups = [*rows_by_length(text["mask"].to(noisy.device))]
-        if len(groups) == 1:
-            return self._predict(*inputs)
-        outputs = []
-        for length, rows in groups:
-            part, times, embeds, conditions = (each[rows] for each in inputs)
-            outputs.append(self._predict(part, times, embeds[:, :length], conditions))
-        return torch.cat(outputs)[torch.cat([rows for _, rows in groups]).argsort()]
+        return predict_by_group(lengths, self._predict, *inputs)
 
-    def _predict(self, noisy: Tensor, timesteps: Tensor, embeds: Tensor, sizes: Tensor) -> Tensor:
-        """The prediction for rows with text of one length. `sizes`: (batch, 6)."""
+    def _predict(self, tokens: int, noisy: Tensor, timesteps: Tensor, embeds: Tensor, sizes: Tensor) -> Tensor:
+        """The prediction for rows with text of that many tokens. `sizes`: (batch, 6)."""
         original, crop, target = sizes.split(2, dim=1)
         output: Tensor = self.tower(
             hidden_states=noisy,
-            encoder_hidden_states=embeds,
+            encoder_hidden_states=embeds[:, :tokens],
             timestep=timesteps,
             original_size=original,
             target_size=target,

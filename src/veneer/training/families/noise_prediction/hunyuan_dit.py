@@ -92,5 +92,6 @@ class HunyuanDiT(Family):
         cos, sin = get_2d_rotary_pos_embed(width, region, grid, device=noisy.device, output_type="pt")
         return cos, sin
 
-    def inputs(self, prompts: list[str]) -> dict[str, Any]:
-        return {"prompt": list(prompts), "use_resolution_binning": False}
+    @classmethod
+    def sampling_arguments(cls, arguments: dict[str, Any], prompts: int) -> dict[str, Any]:
+        return arguments | {"use_resolution_binning": False}
