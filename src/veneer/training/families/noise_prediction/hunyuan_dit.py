@@ -37,7 +37,7 @@ class HunyuanDiT(Family):
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         """`prompt_embeds` and `mask` of BERT, `prompt_embeds_t5` and `mask_t5` of T5: (batch, tokens, width), (batch, tokens)."""
         self.check_length(prompts)
-        text = {}
+        text: dict[str, Tensor] = {}
         for index, (suffix, tokens) in enumerate((("", int(self.config.text_len)), ("_t5", self.text_tokens))):
             embeds, _, mask, _ = self.pipe.encode_prompt(
                 prompts,
@@ -51,7 +51,7 @@ class HunyuanDiT(Family):
 
     def text_shapes(self, rows: int) -> dict[str, Tensor]:
         config, dtype = self.config, self.pipe.text_encoder_2.dtype
-        shapes = {}
+        shapes: dict[str, Tensor] = {}
         for suffix, tokens, width in (
             ("", config.text_len, config.cross_attention_dim),
             ("_t5", self.text_tokens, config.cross_attention_dim_t5),

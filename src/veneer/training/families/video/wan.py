@@ -53,8 +53,8 @@ class Wan(Family):
         super().__init__(pipe, **options)
         if pipe.config.boundary_ratio is not None and pipe.transformer_2 is None:
             message = (
-                f"{type(pipe).__name__} has boundary_ratio={pipe.config.boundary_ratio} and no transformer_2, the expert for the noise "
-                "levels below it. Load a complete base model."
+                f"{type(pipe).__name__} has boundary_ratio={pipe.config.boundary_ratio} and no transformer_2, the expert for the "
+                "noise levels below it. Load a complete base model."
             )
             raise BaseModelError(message, where="missing", given=("transformer_2",), expected=(*self.needs, "transformer_2"))
 
