@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -24,10 +24,16 @@ ROLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerRecord(ModelRecord):
-    """A family of diffusion transformers of diffusers. Arguments as for `ModelRecord`."""
+    """A family of diffusion transformers of diffusers. Arguments as for `ModelRecord`.
+
+    Args:
+        gradient_modes: name of a class of modules that stop gradients in evaluation mode to the attributes with which they do
+            not; see `GradientMode`.
+    """
 
     library: ClassVar[str] = "diffusers"
     default_roles: ClassVar[Mapping[str, str]] = ROLES
+    gradient_modes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def attention_order(self, model: nn.Module) -> Mapping[str, int]:
         return processor_order(model)
