@@ -44,7 +44,7 @@ RECORD = TransformerRecord(
     classes=("HiDreamImageTransformer2DModel",),
     modules=(
         "t_embedder", "p_embedder", "x_embedder", "caption_projection", Blocks("double_stream_blocks", (*IMAGE, TEXT), "double"),
-        Blocks("single_stream_blocks", (*IMAGE, Stream("block.ff_i.shared_experts.w2")), "single"),
+        Blocks("single_stream_blocks", (*IMAGE, Stream("block.attn1")), "single"),
         Single("final_layer", (Modules("adaLN_modulation"), Modules("linear", role="proj.out"))),
     ),
     sample=_sample,
