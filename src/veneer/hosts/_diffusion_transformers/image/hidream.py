@@ -43,7 +43,7 @@ TEXT = FeedForward("block.ff_t", role="mlp.context", layers=GATED)
 RECORD = TransformerRecord(
     classes=("HiDreamImageTransformer2DModel",),
     modules=(
-        "t_embedder", "p_embedder", "x_embedder", "caption_projection", Blocks("double_stream_blocks", (*IMAGE, TEXT), "double"),
+        "x_embedder", "t_embedder", "p_embedder", "caption_projection", Blocks("double_stream_blocks", (*IMAGE, TEXT), "double"),
         Blocks("single_stream_blocks", (*IMAGE, Stream("block.attn1")), "single"),
         Single("final_layer", (Modules("adaLN_modulation"), Modules("linear", role="proj.out"))),
     ),
