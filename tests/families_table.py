@@ -19,6 +19,8 @@ from tests.formats.transformer_peers import PEERS
 from tests.formats.transformer_peers import tiny as peer_model
 from tests.training.flow_families import tiny as flow
 from tests.training.language_model_families import tiny as language_model
+from tests.training.transformer_families import tiny as transformer
+from tests.training.video_families import tiny as video
 from veneer import attach
 from veneer.formats import formats
 from veneer.hosts._diffusion_transformers import records
@@ -31,7 +33,7 @@ UNET = "UNet2DConditionModel"
 COLUMNS = ("attach", "train", "generate", "quantized", "files read", "files written")
 FORMATS = ("diffusers", "kohya", "comfyui", "onetrainer", "xlabs")
 """Formats that are written for other tools. Native files, folders of peft and LyCORIS files have the sites of every family."""
-VIDEO = ("CogVideoX", "HunyuanVideo", "LTXVideo", "Mochi", "SkyReelsV2", "Wan")
+VIDEO = ("CogVideoX", "LTXVideo", "Mochi", "SkyReelsV2")
 FILES = "tests.formats.test_transformer_files:test_files_of_other_tools"
 EVIDENCE: Mapping[str, Mapping[str, str]] = {
     UNET: {
@@ -76,13 +78,14 @@ def tiny_of(family: str) -> Any:
     """A tiny pipeline of a training family."""
     if family in FAMILIES:
         return tiny_pipeline(family)
-    return flow.tiny(family) if family in flow.PIPELINES else language_model.tiny(family)
+    module: Any = next(module for module in (flow, language_model, transformer, video) if family in module.PIPELINES)
+    return module.tiny(family)
 
 
 def denoiser_of(pipeline: str, component: str) -> str:
     """Name of the class of a pipeline's denoiser, by the annotation of its constructor."""
     annotation: Any = inspect.signature(getattr(diffusers, pipeline).__init__).parameters[component].annotation
-    return str(getattr(annotation, "__name__", annotation)).rpartition(".")[2]
+    return str(getattr(annotation, "__name__", annotation)).partition(" | ")[0].rpartition(".")[2]
 
 
 @functools.cache

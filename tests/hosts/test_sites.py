@@ -260,6 +260,7 @@ def _silence(module: nn.Module, args: object, output: object) -> object:
 def test_inert_is_what_gradients_show(host: str, key: str) -> None:
     model = build(host, key)
     found = case(host, key)
+    found.host.gradient_hooks(model)
     result = list(outputs(model(**found.host.sample(model))))
     torch.manual_seed(1)
     sum((y * torch.randn_like(y)).sum() for y in result).backward()

@@ -16,7 +16,7 @@ from veneer.testing.pipelines import FAMILIES, tiny_pipeline
 from veneer.training import families as package
 from veneer.training.families import BaseModelError, PromptError, check_folder, families, family
 from veneer.training.families.errors import PromptWarning
-from veneer.training.families.flux import pack, positions, unpack
+from veneer.training.families.flow.flux import pack, positions, unpack
 from veneer.training.objective.objectives import Epsilon, Flow, ObjectiveOptions, VPrediction
 
 NAMES = list(FAMILIES)
@@ -437,8 +437,8 @@ def test_other_pipelines_are_refused_by_name():
 
 def test_every_file_is_one_family():
     assert list(families()) == [
-        "chroma", "dit", "flux", "flux2", "flux2_klein", "krea2", "lumina2", "pixart", "qwen_image", "sana", "sd", "sd3", "sdxl",
-        "z_image",
+        "auraflow", "chroma", "cogview4", "dit", "flux", "flux2", "flux2_klein", "hunyuan_dit", "hunyuan_video", "krea2",
+        "longcat_image", "lumina2", "pixart", "qwen_image", "sana", "sd", "sd3", "sdxl", "wan", "z_image",
     ]  # fmt: skip
     for kind in families().values():
         for name in kind.pipelines:
@@ -447,7 +447,7 @@ def test_every_file_is_one_family():
 
 def test_a_new_file_is_a_new_family(tmp_path, monkeypatch):
     (tmp_path / "clay.py").write_text(
-        "from veneer.training.families.sd import StableDiffusion\n"
+        "from veneer.training.families.noise_prediction.sd import StableDiffusion\n"
         "from veneer.training.families.family import Family\n"
         "class Clay(Family):\n"
         "    pipelines = ('ClayPipeline',)\n    needs = ('vae', 'unet')\n    denoiser = 'unet'\n"

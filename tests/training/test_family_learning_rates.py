@@ -14,8 +14,8 @@ from veneer.base_models import preset
 from veneer.base_models.architectures import ARCHITECTURES, PIPELINES
 from veneer.injection.errors import BaseModelError
 from veneer.training.families import families
+from veneer.training.families.flow.sd3 import StableDiffusion3
 from veneer.training.families.learning_rates import family_learning_rates
-from veneer.training.families.sd3 import StableDiffusion3
 from veneer.training.personalization_config import PersonalizeConfig
 
 

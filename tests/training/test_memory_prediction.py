@@ -47,7 +47,7 @@ def real_step(kind, trainable, side, rows, precision="no"):
     """A forward and backward pass of a real model on random inputs, warm."""
     noisy = torch.randn(rows, kind.latent_channels, side // kind.vae_factor, side // kind.vae_factor)
     text = {name: tensor.detach() for name, tensor in kind.encode_text([prompt(kind)] * rows).items()}
-    inputs = catch_inputs(kind.tower, lambda: kind.denoise(noisy, torch.full((rows,), 5.0), text))
+    inputs = catch_inputs(kind.tower, lambda: kind.denoise(noisy, torch.full((rows,), 995.0), text))
     dtype = AUTOCAST[precision]
 
     def predict():

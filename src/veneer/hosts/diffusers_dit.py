@@ -14,6 +14,7 @@ from veneer.injection.sites import Site
 from ._describe import SampleInputs, TowerPart
 from ._diffusion_transformers import records
 from ._diffusion_transformers.record import TransformerRecord
+from ._gradient_modes import register_gradient_modes
 
 CORE = ("dit", "pixart", "sd3", "flux", "sana")
 """Small models that have every kind of site and attention between them."""
@@ -48,6 +49,10 @@ class DiffusersDiT(Host):
     def sample(self, model: nn.Module) -> dict[str, Any]:
         record = self.record(model)
         return record.sample(SampleInputs(model), model) if record is not None else {}
+
+    def gradient_hooks(self, model: nn.Module) -> list[Any]:
+        record = self.record(model)
+        return register_gradient_modes(model, record.gradient_modes) if record is not None and record.gradient_modes else []
 
     def tiny(self) -> dict[str, Callable[[], nn.Module]]:
         every = ((record, key, config) for record in records().values() for key, config in record.tiny.items())

@@ -47,6 +47,10 @@ class Host(ABC):
     def sample(self, model: nn.Module) -> dict[str, Any]:
         """Small keyword inputs for one forward pass of `model`, on its device and in its dtype."""
 
+    def gradient_hooks(self, model: nn.Module) -> list[Any]:
+        """Registers hooks on modules that stop gradients otherwise, for the time of an attachment; returns their handles."""
+        return []
+
     @abstractmethod
     def tiny(self) -> dict[str, Callable[[], nn.Module]]:
         """Builders of small models with the real classes, for tests: fast, without downloads. The caller sets the seed."""

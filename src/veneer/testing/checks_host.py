@@ -155,8 +155,9 @@ def no_container_targets(traced: Trace) -> None:
 
 
 def inert_is_what_gradients_show(traced: Trace) -> None:
-    """A site is `inert` if and only if its parameter gets no gradient."""
+    """A site is `inert` if and only if its parameter gets no gradient, with the hooks of an attachment."""
     model = _copy(traced)
+    traced.host.gradient_hooks(model)
     outputs = list(tensors(model(**traced.host.sample(model))))
     torch.stack([(y * torch.randn_like(y)).sum() for y in outputs]).sum().backward()
     for site in traced.sites:

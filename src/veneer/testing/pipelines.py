@@ -64,7 +64,7 @@ def tiny_vae(channels: int, blocks: tuple[int, ...] = (8, 12, 20), **config: Any
     )
 
 
-def _clip(width: int, tokenizer: Any, projection: int | None = None, heads: int = 2) -> Any:
+def tiny_clip(width: int, tokenizer: Any, projection: int | None = None, heads: int = 2) -> Any:
     """A CLIP text encoder for a tokenizer, with an optional projection."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -120,7 +120,7 @@ def _sd(denoiser: dict[str, Any], pad: str = "<|endoftext|>", prediction: str = 
     tokenizer = clip_tokenizer(pad=pad)
     return StableDiffusionPipeline(
         vae=tiny_vae(4),
-        text_encoder=_clip(24, tokenizer),
+        text_encoder=tiny_clip(24, tokenizer),
         tokenizer=tokenizer,
         unet=_unet(denoiser),
         scheduler=DDIMScheduler(**_SD_BETAS, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction),
@@ -151,8 +151,8 @@ def _sdxl(denoiser: dict[str, Any]) -> Any:
     }
     return StableDiffusionXLPipeline(
         vae=tiny_vae(4, scaling_factor=0.13025, force_upcast=True),
-        text_encoder=_clip(24, first),
-        text_encoder_2=_clip(28, second, projection=20),
+        text_encoder=tiny_clip(24, first),
+        text_encoder_2=tiny_clip(28, second, projection=20),
         tokenizer=first,
         tokenizer_2=second,
         unet=_unet({**config, **denoiser}),
@@ -182,9 +182,9 @@ def _sd3(denoiser: dict[str, Any]) -> Any:
         transformer=SD3Transformer2DModel(**{**config, **denoiser}),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=tiny_vae(8, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=_clip(24, first, projection=20),
+        text_encoder=tiny_clip(24, first, projection=20),
         tokenizer=first,
-        text_encoder_2=_clip(28, second, projection=14),
+        text_encoder_2=tiny_clip(28, second, projection=14),
         tokenizer_2=second,
         text_encoder_3=tiny_t5(60, third),
         tokenizer_3=third,
@@ -209,7 +209,7 @@ def _flux(denoiser: dict[str, Any]) -> Any:
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=tiny_vae(6, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=_clip(28, first),
+        text_encoder=tiny_clip(28, first),
         tokenizer=first,
         text_encoder_2=tiny_t5(60, second),
         tokenizer_2=second,

@@ -22,10 +22,10 @@ def enable_gradient_checkpointing(tower: Any) -> None:
     """Enables gradient checkpointing: activations are recomputed in the backward pass, which saves memory.
 
     Raises:
-        VeneerError: the model does not support it.
+        OptionError: the model does not support it.
     """
     enable = getattr(tower, "enable_gradient_checkpointing", None) or getattr(tower, "gradient_checkpointing_enable", None)
-    if enable is None:
+    if enable is None or not getattr(tower, "_supports_gradient_checkpointing", True):
         kind = type(tower).__name__
         message = f"{kind} has no gradient checkpointing. Leave out --gradient-checkpointing."
         raise OptionError(message, option="gradient_checkpointing", given=kind)

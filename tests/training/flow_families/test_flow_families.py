@@ -19,7 +19,7 @@ from veneer import attach
 from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.families import BaseModelError, PromptError, check_folder, families, family
 from veneer.training.families.family import Family
-from veneer.training.families.flux import pack, unpack
+from veneer.training.families.flow.flux import pack, unpack
 from veneer.training.objective.objectives import Flow, ObjectiveOptions
 
 from .tiny import PIPELINES, tiny

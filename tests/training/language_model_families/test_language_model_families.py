@@ -21,7 +21,7 @@ from veneer.training import attach_methods
 from veneer.training.families import BaseModelError, PromptError, families, family
 from veneer.training.families.errors import PromptWarning
 from veneer.training.families.family import Family
-from veneer.training.families.flux import unpack
+from veneer.training.families.flow.flux import unpack
 from veneer.training.objective.objectives import Flow, ObjectiveOptions
 from veneer.training.objective.timestep_sampling import flux_mu
 from veneer.training.preflight.memory_parts import count_training_step, vae_bytes

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -31,11 +31,14 @@ class TransformerRecord(ModelRecord):
         modules: the model in the order of its forward pass: lists of blocks, and paths of other modules or parameters.
         sample: keyword inputs of a forward pass, for a model.
         tiny: config of each small model by its name, unique among all records: keyword arguments of the first class.
+        gradient_modes: name of a class of modules that stop gradients in evaluation mode to the attributes with which they do
+            not; see `GradientMode`.
         roles, inert_biases, read, inert, full_size: as for `ModelRecord`.
     """
 
     library: str = "diffusers"
     default_roles: ClassVar[Mapping[str, str]] = ROLES
+    gradient_modes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def attention_order(self, model: nn.Module) -> Mapping[str, int]:
         return processor_order(model)

@@ -11,6 +11,7 @@ from ..composition.merge import MergeReport, OriginalWeights, merge_weights, res
 from ..composition.mixed_batch_rows import Batch
 from ..errors import HostChanged, StateError, UnsupportedSite
 from ..quantized_weight import keep_unpacked
+from ..registry import host_of
 from ..seams.adapter_calls import is_tracing
 from ..seams.seam import Seam
 from ..seams.seam_choice import seams_for
@@ -63,6 +64,8 @@ class Installation:
         for tower in self.towers.values():  # first, because seams may have hooks on the tower itself
             hook = tower.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
             self._tower_hooks.append(hook)
+            host = host_of(tower)
+            self._tower_hooks.extend(host.gradient_hooks(tower) if host is not None else ())
         self.trained.unfreeze(self._others())
         for site, adapter in self.parts:
             tower = self.towers[site.component]

@@ -1,4 +1,4 @@
-"""Registry of pipeline families, one module each."""
+"""Registry of pipeline families, one module each, grouped by what the denoiser predicts and of what."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from veneer.injection.errors import BaseModelError
 
 from .errors import PromptError, PromptWarning
-from .family import Family, Sizes
+from .family import Family, Sizes, generated_images
 
 __all__ = [
     "BaseModelError", "Family", "PromptError", "PromptWarning", "Sizes", "check_folder", "families", "family",
-    "sampling_arguments",
+    "generated_images", "sampling_arguments",
 ]  # fmt: skip
 
 EDITING = ("Kontext", "Fill", "Edit", "Control", "Pix2Pix", "Redux")
@@ -23,13 +23,13 @@ EDITING = ("Kontext", "Fill", "Edit", "Control", "Pix2Pix", "Redux")
 
 
 def families() -> dict[str, type[Family]]:
-    """Module name → family, in alphabetical order: every subclass of `Family` defined in a module of this package."""
-    found = {}
-    for module in sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "family"):
-        for value in vars(importlib.import_module(f"{__name__}.{module}")).values():
-            if isinstance(value, type) and issubclass(value, Family) and value.__module__ == f"{__name__}.{module}":
-                found[module] = value
-    return found
+    """Module name → family, in alphabetical order: every subclass of `Family` defined in a module of a sub-package."""
+    subclasses = {}
+    for path in (info.name for info in pkgutil.walk_packages(__path__, f"{__name__}.") if info.name != f"{__name__}.family"):
+        for value in vars(importlib.import_module(path)).values():
+            if isinstance(value, type) and issubclass(value, Family) and value.__module__ == path:
+                subclasses[path.rpartition(".")[2]] = value
+    return dict(sorted(subclasses.items()))
 
 
 def family(pipe: Any, **options: Any) -> Family:

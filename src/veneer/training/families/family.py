@@ -22,7 +22,7 @@ Sizes = Tensor | Sequence[Sequence[int]]
 
 
 class Family(PromptLimits, ABC):
-    """A family of diffusers pipelines. Each module of `families/` with a subclass is registered automatically.
+    """A family of diffusers pipelines. Each module in a sub-package of `families/` with a subclass is registered automatically.
 
     Class attributes:
         pipelines: supported pipeline classes (and their subclasses), the text-to-image one first.
@@ -252,7 +252,7 @@ class Family(PromptLimits, ABC):
                 part.eval()
             arguments = {name: value for name, value in settings.items() if value is not None}
             arguments = self.sampling_arguments(arguments, len(prompts))
-            return list(pipe(**self.inputs(prompts), generator=generators, **arguments).images)
+            return generated_images(pipe(**self.inputs(prompts), generator=generators, **arguments))
         finally:
             for module, training in modes:
                 module.training = training
@@ -270,6 +270,11 @@ class Family(PromptLimits, ABC):
     def inputs(self, prompts: list[str]) -> dict[str, Any]:
         """Pipeline arguments of the prompts."""
         return {"prompt": list(prompts)}  # a copy: some pipelines apply their chat template in place
+
+
+def generated_images(output: Any) -> list[Any]:
+    """The images in the output of a pipeline, of videos the first frames."""
+    return list(output.images) if "images" in output else [frames[0] for frames in output.frames]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

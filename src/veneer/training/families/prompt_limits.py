@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
+from veneer.injection.errors import OptionError
+
 from ..data.captions import longest_prefix
 from .errors import PromptError, PromptWarning
 
@@ -46,6 +48,19 @@ class PromptLimits:
     def text_tokens(self) -> int:
         """Token limit of T5 or a language model: `max_tokens`, or the default of the pipeline's `encode_prompt`."""
         return self.max_tokens or int(inspect.signature(self.pipe.encode_prompt).parameters["max_sequence_length"].default)
+
+    def fixed_tokens(self, tokens: int) -> int:
+        """`tokens`, the only length of text that a model takes.
+
+        Raises:
+            OptionError: another `max_tokens`.
+        """
+        if self.max_tokens not in (None, tokens):
+            message = (
+                f"{type(self.pipe).__name__} takes text of {tokens} tokens only, got max_tokens={self.max_tokens}; leave it out."
+            )
+            raise OptionError(message, option="max_tokens", given=self.max_tokens, expected=tokens)
+        return tokens
 
     def prepare(self, prompts: list[str], tokenizer: Any) -> list[str]:
         """The prompts as the pipeline passes them to a tokenizer, with multi-vector tokens expanded."""

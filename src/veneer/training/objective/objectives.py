@@ -217,12 +217,14 @@ class Flow(Objective):
     def sample_timestep(self, generator: torch.Generator, tokens: int | None = None) -> float:
         sigma = timestep_sampling.sample(self.density, self.options, generator)
         if self.density == "flux_shift":
-            sigma = timestep_sampling.shift_sigma_exponentially(
-                sigma, timestep_sampling.flux_mu(tokens or self.options.tokens, *self.mu)
-            )
+            sigma = timestep_sampling.shift_sigma_exponentially(sigma, self.log_shift(tokens or self.options.tokens))
         elif self.density != "sigmoid":
             sigma = timestep_sampling.shift_sigma(sigma, self.shift)
         return min(max(sigma, 1 / self.steps), 1.0)
+
+    def log_shift(self, tokens: int) -> float:
+        """μ of `flux_shift` for a number of 2×2 latent patches."""
+        return timestep_sampling.flux_mu(tokens, *self.mu)
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         sigma = t.to(latents.device, torch.float32).view(-1, *[1] * (latents.ndim - 1))

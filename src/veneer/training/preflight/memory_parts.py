@@ -64,7 +64,7 @@ def count_training_step(
     latent = resolution // family.vae_factor
     noisy = torch.empty(rows, family.latent_channels, latent, latent, device=family.device)
     text = {name: torch.ones_like(shape, device=family.device) for name, shape in family.text_shapes(rows).items()}
-    times = torch.zeros(rows, device=family.device)
+    times = torch.full((rows,), 1000.0, device=family.device)
     inputs = catch_inputs(family.tower, lambda: family.denoise(noisy, times, text))
     costs = [count_step_cost(family.tower, inputs, trainable, dtype, flops)]
     for tower in family.text_towers.values():

@@ -64,11 +64,16 @@ class MemoryPrediction:
     @property
     def encoders(self) -> int:
         """Bytes of the VAE and the text encoders."""
-        return sum(self.weights.values()) - self.weights[self.denoiser]
+        return sum(self.weights.values()) - self.denoisers
+
+    @property
+    def denoisers(self) -> int:
+        """Bytes of the denoiser, with both experts of a model that has two."""
+        return sum(count for name, count in self.weights.items() if name.startswith(self.denoiser))
 
     def phases(self, offloads: bool | None = None) -> dict[str, int]:
         """Peak bytes on the device of each phase. `offloads`: in place of the run's."""
-        resident = self.weights[self.denoiser] + self.adapters
+        resident = self.denoisers + self.adapters
         parts = self.training, self.activations, self.encoding, self.decoding
         return phase_peaks(resident, self.encoders, *parts, offloads=self.offloads if offloads is None else offloads)
 

@@ -60,7 +60,8 @@ def _folder(base: str | Path) -> Any:
     }
     with torch.device("meta"):
         parts = {name: _component(folder / name, *entry) for name, entry in entries.items()}
-    return _assemble(index["_class_name"], parts)
+    settings = {name: value for name, value in index.items() if not name.startswith("_") and name not in entries}
+    return _assemble(index["_class_name"], parts, {n: v for n, v in settings.items() if v != [None, None]})
 
 
 def _component(folder: Path, library: str, name: str) -> Any:
@@ -76,18 +77,17 @@ def _component(folder: Path, library: str, name: str) -> Any:
     return None if config is None else kind(config.from_pretrained(folder))
 
 
-def _assemble(kind: str, parts: dict[str, Any]) -> Any:
-    """A pipeline of the components; None for those that are missing."""
+def _assemble(kind: str, parts: dict[str, Any], settings: dict[str, Any] | None = None) -> Any:
+    """A pipeline of the components; None for those that are missing. `settings`: other arguments of its class."""
     import diffusers
 
     build = getattr(diffusers, kind)
-    parameters = inspect.signature(build.__init__).parameters.values()
-    needed = [p.name for p in parameters if p.name != "self" and p.default is p.empty]
-    given = {p.name: parts[p.name] for p in parameters if parts.get(p.name) is not None}
-    settings = (
-        {"requires_safety_checker": False} if "requires_safety_checker" in inspect.signature(build.__init__).parameters else {}
-    )
-    return build(**{**dict.fromkeys(needed), **given, **settings})
+    parameters = {name: p for name, p in inspect.signature(build.__init__).parameters.items() if name != "self"}
+    needed = [name for name, p in parameters.items() if p.default is p.empty]
+    given = {name: parts[name] for name in parameters if parts.get(name) is not None}
+    own = {name: value for name, value in (settings or {}).items() if name in parameters}
+    unsafe = {"requires_safety_checker": False} if "requires_safety_checker" in parameters else {}
+    return build(**{**dict.fromkeys(needed), **given, **own, **unsafe})
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

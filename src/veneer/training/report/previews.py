@@ -20,7 +20,7 @@ from veneer.injection.attachment.attachment import Attachment
 from veneer.injection.errors import OptionError, VeneerError
 
 from ..encoder_offload import restore_encoders
-from ..families import sampling_arguments
+from ..families import generated_images, sampling_arguments
 from ..loop.seeds import generator
 from .png_metadata import save_png
 
@@ -182,7 +182,7 @@ def _generate(
         for start in range(0, len(jobs), settings.batch):
             part = jobs[start : start + settings.batch]
             pipe.scheduler = copy.deepcopy(scheduler)
-            images = pipe(**_arguments(pipe, accepts, part, settings)).images
+            images = generated_images(pipe(**_arguments(pipe, accepts, part, settings)))
             found += [Preview(j.prompt, j.seed, image, _record(pipe, j, settings)) for j, image in zip(part, images, strict=True)]
             if progress is not None:
                 progress(len(part))

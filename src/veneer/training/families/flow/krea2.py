@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objective.objectives import Flow, Objective, ObjectiveOptions
-from .family import Family, Sizes
+from ...objective.objectives import Flow, Objective, ObjectiveOptions
+from ..family import Family, Sizes
+from ..prompt_limits import LanguageModelLimits
 from .flux import pack, positions, unpack
-from .prompt_limits import LanguageModelLimits
 
 
 class Krea2(LanguageModelLimits, Family):

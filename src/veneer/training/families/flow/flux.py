@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .family import Family, Sizes
+from ..family import Family, Sizes
 
 
 class Flux(Family):

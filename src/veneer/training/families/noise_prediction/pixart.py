@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .family import Family, Sizes
-from .text_masks import mask_shapes
+from ..family import Family, Sizes
+from ..text_masks import mask_shapes
 
 
 class PixArt(Family):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .family import Family, Sizes
+from ..family import Family, Sizes
 
 
 class StableDiffusion(Family):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .family import Sizes
+from ..family import Sizes
 from .flux import Flux, pack, positions, unpack
 
 

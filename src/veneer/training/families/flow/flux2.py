@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..objective.objectives import Flow, Objective, ObjectiveOptions
-from .family import Sizes
+from ...objective.objectives import Flow, Objective, ObjectiveOptions
+from ..family import Sizes
+from ..prompt_limits import LanguageModelLimits
 from .flux import Flux, pack, positions, unpack
-from .prompt_limits import LanguageModelLimits
 
 
 class Flux2(LanguageModelLimits, Flux):

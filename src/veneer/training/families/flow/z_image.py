@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .family import Family, Sizes
-from .prompt_limits import LanguageModelLimits
-from .text_masks import mask_shapes, with_mask, without_mask
+from ..family import Family, Sizes
+from ..prompt_limits import LanguageModelLimits
+from ..text_masks import mask_shapes, with_mask, without_mask
 
 
 class ZImage(LanguageModelLimits, Family):

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .family import Family, Sizes
+from ..family import Family, Sizes
+from ..prompt_limits import LanguageModelLimits
+from ..text_masks import mask_shapes
 from .flux import pack, unpack
-from .prompt_limits import LanguageModelLimits
-from .text_masks import mask_shapes
 
 TRUE_CFG_SCALE = 4.0
 """The pipeline's default, which it uses only with a negative prompt."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from veneer.injection.errors import OptionError
 
-from .family import Family, Sizes
+from ..family import Family, Sizes
 
 
 class DiT(Family):

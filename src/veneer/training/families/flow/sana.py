@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .family import Family, Sizes
-from .prompt_limits import LanguageModelLimits
-from .text_masks import mask_shapes
+from ..family import Family, Sizes
+from ..prompt_limits import LanguageModelLimits
+from ..text_masks import mask_shapes
 
 
 class Sana(LanguageModelLimits, Family):

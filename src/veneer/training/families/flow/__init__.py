@@ -1,0 +1,1 @@
+"""Families of flow-matching transformers of images."""

@@ -1,0 +1,1 @@
+"""Families of video models, which train on images as videos of one frame."""
