@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,24 +31,35 @@ TIERS = {
     "matrix": ("matrix/",),
     "browser": ("apps/test_browser", "apps/test_clients.py"),
     "slow": (
-        "apps/", "base_models/", "benchmarks/", "pipelines/", "test_allocator.py", "test_example_package.py", "test_extras.py",
+        "apps/", "base_models/", "benchmarks/", "captioning/", "pipelines/",
+        "test_allocator.py", "test_example_package.py", "test_extras.py",
         "test_docs.py", "test_readme.py", "classification/test_comparison.py", "classification/test_export",
-        "formats/test_controlnext_base.py",
+        "formats/test_controlnet.py", "formats/test_controlnext_base.py",
         "formats/test_diffusers.py", "formats/test_families.py", "formats/test_growth.py", "formats/test_image_embeddings.py",
-        "formats/test_kohya.py", "formats/test_lora_reader.py", "formats/test_lycoris.py", "formats/test_malformed.py",
+        "formats/test_kohya.py", "formats/test_lora_reader.py", "formats/test_lycoris", "formats/test_malformed.py",
         "formats/test_modules.py", "formats/test_onetrainer_methods.py", "formats/test_peft_folder.py",
-        "formats/test_transformer_files.py", "hosts/", "hub/test_push", "classification/test_base_to_new.py",
-        "classification/test_multi_label.py", "classification/test_transformers_loading.py",
+        "formats/test_transformer_files.py", "hosts/", "hub/test_card.py", "hub/test_push", "classification/test_base_to_new.py",
+        "classification/test_multi_label.py", "classification/test_protocols.py", "classification/test_successive_halving.py",
+        "classification/test_transformers_loading.py", "control/test_maps.py",
         "training/flow_families/", "training/language_model_families/",
         "injection/test_accelerator.py", "injection/test_activation.py", "injection/test_layer_order.py",
         "injection/test_quantized_weights.py", "injection/test_swap.py",
-        "methods/test_chain.py", "methods/test_controlnet.py", "methods/test_controls_exported.py", "methods/test_lora_inits.py",
+        "methods/test_chain.py", "methods/test_control", "methods/test_lora_inits.py",
         "methods/test_output_rotation.py", "training/test_preflight.py",
         "training/test_families.py", "training/test_memory", "training/test_resume.py", "training/test_scheduled.py",
         "training/test_sharded_base.py",
     ),
 }  # fmt: skip
 """Marker to the beginnings of paths below `tests`, beside tests that have the marker themselves."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Skips the files of tiers that `-m "not TIER and …"` excludes, whose imports take seconds."""
+    expression = config.option.markexpr
+    excluded = set() if " or " in expression else {*re.findall(r"\bnot (\w+)", expression)}
+    beginnings = tuple(beginning for tier in TIERS.keys() & excluded for beginning in TIERS[tier])
+    path = collection_path.relative_to(Path(__file__).parent).as_posix() + "/" * collection_path.is_dir()
+    return path.startswith(beginnings) or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,12 +19,14 @@ from veneer.injection import hosts, methods
 
 FIRST_USE = ("clone", "make", "app", "git", "pip")
 """Words of commands that install the project or start a server; other tests run them."""
-TINY_TRAINING = ["--steps", "2", "--eval-seeds", "0", "--tracker", "none"]
+TINY_TRAINING = ["--steps", "2", "--eval-seeds", "0", "--preview-steps", "2", "--tracker", "none"]
 SHORTER = {
     "personalize": TINY_TRAINING,
     "control train": [*TINY_TRAINING, "--generated-images", "12", "--grid-images", "1"],
+    "generate": ["--steps", "2"],
+    "control generate": ["--steps", "2"],
     "transfer": ["--epochs", "1", "--shots", "6"],
-    "compare": ["--epochs", "1", "--shots", "6"],
+    "compare": ["--epochs", "1", "--shots", "6", "--seeds", "1"],
 }
 """Command to flags that make it quick; a flag given twice holds its last value."""
 

@@ -226,7 +226,7 @@ def test_a_run_is_repeated_by_its_config(command: str, folders: tuple[str, str],
                         "--method", "pivotal", "--lora.rank", "2", "--learning-rate", "0.01", "--prompts", "a {concept}"],
         "control train": [photos, "--base", base, "--steps", "2", "--method", "t2i_adapter", "--eval-seeds", "0",
                           "--preview-every", "0", "--template", "a cat", "--validation", "0.25", "--seed", "3"],
-        "transfer": ["digits", "--method", "lora", "--lora.rank", "2", "--epochs", "1", "--shots", "4"],
+        "transfer": ["digits", "--method", "lora", "--lora.rank", "2", "--epochs", "1", "--shots", "4", "--size", "16"],
     }[command]  # fmt: skip
     tracker = [] if command == "transfer" else ["--tracker", "none"]
     assert main([*command.split(), *words, *tracker, "--out", str(tmp_path / "flags")]) == 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.apps.adapters import perturbed
-from tests.apps.browser import App, Browser, browser, served
+from tests.apps.browser import App, Browser, browser
 from veneer import base_models
 from veneer.formats import native
 
@@ -36,15 +36,26 @@ def loops_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
+    """Of one module: while Playwright runs, no other event loop can."""
     with browser() as found:
         yield found
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    """The server of all tests with a browser, not started: that takes ten seconds."""
+    found = App(tmp_path_factory.mktemp("app"))
+    yield found
+    found.end()
+
+
 @pytest.fixture(scope="module")
-def app(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
-    """Depends on `chromium`, so that no server is started without a browser."""
-    with served(tmp_path_factory.mktemp("app")) as found:
-        yield found
+def app(chromium: Browser, server: App) -> App:
+    """The running app with an empty workspace. Depends on `chromium`, so that no server is started without a browser."""
+    if server.process is None or server.process.poll() is not None:
+        server.start()
+    server.empty_workspace()
+    return server
 
 
 @pytest.fixture

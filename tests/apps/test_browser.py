@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from veneer.apps.pages import pages
 
-from tests.apps.browser import PATIENCE, PHONE, WIDE, App, Browser, Small, findings, go, tabs
+from tests.apps.browser import (
+    GRADIO_ASSETS,
+    PATIENCE,
+    PHONE,
+    WIDE,
+    App,
+    Browser,
+    Small,
+    findings,
+    go,
+    is_of_line_plot,
+    tabs,
+)
 
 
 @pytest.mark.parametrize(("size", "dark"), [(WIDE, False), (PHONE, True)], ids=["wide-light", "phone-dark"])
@@ -66,3 +79,25 @@ def test_user_text_is_shown_literally(chromium: Browser, tmp_path: Path) -> None
     finally:
         server.close()
     chromium.check()
+
+
+LINE_PLOT = next(path.name for path in GRADIO_ASSETS.glob("Index-*.js") if "runAsync" in path.read_text())
+OFFSET = "Cannot read properties of null (reading 'offsetWidth')"
+
+
+@pytest.mark.parametrize(
+    ("message", "scripts", "excluded"),
+    [
+        (OFFSET, (LINE_PLOT,), True),
+        (OFFSET, (LINE_PLOT, "index-0.js"), True),
+        (OFFSET, (), True),  # an error without a stack
+        (OFFSET, ("index-0.js", LINE_PLOT), False),
+        (OFFSET, (next(path.name for path in GRADIO_ASSETS.glob("Index-*.js") if path.name != LINE_PLOT),), False),
+        (OFFSET, ("Index-none.js",), False),
+        (OFFSET.replace("Width", "Height"), (LINE_PLOT,), False),
+    ],
+)
+def test_only_the_error_of_the_line_plot_is_excluded(message: str, scripts: tuple[str, ...], excluded: bool) -> None:
+    frames = [f"    at f (http://127.0.0.1:7860/assets/{script}:1:234)" for script in scripts]
+    stack = "\n".join([f"TypeError: {message}", *frames])
+    assert is_of_line_plot(SimpleNamespace(message=message, stack=stack)) == excluded

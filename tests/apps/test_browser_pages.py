@@ -20,6 +20,9 @@ from veneer.config_file import read_table
 from veneer.formats import load_all
 from veneer.training.report.png_metadata import read_settings
 
+FEW_PROMPTS = 'prompts = ["a {concept}, center, white background"]\ndrift_prompts = ["an apple, center, white background"]'
+"""Other options that shorten previews and evaluation, most of a short run."""
+
 
 def pictures(page: Any, where: str) -> list[Any]:
     """Images of a gallery, as received by the browser."""
@@ -63,6 +66,8 @@ def test_train_on_four_photos(app: App, page: Any, chromium: Browser, tmp_path: 
     page.locator("#train-concept input, #train-concept textarea").fill("<octopus>")
     page.locator("#train-word input, #train-word textarea").fill("fish")
     assert page.locator("#train-preset").get_by_label("quick").is_checked()
+    page.get_by_text("Config file and other options", exact=True).click()
+    page.locator("#train-other textarea").fill(FEW_PROMPTS)
     page.locator("#train-start").click()
     state = page.locator("#train-state")
     state.get_by_text(re.compile(r"trains: step \d+ of 100")).wait_for()

@@ -21,8 +21,12 @@ from tests.apps.browser import App, Browser, go
 from veneer import base_models
 
 
-def train(page: Any, concept: str, how_long: str) -> None:
-    """Starts a run on the example photos."""
+def train(page: Any, concept: str, how_long: str, checkpoint_every: int | None = None) -> None:
+    """Starts a run on the example photos.
+
+    Args:
+        checkpoint_every: steps between checkpoints (default: the preset's).
+    """
     page.locator("#train-example").click()
     page.locator("#train-notes").get_by_text("5 photos").wait_for()
     page.locator("#train-concept input, #train-concept textarea").fill(concept)
@@ -30,6 +34,9 @@ def train(page: Any, concept: str, how_long: str) -> None:
     steps = {"quick": "100", "balanced": "300"}[how_long]
     page.get_by_role("button", name=re.compile("^Settings")).click()
     page.wait_for_function("n => document.querySelector('#train-steps :is(input, textarea)')?.value === n", arg=steps)
+    if checkpoint_every is not None:
+        page.get_by_role("button", name="More settings").click()
+        page.locator("#train-checkpoint-every :is(input, textarea)").fill(str(checkpoint_every))
     page.locator("#train-start").click()
 
 
@@ -44,7 +51,7 @@ def test_stop_resume_and_crash_recovery_in_two_tabs(app: App, chromium: Browser)
     """Two tabs show one job. After a crash of the server the job continues; after a crash of both it resumes from a checkpoint.
     A stop in one tab shows in the other, saves a usable adapter, and the job can be resumed and deleted."""
     first, second = chromium.open(app), chromium.open(app)
-    train(first, "<beast>", "balanced")
+    train(first, "<beast>", "balanced", checkpoint_every=10)
     (folder,) = wait_for(first, lambda: list(app.workspace.glob("*/jobs/*")))
     job = Job(folder)
     second.locator("#train-state").get_by_text("<beast>, pivotal trains").wait_for()
@@ -105,6 +112,7 @@ def lost(error: str) -> bool:
         "network error",
         "Connection err",
         "Failed to fetch",  # streams, and parts of Gradio's page that are loaded when they are first needed
+        "Unable to preload CSS",  # styles of these parts
     )
     return any(words in error for words in gone)
 

@@ -11,6 +11,7 @@ from veneer.cli import main
 from veneer.command_line.output import output, print_json, result_of
 
 
+@pytest.mark.slow
 def test_json_of_a_run_is_its_folder_and_result_alone_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert main(["transfer", "digits", "--method", "linear_probe", "--epochs", "1", f"--out={out}", "--size=16", "--json"]) == 0

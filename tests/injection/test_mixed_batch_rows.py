@@ -227,6 +227,7 @@ def test_a_batch_of_another_size_is_an_error() -> None:
         model.head(torch.zeros(2, 6, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_a_compiled_model() -> None:
     """One more graph for each new combination."""
     model, _ = three_attachments(rank=2)

@@ -100,6 +100,7 @@ def test_the_gradient_without_normalization_is_that_of_the_loss() -> None:
             torch.testing.assert_close(gradient[place], slope, atol=1e-8, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's own tracing
 def test_compiled_training_has_the_same_gradient() -> None:
     model = tiny()

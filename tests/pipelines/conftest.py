@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,21 @@ def photos(tmp_path: Path) -> Path:
     for i in range(3):
         save(folder / f"{i}.png", 48, 40, seed=i)
     return folder
+
+
+@pytest.fixture
+def small_flux(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLUX pipelines with images of 64 × 64 by default, 64 tokens. Their constructor sets 512 × 512, 4,096 tokens."""
+    from diffusers import FluxPipeline
+
+    construct = FluxPipeline.__init__
+
+    @functools.wraps(construct)
+    def smaller(self: Any, *parts: Any, **named: Any) -> None:
+        construct(self, *parts, **named)
+        self.default_sample_size = 16
+
+    monkeypatch.setattr(FluxPipeline, "__init__", smaller)
 
 
 @pytest.fixture(scope="session")

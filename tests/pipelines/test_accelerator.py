@@ -45,6 +45,7 @@ def train(base: Path, photos: Path, out: Path, device: str = "cpu", **settings: 
     return load_file(out / "adapter.safetensors")
 
 
+@pytest.mark.usefixtures("small_flux")
 @pytest.mark.parametrize("kind", sorted({*FAMILIES} - {"sd2"}))  # which is `sd` with another objective
 def test_a_run_equals_that_on_the_cpu(kind: str, bases: Path, photos: Path, tmp_path: Path) -> None:
     method = "lora" if kind in ("dit", "pixart") else "pivotal"

@@ -35,6 +35,7 @@ def run(base: str, photos: Path, out: Path, **settings: Any) -> Path:
     return personalize(PersonalizeConfig(photos=photos, base=base, out=out, concept="<toy>", **{**QUICK, **settings}))
 
 
+@pytest.mark.usefixtures("small_flux")
 @pytest.mark.parametrize(
     ("kind", "method", "files"),
     [
@@ -81,6 +82,7 @@ def test_the_saved_adapter_generates_what_was_trained(base: Any, photos: Path, t
     assert any(t.any() for k, t in state.items() if k.endswith(":up"))
 
 
+@pytest.mark.usefixtures("small_flux")
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
 def test_a_base_model_in_bfloat16_trains_a_float32_adapter(base: Any, photos: Path, tmp_path: Path, kind: str) -> None:
     """The same photos and noise: the losses differ by the rounding of the base model only."""

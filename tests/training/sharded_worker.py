@@ -109,7 +109,8 @@ def gradients(case: Case, photos: Path, shard: bool) -> tuple[dict[str, Tensor],
     if case.checkpointing:
         prepare_base.enable_gradient_checkpointing(kind.tower)
     config = TrainConfig(batch=case.batch, tracker="none")
-    dataset = PhotoDataset(find_photos(photos), kind.resolution, kind.multiple, 0, captions=Captions("<toy>"))
+    side = min(kind.resolution, 64)  # FLUX has 512
+    dataset = PhotoDataset(find_photos(photos), side, kind.multiple, 0, captions=Captions("<toy>"))
     loss = DenoisingLoss(kind, dataset, 0, config.samples)
     base = ShardedBase(accelerator, [kind.tower, *kind.text_towers.values()]) if shard else None
     groups = param_groups.parameter_groups([attached], {case.method: 1.0}, 1.0, 1.0)

@@ -21,12 +21,13 @@ from veneer.training import attach_methods, prepare_base
 from veneer.training.families import family
 from veneer.training.loop.optimizer_step import AUTOCAST
 from veneer.training.personalization_config import PersonalizeConfig
+from veneer.training.preflight import memory_parts
 from veneer.training.preflight.estimates import estimate
-from veneer.training.preflight.memory_parts import catch_inputs, count_training_step, phase_peaks
+from veneer.training.preflight.memory_parts import catch_inputs, count_training_step, phase_peaks, vae_bytes
 from veneer.training.preflight.memory_prediction import MemoryPredictor
 from veneer.training.preflight.meta_family import meta_family
 from veneer.training.preflight.packed_linear import PACKINGS, PackedLinear
-from veneer.training.preflight.step_cost import FlopCounter, PeakBytes, count_step_cost
+from veneer.training.preflight.step_cost import FlopCounter, PeakBytes, count_forward_bytes, count_step_cost
 from veneer.training.report.memory_profile import peak
 
 RUN = PersonalizeConfig(concept="<toy>", dtype="float32", resolution=64)
@@ -124,6 +125,24 @@ def test_activations_grow_with_batch_and_area():
     )
     assert batch == pytest.approx(2 * small, rel=0.05)
     assert area == pytest.approx(4 * small, rel=0.1)
+
+
+def test_passes_of_a_vae_are_counted_once(monkeypatch):
+    """For all VAEs of a layout, whatever their weights; a dtype, a size or tiling of its own is counted anew."""
+    passes = []
+    monkeypatch.setattr(memory_parts, "_vae_counts", {})
+    monkeypatch.setattr(memory_parts, "count_forward_bytes", lambda *each: passes.append(each) or count_forward_bytes(*each))
+    first = vae_bytes(family(tiny_pipeline("sd")), 32)
+    assert len(passes) == 2
+    assert vae_bytes(family(tiny_pipeline("sd", seed=1)), 32) == first
+    assert len(passes) == 2
+    assert vae_bytes(family(tiny_pipeline("sd")), 64) == pytest.approx([4 * each for each in first], rel=0.1)
+    half, tiled = tiny_pipeline("sd"), tiny_pipeline("sd")
+    half.vae.to(torch.bfloat16)
+    assert vae_bytes(family(half), 32) == pytest.approx([each / 2 for each in first], rel=0.1)
+    tiled.vae.enable_tiling()
+    vae_bytes(family(tiled), 32)
+    assert len(passes) == 8
 
 
 def test_every_kind_has_a_packing():

@@ -63,10 +63,8 @@ def test_a_dataset_without_a_concept_keeps_that_of_the_run(concept: str, tmp_pat
 def test_memory_is_that_of_the_largest_dataset() -> None:
     small, large = (
         check_memory(
-            PersonalizeConfig(
-                base="sd15", check="100GB", resolution=256, dtype="float32", datasets=({"path": "x", "concept": "<a>", **sides},)
-            )
+            PersonalizeConfig(check="100GB", resolution=64, dtype="float32", datasets=({"path": "x", "concept": "<a>", **sides},))
         )
-        for sides in ({}, {"resolution": [512]})
+        for sides in ({}, {"resolution": [128]})
     )
     assert small.table() != large.table()

@@ -76,13 +76,36 @@ def count_training_step(
 
 
 def vae_bytes(family: Family, resolution: int) -> tuple[int, int]:
-    """What the VAE allocates while it encodes one photo and decodes one image; a float16 VAE with `force_upcast` uses float32."""
-    vae, side = family.pipe.vae, resolution // family.vae_factor
+    """What the VAE allocates while it encodes one photo and decodes one image; a float16 VAE with `force_upcast` uses float32.
+
+    Counted once per process for VAEs of one architecture, dtype and device.
+    """
+    vae = family.pipe.vae
     factor = 2 if vae.dtype == torch.float16 and vae.config.get("force_upcast", False) else 1
+    key = (type(family), resolution, *_layout(vae))
+    if key not in _vae_counts:
+        _vae_counts[key] = _count_vae_bytes(family, resolution)
+    encoding, decoding = _vae_counts[key]
+    return factor * encoding, factor * decoding
+
+
+_vae_counts: dict[tuple[Any, ...], tuple[int, int]] = {}
+
+
+def _layout(vae: Any) -> tuple[Any, ...]:
+    """All that a pass of a VAE depends on for its shapes, such as its config, dtypes and slicing, but not its weights."""
+    config = {name: value for name, value in dict(vae.config).items() if not name.startswith("_")}  # such as its path
+    settings = {name: value for name, value in vars(vae).items() if isinstance(value, (bool, int))}
+    tensors = [(tuple(t.shape), t.dtype, t.device.type) for t in (*vae.parameters(), *vae.buffers())]
+    return type(vae), repr(config), repr(settings), *tensors
+
+
+def _count_vae_bytes(family: Family, resolution: int) -> tuple[int, int]:
+    vae, side = family.pipe.vae, resolution // family.vae_factor
     photo = torch.empty(1, 3, resolution, resolution, dtype=vae.dtype, device="meta")
     latents = torch.empty(1, family.latent_channels, side, side, dtype=vae.dtype, device="meta")
     encoding = count_forward_bytes(vae, {"x": family.with_frame(photo)}, "encode")
-    return factor * encoding, factor * count_forward_bytes(vae, {"z": family.with_frame(latents)}, "decode")
+    return encoding, count_forward_bytes(vae, {"z": family.with_frame(latents)}, "decode")
 
 
 class _Caught(Exception):

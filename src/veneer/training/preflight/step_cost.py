@@ -42,7 +42,8 @@ class StepCost:
 
     Args:
         activations: peak bytes of tensors created in the pass, including gradients.
-        flops: multiplications and additions. `seconds`: measured, or None. `forward`: seconds of the forward pass, or None.
+        flops: multiplications and additions, or 0 if not counted.
+        seconds: measured, or None. `forward`: seconds of the forward pass, or None.
     """
 
     activations: int
@@ -176,9 +177,9 @@ def fake_pass(
 def measure_step_cost(step: Callable[[], Tensor]) -> StepCost:
     """Measures a pass: `step()` returns the loss, followed by its backward pass. Runs twice and times the second, warm pass.
 
-    Gradients are accumulated; zero them afterwards.
+    Counts no FLOPs, which are for costs from shapes. Gradients are accumulated; zero them afterwards.
     """
-    cost = _under_counters(step)
+    cost = _under_counters(step, count_flops=False)
     _synchronize()
     start = time.perf_counter()
     with allow_unselected():
@@ -187,7 +188,7 @@ def measure_step_cost(step: Callable[[], Tensor]) -> StepCost:
     forward = time.perf_counter() - start
     loss.backward()
     _synchronize()
-    return StepCost(cost.activations, cost.flops, time.perf_counter() - start, forward)
+    return StepCost(cost.activations, 0, time.perf_counter() - start, forward)
 
 
 def _under_counters(step: Callable[[], Tensor], mode: Any = None, count_flops: bool = True) -> StepCost:
