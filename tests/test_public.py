@@ -19,8 +19,9 @@ MODULES = [
 ]  # fmt: skip
 REGISTRY = ["get", "names", "register", "source", "table", "unregister"]
 ATTACHMENT = [
-    "after_step", "check", "condition", "detach", "enabled", "groups", "host_state_dict", "load_state_dict", "merge",
-    "named_parameters", "parameters", "penalty", "prepare", "probe", "report", "save", "scale", "state_dict", "swap", "unmerge",
+    "after_step", "begin_pass", "check", "condition", "consistency_loss", "detach", "enabled", "finalize", "groups",
+    "host_state_dict", "is_selected", "load_state_dict", "merge", "named_parameters", "parameters", "penalty", "prepare", "probe",
+    "report", "require_selection", "save", "scale", "select", "state_dict", "swap", "unmerge",
 ]  # fmt: skip
 ROOT = Path(veneer.__file__).parent.parent.parent
 
@@ -78,7 +79,7 @@ def test_every_public_name_is_documented(name: str) -> None:
 
 
 def test_public_methods_of_the_attachment_are_documented() -> None:
-    public = sorted(n for n in vars(veneer.Attachment) if not n.startswith("_"))
+    public = sorted(n for n in dir(veneer.Attachment) if not n.startswith("_"))
     assert public == ATTACHMENT
     assert [n for n in public if not inspect.getdoc(getattr(veneer.Attachment, n))] == []
 

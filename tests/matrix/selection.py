@@ -45,7 +45,8 @@ REPRESENTATIVES = frozenset(
         *("lora", "full", "ssf"),  # weights that are called or read, base parameters, norms
         *("adaptformer", "adapter_plus"),  # branches, the residual stream
         *("vpt", "coop", "textual_inversion"),  # tokens, prompts, vocabularies
-        *("dam_vp", "clip_adapter", "ip_adapter", "controlnet"),  # pixels, features, attention, residuals
+        *("dam_vp", "clip_adapter", "controlnet"),  # pixels, features, residuals
+        *("ip_adapter", "llama_adapter"),  # cross-attention and self-attention
     }
 )
 

@@ -83,7 +83,10 @@ def test_each_is_alone_when_the_other_is_off_or_gone(first: Case, second: Case, 
     pair = [_attach(model, case, seed) for seed, case in enumerate(cases)]
     staying = 1 - leaving
     alone = first.fresh()
-    inputs = cases[staying].inputs(alone, _attach(alone, cases[staying], staying))
+    beside = _attach(alone, cases[staying], staying)
+    if cases[staying].method.selects:  # by gradients, which the other one changes
+        beside.load_state_dict(pair[staying].state_dict())
+    inputs = cases[staying].inputs(alone, beside)
     expected = run(alone, inputs)
     with pair[leaving].enabled(False):
         same(run(model, inputs), expected, "the other one off")

@@ -18,13 +18,13 @@ from veneer.testing.case import loss
 
 
 @pytest.mark.parametrize(("host", "name"), [MODELS[0], MODELS[2]])
-@pytest.mark.parametrize("clip", [0.0, 1e-3])
-def test_d_selects_by_squared_gradients_of_mini_batches(host: str, name: str, clip: float) -> None:
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1e-3])
+def test_d_selects_by_squared_gradients_of_mini_batches(host: str, name: str, max_grad_norm: float) -> None:
     """Batches of two and of the one left: mean gradients, clipped for each weight, squared and summed."""
     model, samples = tiny(host, name)
     order = [0, 1, 0]
     gradients = plain_gradients(model, samples)
-    tuned = attach(model, "child_tuning", keep_ratio=0.1, batch=2, clip=clip)
+    tuned = attach(model, "child_tuning", keep_ratio=0.1, batch=2, max_grad_norm=max_grad_norm)
     tuned.select(losses(model, [samples[n] for n in order]))
     first, second = (at_sites(tuned, of_sample) for of_sample in gradients)
     scores = []
@@ -32,7 +32,7 @@ def test_d_selects_by_squared_gradients_of_mini_batches(host: str, name: str, cl
         total = torch.zeros_like(a)
         for gradient in ((a + b) / 2, a):
             norm = float(gradient.norm()) + 1e-6
-            total += (gradient * (min(1.0, clip / norm) if clip else 1.0)) ** 2
+            total += (gradient * (min(1.0, max_grad_norm / norm) if max_grad_norm else 1.0)) ** 2
         scores.append(total.flatten())
     flat = torch.cat(scores)
     entries = next(iter(tuned.parts.values()))[1].own
@@ -100,7 +100,8 @@ def test_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "given"), [("mode", "E"), ("keep_ratio", 0.0), ("keep_ratio", 2), ("samples", 0), ("batch", 0), ("clip", -1.0)]
+    ("option", "given"),
+    [("mode", "E"), ("keep_ratio", 0.0), ("keep_ratio", 2), ("samples", 0), ("batch", 0), ("max_grad_norm", -1.0)],
 )
 def test_bad_options(option: str, given: object) -> None:
     with raises(OptionError, method="child_tuning", option=option, given=given):

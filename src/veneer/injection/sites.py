@@ -121,8 +121,8 @@ class BranchSite(Site):
         read: the stream, as input of the branch. `normed`: the same after the branch's norm; None without a norm before it.
         write: the branch's output, before it is added.
         width: number of channels. `layout`: order of the dimensions.
-        prefix_tokens: class and register tokens before the patches. `grid`: (height, width) of the patches at the model's
-            image size, or None if the tokens have no grid; only `NLC` needs them.
+        prefix_tokens: class and register tokens before the patches. `grid`: (height, width) of the patches at the image size of
+            the model, or None if the tokens have no grid; only `NLC` needs them.
     """
 
     read: Port
@@ -140,7 +140,7 @@ class StreamSite(Site):
 
     Args:
         d_in: channels of the input, if a block changes them; 0 for `width`, the channels of the output.
-        resamples: True if the block changes the grid (by a stride or by merging patches).
+        resamples: the block changes the grid (by a stride or by merging patches).
         prefix_tokens, grid: as for `BranchSite`; of a text, the start token.
     """
 
@@ -195,9 +195,8 @@ class ParamSite(Site):
     """A base parameter (bias, norm weight, free parameter) that may be trained or given a delta.
 
     Args:
-        path, param: the module and the parameter in it.
+        path, param: the module and the parameter in it. `rows`: (start, stop) in a fused parameter, or None.
         shape: of the parameter (of the slice, if `rows` is given).
-        rows: (start, stop) in a fused parameter, or None.
         called: True for a bias that its module adds last, so that a delta may be added to the module's output.
         channel_dim: the output dimension that the parameter is added along, if `called`.
     """
@@ -280,8 +279,7 @@ class ResidualSite(Site):
 
     Args:
         widths: channels of each down residual, then of the middle. `strides`: of each relative to the latent.
-        inner_widths, inner_strides: of the features inside the down blocks, which T2I-Adapters change.
-        pixels: image pixels per latent pixel, along one side.
+        inner_widths, inner_strides: of the features inside the down blocks. `pixels`: image pixels per latent pixel, on a side.
         path: the called module. `arguments`: names of its arguments. `skips`, `middle`, `inner`: those for residuals.
         first: path of the first block. `encoder(channels, widths)`: builds an untrained copy of the encoder with zero
             convolutions after it, for hint images with this number of channels and an embedding of these widths.

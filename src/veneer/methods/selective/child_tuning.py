@@ -75,7 +75,7 @@ class ChildTuning(Method):
         mode: `D` or `F`.
         keep_ratio: part of the entries in the child network, above 0, at most 1.
         samples: samples for the scores of D, at least 1. `batch`: samples of each mini-batch of the scores, at least 1.
-        clip: largest norm of a mini-batch's gradient of one weight in the scores; 0 for no limit.
+        max_grad_norm: largest norm of a mini-batch's gradient of one weight in the scores; 0 for no limit.
         seed: of the masks of F.
     A custom training loop calls `after_step` with F.
     Counts: D floor(keep_ratio · entries), ViT-B/16's block linears 16,986,931; F all entries, 84,934,656.
@@ -93,13 +93,13 @@ class ChildTuning(Method):
     default: ClassVar[tuple[str, ...]] = ("attn", "xattn", "mlp")
     learning_rate: ClassVar[float] = 1e-4
     selects: ClassVar[bool] = True
-    shared_options: ClassVar[tuple[str, ...]] = ("mode", "keep_ratio", "samples", "batch", "clip", "seed")
+    shared_options: ClassVar[tuple[str, ...]] = ("mode", "keep_ratio", "samples", "batch", "max_grad_norm", "seed")
 
     mode: Mode = "D"
     keep_ratio: float = 0.2
     samples: int = 256
     batch: int = 16
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -110,8 +110,8 @@ class ChildTuning(Method):
         for option in ("samples", "batch"):
             if getattr(self, option) < 1:
                 raise OptionError.of(self.name, option, getattr(self, option), "at least 1")
-        if not self.clip >= 0:
-            raise OptionError.of(self.name, "clip", self.clip, "at least 0")
+        if not self.max_grad_norm >= 0:
+            raise OptionError.of(self.name, "max_grad_norm", self.max_grad_norm, "at least 0")
 
     def build_shared(self, sites: Sequence[WeightSite | ParamSite]) -> Entries | None:
         """The entries of all sites of a tower; None for F."""
@@ -131,7 +131,7 @@ class ChildTuning(Method):
         """Selects the entries of D."""
         parts = [(site, adapter) for site, adapter in adapters if isinstance(adapter, SparseAdapter)]
         if parts:
-            term = lambda gradient: _clipped(gradient, self.clip).square()  # noqa: E731
+            term = lambda gradient: _clipped(gradient, self.max_grad_norm).square()  # noqa: E731
             select_highest(parts, accumulate_gradients(self.name, parts, losses, self.samples, term, self.batch))
 
     def after_step(self, adapters: Iterable[tuple[Any, Adapter]], step: int, steps: int) -> None:

@@ -39,7 +39,7 @@ class CogView4(LanguageModelLimits, Family):
     """ε − x₀ = transformer(x_σ, σ·1000, text, original size, target size, crop).
 
     Text is the last but one hidden state of GLM, with its padding on the left to a multiple of 16 tokens, which the transformer
-    reads without a mask: rows of different lengths are passes of their own.
+    reads without a mask: rows of different lengths are separate passes.
     Source: Zheng et al. 2024 (CogView3), Z.ai 2025; diffusers `CogView4Pipeline`.
     """
 
