@@ -21,7 +21,7 @@ from tests.methods.bottlenecks import (
     trained,
 )
 from tests.raising import raises
-from veneer.injection import attach
+from veneer.injection import LoadError, attach
 from veneer.injection.errors import OptionError
 from veneer.methods.selective.sct import SCT
 
@@ -96,6 +96,35 @@ def test_selected_channels_are_saved() -> None:
     assert any(a.index.tolist() != [0, 1, 2, 3, 4] for _, a in tuned.parts.values())
     fresh.load_state_dict(tuned.state_dict())
     assert torch.equal(model(picture()), other(picture()))
+
+
+def test_loaded_adapters_keep_their_channels() -> None:
+    """A run that continues from a file selects no other channels than W was trained for."""
+    tuned, again, new = (attach(tiny(), "sct", channels=5) for _ in range(3))
+    tuned.prepare([(picture(), torch.tensor([0, 1]))])
+    again.load_state_dict(tuned.state_dict())
+    again.prepare([(-picture().flip(1), torch.tensor([0, 1]))])
+    new.prepare([(-picture().flip(1), torch.tensor([0, 1]))])
+    first, second, third = ([a.index.tolist() for _, a in each.parts.values()] for each in (tuned, again, new))
+    assert second == first != third
+
+
+def test_an_image_with_several_labels_counts_in_each_of_its_classes() -> None:
+    """As if it was passed once for each of them; one without labels in none."""
+    several, single = (attach(tiny(), "sct", channels=5) for _ in range(2))
+    images = random(4, 3, 32, 32, seed=7) * torch.tensor([1.0, 0.1, 3.0, 50.0]).view(-1, 1, 1, 1)
+    several.prepare([(images, torch.tensor([[1.0, 0, 1], [0, 0, 1], [0, 1, 0], [0, 0, 0]]))])
+    single.prepare([(images[[0, 0, 1, 2]], torch.tensor([0, 2, 2, 1]))])
+    chosen, expected = ([a.index.tolist() for _, a in each.parts.values()] for each in (several, single))
+    assert chosen == expected
+
+
+@pytest.mark.parametrize("index", [[0, 1, 2, 3, 24], [-1, 1, 2, 3, 4], [0, 1, 1, 3, 4]])
+def test_channels_of_a_file_that_do_not_exist(index: list[int]) -> None:
+    tuned = attach(tiny(), "sct", channels=5)
+    state = {**tuned.state_dict(), "blocks.0.attn.branch:index": torch.tensor(index)}
+    with raises(LoadError, where="blocks.0.attn.branch", option="index", expected=(0, 23)):
+        tuned.load_state_dict(state)
 
 
 def test_without_images_nothing_is_selected() -> None:
