@@ -89,6 +89,24 @@ def test_salient_channels_and_blocks_of_a_vit(key: str, prefix: int) -> None:
         assert (expected - bare(picture())).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("layout", ["NLC", "NHWC", "NCHW"])
+def test_special_tokens_do_not_count(layout: str) -> None:
+    """The largest feature of a class or register token is in channel 4, that of the patches in channel 1."""
+    site, method = branch(layout), SCT(channels=1)
+    adapter: Any = method.build(site)
+    dim = 1 if layout == "NCHW" else -1
+    x = torch.zeros(2, 10, WIDTH) if layout == "NLC" else torch.zeros(2, 4, 4, WIDTH).movedim(-1, dim)
+    x.select(dim, 1).fill_(1.0)
+    if layout == "NLC":
+        x[:, : site.prefix_tokens, 4] = 100.0
+    else:
+        x.select(dim, 0).flatten(1)[:, 0] = 2.0
+    method.prepare(
+        [(site, adapter)], lambda images: adapter.output(images, torch.zeros_like(images)), [(x, torch.tensor([0, 1]))]
+    )
+    assert adapter.index.tolist() == [1]
+
+
 def test_selected_channels_are_saved() -> None:
     model, other = tiny(), tiny()
     tuned, fresh = attach(model, "sct", channels=5), attach(other, "sct", channels=5)
