@@ -52,6 +52,22 @@ def test_patience_counts_from_the_best_epoch(tmp_path: Path, last: bool) -> None
     assert not EpochSelection({"w": torch.zeros(1)}, tmp_path).exhausted
 
 
+def test_the_best_epoch_is_one_after_the_schedule_of_the_method(tmp_path: Path) -> None:
+    """Before step 30 heads are pruned: the most accurate model has too many of them."""
+    weight = torch.zeros(1)
+    selection = EpochSelection({"w": weight}, tmp_path, patience=1, first=30)
+    chosen, exhausted = [], []
+    for number, accuracy in enumerate([0.9, 0.8, 0.5, 0.6, 0.6], 1):
+        weight.fill_(number)
+        selection.add(epoch(number, accuracy))
+        chosen.append(selection.best.epoch)
+        exhausted.append(selection.exhausted)
+    assert chosen == [1, 1, 3, 4, 4]
+    assert exhausted == [False, False, False, False, True]
+    selection.restore()
+    assert weight.item() == 4
+
+
 def test_resume_drops_epochs_after_the_checkpoint(tmp_path: Path) -> None:
     weight = torch.zeros(1)
     first = EpochSelection({"w": weight}, tmp_path)

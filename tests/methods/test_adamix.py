@@ -16,7 +16,7 @@ from torch.nn.functional import gelu
 import veneer
 from tests.methods.bottlenecks import blocks_written_out, branch, check_layouts, everywhere, picture, random, stirred, tiny
 from tests.raising import raises
-from veneer.injection import StateError, attach
+from veneer.injection import StateError, UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.methods.additive.experts._experts import sample_expert
 from veneer.methods.additive.experts.adamix import AdaMix
@@ -105,6 +105,14 @@ def test_a_training_pass_without_sampled_experts_is_an_error() -> None:
     tuned.merged = True  # no bottleneck can be merged: the state alone is checked
     with raises(StateError, where="adamix", given="merged"):
         tuned.finalize()
+
+
+def test_experts_of_one_site_have_a_consistency_loss() -> None:
+    """With one expert elsewhere; its weight holds for all sites, because it is a term of the output."""
+    assert attach(tiny(), "adamix", experts=1, by_site={"mlp": {"experts": 2}}).method.passes == 2
+    assert attach(tiny(), "adamix", experts=1).method.passes == 1
+    with raises(UnsupportedSite, option="by_site", given=("consistency",)):
+        attach(tiny(), "adamix", by_site={"mlp": {"consistency": 0.0}})
 
 
 def test_published_counts() -> None:

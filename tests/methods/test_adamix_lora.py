@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import veneer
 from tests.methods.bottlenecks import picture, random, stirred, tiny
 from tests.raising import raises
-from veneer.injection import attach
+from veneer.injection import UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import WeightSite
 from veneer.methods.additive.experts._experts import sample_expert
@@ -90,6 +90,14 @@ def test_finalize_leaves_a_lora(tmp_path: Path) -> None:
     assert tuned.method == AdaMixLoRA(rank=2, experts=1, share_up=False)
     veneer.load(twin, tuned.save(tmp_path / "file"))
     assert torch.equal(twin(picture()), model(picture()))
+
+
+def test_experts_of_one_site_have_a_consistency_loss() -> None:
+    """With one expert elsewhere; its weight holds for all sites, because it is a term of the output."""
+    assert attach(tiny(), "adamix_lora", experts=1, by_site={"attn.q": {"experts": 2}}).method.passes == 2
+    assert attach(tiny(), "adamix_lora", experts=1).method.passes == 1
+    with raises(UnsupportedSite, option="by_site", given=("consistency",)):
+        attach(tiny(), "adamix_lora", by_site={"attn.q": {"consistency": 0.0}})
 
 
 def test_counts() -> None:

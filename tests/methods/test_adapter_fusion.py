@@ -97,6 +97,31 @@ def test_a_vit_with_adapters_of_files_in_values_and_gradients(tmp_path: Path) ->
     assert not any(b.requires_grad for _, adapter in tuned.parts.values() for b in adapter.buffers())
 
 
+@pytest.mark.parametrize("method", ["adapter_plus", "adaptformer", "ciat", "convpass", "houlsby", "mona", "pfeiffer"])
+def test_equal_adapters_have_the_effect_of_one(method: str, tmp_path: Path) -> None:
+    """Without V, with weights that sum to 1: each method reads its own port, such as the norm of the branch."""
+    options = {"where": "mlp"} if method == "ciat" else {}
+    source = attach(alone := tiny(), method, **options)
+    stirred(source)
+    path, model = str(source.save(tmp_path / "task")), tiny()
+    tuned = attach(model, "adapter_fusion", adapters=(path, path), value=False)
+    with torch.no_grad():
+        expected = alone(picture())
+        torch.testing.assert_close(model(picture()), expected)
+        assert (expected - tiny()(picture())).abs().max() > 1e-3
+    assert {key.rpartition(":")[2] for key, _ in tuned.named_parameters()} == {"query", "key", "query_bias"}
+
+
+@pytest.mark.parametrize(
+    ("method", "site"), [("adapter_drop", "blocks.0.mlp.branch"), ("ciat", "blocks.0.stream"), ("lorand", "blocks.0.attn.branch")]
+)
+def test_adapters_that_cannot_be_fused(method: str, site: str, tmp_path: Path) -> None:
+    """One that knows the order of the layers, one at the input of a block, one that is no bottleneck."""
+    path, model = str(attach(tiny(), method).save(tmp_path / "task")), tiny()
+    with raises(UnsupportedSite, site=site, option="fused", given=method):
+        attach(model, "adapter_fusion", adapters=(path, path))
+
+
 def test_the_saved_file_needs_no_other(tmp_path: Path) -> None:
     paths, model, twin = files(tmp_path), tiny(), tiny()
     tuned = attach(model, "adapter_fusion", adapters=paths)

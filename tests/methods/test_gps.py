@@ -10,7 +10,7 @@ import torch
 
 from tests.methods.selections import MODELS, at_sites, explicit, losses, plain_gradients, tiny
 from tests.raising import raises
-from veneer.injection import attach
+from veneer.injection import UnsupportedSite, attach
 from veneer.injection.errors import EmptySelection, OptionError
 from veneer.injection.sites import ParamSite
 from veneer.methods.selective.gps import GPS
@@ -79,3 +79,9 @@ def test_bad_options_and_an_empty_selection() -> None:
     tuned = attach(tiny("timm_vit", "vit")[0], "gps")
     with raises(EmptySelection, where="gps", given=0):
         tuned.select(())
+
+
+def test_the_number_of_samples_holds_for_all_layers() -> None:
+    model, _ = tiny("timm_vit", "vit")
+    with raises(UnsupportedSite, option="by_site", given=("samples",)):
+        attach(model, "gps", by_site={"mlp": {"samples": 2}})

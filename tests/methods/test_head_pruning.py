@@ -9,9 +9,10 @@ from torch import nn
 
 from tests.raising import raises
 from veneer.formats import load, save
-from veneer.injection import OptionError, attach
+from veneer.injection import OptionError, UnsupportedSite, attach
 from veneer.injection.errors import VeneerError
 from veneer.methods.selective.head_pruning import HeadGates, HeadPruning
+from veneer.training.loop.ema import EMA
 
 
 def vit(heads: int = 4, depth: int = 2) -> nn.Module:
@@ -97,6 +98,46 @@ def test_a_head_without_effect_is_pruned_first() -> None:
     first, second = train(model, HeadPruning(keep=7 / 8))
     assert (first.gates == 0).tolist() == [False, True, False, False]
     assert (second.gates != 0).all()
+
+
+def test_averaged_gates_of_pruned_heads_are_zero_after_finalize() -> None:
+    """EMA remembers gates from before the pruning; the file of a run has none of them."""
+    model = vit(depth=4)
+    tuned = attach(model, HeadPruning(keep=0.5))
+    gates = dict(tuned.named_parameters())
+    ema, optimizer = EMA(gates, 0.99), torch.optim.SGD(gates.values(), lr=1e-2)
+    for step in range(20):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 32, 32, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+        tuned.after_step(step + 1, 20)
+        ema.update(step)
+    with ema.swapped():
+        assert all((gate != 0).all() for gate in gates.values())
+        kept = {name: gate.detach().clone() for name, gate in gates.items()}
+        for _ in range(2):
+            tuned.finalize()
+        left = torch.stack([*gates.values()]) != 0
+        assert int(left.sum()) == 8
+        assert torch.equal(torch.stack([*gates.values()]), torch.stack([*kept.values()]) * left)
+
+
+@pytest.mark.parametrize(("steps", "end"), [(1, 1), (7, 4), (20, 12)])
+def test_the_schedule_ends_with_the_last_pruning(steps: int, end: int) -> None:
+    model, method = vit(depth=4), HeadPruning(keep=0.5, final=0.4, every=2)
+    tuned = attach(model, method)
+    assert method.schedule_end(steps) == end
+    for step in range(1, end + 1):
+        model(torch.randn(4, 3, 32, 32, dtype=torch.float64)).square().sum().backward()
+        tuned.after_step(step, steps)
+    assert sum(int((p == 0).sum()) for p in tuned.parameters()) == 8
+
+
+@pytest.mark.parametrize("option", ["keep", "at_least", "warmup", "final", "every"])
+def test_options_of_the_schedule_hold_for_all_layers(option: str) -> None:
+    value = {"keep": 0.5, "at_least": 2, "warmup": 0.2, "final": 0.1, "every": 2}[option]
+    with raises(UnsupportedSite, option="by_site", given=(option,)):
+        attach(vit(), "head_pruning", by_site={"attn.out": {option: value}})
 
 
 def test_all_heads_remain_without_pruning() -> None:

@@ -73,6 +73,16 @@ def test_a_file_has_bits_only(tmp_path: Path) -> None:
     assert torch.equal(loss(other, samples[0]), loss(model, samples[0]))
 
 
+def test_other_tensors_leave_the_scores_as_they_are() -> None:
+    """Scores are set from bits only where a file has bits."""
+    model, _ = tiny("timm_vit", "vit")
+    tuned = attach(model, "mask", train=("head",))
+    before = [adapter.scores.detach().clone() for _, adapter in tuned.parts.values()]
+    head = {key: torch.zeros_like(t) for key, t in tuned.state_dict().items() if key.startswith("head:")}
+    assert len(tuned.load_state_dict(head, strict=False).used) == 2
+    assert all(torch.equal(a.scores, scores) for (_, a), scores in zip(tuned.parts.values(), before, strict=True))
+
+
 def test_counts() -> None:
     with torch.device("meta"):
         vit = timm.create_model("vit_base_patch16_224", num_classes=0)

@@ -21,7 +21,7 @@ from tests.methods.bottlenecks import (
     trained,
 )
 from tests.raising import raises
-from veneer.injection import attach
+from veneer.injection import LoadError, attach
 from veneer.injection.errors import OptionError
 from veneer.methods.selective.sct import SCT
 
@@ -89,6 +89,24 @@ def test_salient_channels_and_blocks_of_a_vit(key: str, prefix: int) -> None:
         assert (expected - bare(picture())).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("layout", ["NLC", "NHWC", "NCHW"])
+def test_special_tokens_do_not_count(layout: str) -> None:
+    """The largest feature of a class or register token is in channel 4, that of the patches in channel 1."""
+    site, method = branch(layout), SCT(channels=1)
+    adapter: Any = method.build(site)
+    dim = 1 if layout == "NCHW" else -1
+    x = torch.zeros(2, 10, WIDTH) if layout == "NLC" else torch.zeros(2, 4, 4, WIDTH).movedim(-1, dim)
+    x.select(dim, 1).fill_(1.0)
+    if layout == "NLC":
+        x[:, : site.prefix_tokens, 4] = 100.0
+    else:
+        x.select(dim, 0).flatten(1)[:, 0] = 2.0
+    method.prepare(
+        [(site, adapter)], lambda images: adapter.output(images, torch.zeros_like(images)), [(x, torch.tensor([0, 1]))]
+    )
+    assert adapter.index.tolist() == [1]
+
+
 def test_selected_channels_are_saved() -> None:
     model, other = tiny(), tiny()
     tuned, fresh = attach(model, "sct", channels=5), attach(other, "sct", channels=5)
@@ -96,6 +114,35 @@ def test_selected_channels_are_saved() -> None:
     assert any(a.index.tolist() != [0, 1, 2, 3, 4] for _, a in tuned.parts.values())
     fresh.load_state_dict(tuned.state_dict())
     assert torch.equal(model(picture()), other(picture()))
+
+
+def test_loaded_adapters_keep_their_channels() -> None:
+    """A run that continues from a file selects no other channels than W was trained for."""
+    tuned, again, new = (attach(tiny(), "sct", channels=5) for _ in range(3))
+    tuned.prepare([(picture(), torch.tensor([0, 1]))])
+    again.load_state_dict(tuned.state_dict())
+    again.prepare([(-picture().flip(1), torch.tensor([0, 1]))])
+    new.prepare([(-picture().flip(1), torch.tensor([0, 1]))])
+    first, second, third = ([a.index.tolist() for _, a in each.parts.values()] for each in (tuned, again, new))
+    assert second == first != third
+
+
+def test_an_image_with_several_labels_counts_in_each_of_its_classes() -> None:
+    """As if it was passed once for each of them; one without labels in none."""
+    several, single = (attach(tiny(), "sct", channels=5) for _ in range(2))
+    images = random(4, 3, 32, 32, seed=7) * torch.tensor([1.0, 0.1, 3.0, 50.0]).view(-1, 1, 1, 1)
+    several.prepare([(images, torch.tensor([[1.0, 0, 1], [0, 0, 1], [0, 1, 0], [0, 0, 0]]))])
+    single.prepare([(images[[0, 0, 1, 2]], torch.tensor([0, 2, 2, 1]))])
+    chosen, expected = ([a.index.tolist() for _, a in each.parts.values()] for each in (several, single))
+    assert chosen == expected
+
+
+@pytest.mark.parametrize("index", [[0, 1, 2, 3, 24], [-1, 1, 2, 3, 4], [0, 1, 1, 3, 4]])
+def test_channels_of_a_file_that_do_not_exist(index: list[int]) -> None:
+    tuned = attach(tiny(), "sct", channels=5)
+    state = {**tuned.state_dict(), "blocks.0.attn.branch:index": torch.tensor(index)}
+    with raises(LoadError, where="blocks.0.attn.branch", option="index", expected=(0, 23)):
+        tuned.load_state_dict(state)
 
 
 def test_without_images_nothing_is_selected() -> None:

@@ -24,6 +24,7 @@ from veneer.classification.predict import Predictor, open_predictor
 from veneer.classification.train.epoch_selection import read_epochs
 from veneer.injection import VeneerError
 from veneer.injection.errors import OptionError, SelectionError, UnknownName, UnknownOption, UnsupportedSite
+from veneer.methods.selective.head_pruning import HeadPruning
 from veneer.training.data.image_io import DataError
 from veneer.training.preflight.preflight import PreflightError
 
@@ -357,6 +358,20 @@ def test_no_disk_space_is_an_error_before_training(
         transfer(config(pictures, models["vit"], tmp_path / "out"))
     assert [concern.about for concern in caught.value.given] == ["disk"]
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_the_file_of_a_pruned_model_has_the_heads_that_were_asked_for(
+    tmp_path: Path, pictures: Path, models: dict[str, Path]
+) -> None:
+    """Also with averaged weights; without training to speak of, the epochs before the pruning are as accurate."""
+    options = {"head_pruning": {"keep": 0.5, "warmup": 0.4, "final": 0.25, "every": 1}}
+    settings: dict[str, Any] = {"method": "head_pruning", "options": options, "epochs": 4, "learning_rate": 1e-7, "ema": 0.99}
+    out = transfer(config(pictures, models["vit"], tmp_path / "pruned", **settings))
+    steps = [epoch.step for epoch in read_epochs(out)]
+    end = HeadPruning(**options["head_pruning"]).schedule_end(steps[-1])
+    assert steps[0] < end <= result(out)["chosen"]["step"]
+    gates = torch.cat([t for key, t in load_file(out / "adapter.safetensors").items() if key.endswith(":gates")])
+    assert (len(gates), int((gates != 0).sum())) == (4, 2)
 
 
 def test_a_finished_run_of_adamix_has_one_expert_and_its_checkpoints_have_all(

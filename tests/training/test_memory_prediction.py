@@ -185,13 +185,14 @@ def test_a_packed_layer_allocates_as_the_library_does(kind, dtype):
     assert counted == pytest.approx(peak(step), rel=0.1)
 
 
-def test_the_prediction_is_the_estimate_of_the_loaded_model():
-    config = replace(RUN, base="bundled", gradient_checkpointing=True, ema=0.9).with_defaults()
+@pytest.mark.parametrize("method", ["lora", "adamix"])
+def test_the_prediction_is_the_estimate_of_the_loaded_model(method):
+    config = replace(RUN, base="bundled", method=method, gradient_checkpointing=True, ema=0.9).with_defaults()
     predicted = MemoryPredictor("cpu").predict(config)
     pipe = base_models.load("bundled")
     prepare_base.freeze(pipe)
-    methods = attach_methods.build_methods("lora", config.options, "<toy>", "toy")
-    attached = attach_methods.attach_all(pipe, methods, {"lora": config.where} if config.where else {}, False, 0)
+    methods = attach_methods.build_methods(method, config.options, "<toy>", "toy")
+    attached = attach_methods.attach_all(pipe, methods, {method: config.where} if config.where else {}, False, 0)
     prepare_base.enable_gradient_checkpointing(pipe.unet)
     loop = replace(config.loop(), batch=1)
     found = estimate(attached, loop, family(pipe), 64, config.batch, config.batch, ["a <toy>"], False, images=1)

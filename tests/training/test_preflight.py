@@ -211,6 +211,21 @@ def test_nothing_attached_is_an_error(kind):
     assert "cost: unknown" in found.text()
 
 
+@pytest.mark.parametrize("measure", [True, False])
+def test_two_passes_of_a_batch_have_twice_the_activations(kind, pipe, measure):
+    """Both are in memory until the backward pass."""
+    found = []
+    for consistency in (0.0, 1.0):
+        tuned = veneer.attach(pipe, "adamix", consistency=consistency)
+        tuned.begin_pass(0, 0)
+        found.append(preflight([tuned], RUN, photos(), kind, "<toy>", resolution=32, measure=measure).estimate)
+        tuned.detach()
+    one, two = found
+    assert two.activations == 2 * one.activations > 0
+    if not measure:
+        assert two.seconds == pytest.approx(2 * one.seconds, rel=0.5)
+
+
 def test_the_estimate_is_of_the_whole_run(kind, lora):
     """Loading, training, previews and evaluation; and the disk of adapters and checkpoints."""
     settings = PreviewSettings(steps=10, guidance=3.0)

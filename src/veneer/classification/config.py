@@ -86,7 +86,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
             split; 7 are rates of three decades; 0 disables it.
         search_epochs: passes over the training images per candidate; this budget is shared by all rounds of the search.
         keep_epoch: epoch whose weights are evaluated and saved: `best` by validation accuracy (with several labels mean average
-            precision), or `last`.
+            precision), from the last pruning on if the method prunes, or `last`.
         cache: compute the features of each image once, without augmentation, if only the head and methods on features are
             trained; not with mixup or CutMix.
         seed: seed of all random numbers.

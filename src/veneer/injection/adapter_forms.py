@@ -209,4 +209,4 @@ class CheckedAdapter(Protocol):
         """
 
     def after_load(self) -> None:
-        """Called after tensors were loaded."""
+        """Called after tensors of this adapter were loaded."""

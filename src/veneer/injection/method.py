@@ -131,7 +131,7 @@ class Method(TrainingProtocol, ABC):
         prepares: `once` if `prepare` runs before training, `epoch` if before every epoch.
         selects: True if `select` must run before the first step; adapters have `is_selected`, True after it.
         revision: incremented when the same saved options and tensors compute another function. See `migrate`.
-        shared_options: options that `build_shared` reads; `by_site` cannot change them.
+        shared_options: options of all sites together, such as those that `build_shared` reads; `by_site` cannot change them.
     Args:
         by_site: other options at some sites: a role pattern or `name:` and the name of a site, then options, such as
             `mlp.*:rank=4` or `name:unet.conv_in:rank=4,alpha=2` as a flag, in Python `{"mlp.*": {"rank": 4}}`. Names take

@@ -1,4 +1,4 @@
-"""What a method may ask of a training loop besides a penalty: several forward passes of a batch, and a change at the end."""
+"""What a method may ask of a training loop besides a penalty: several forward passes, a schedule, and a change at the end."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ class TrainingProtocol:
             outputs: logits or predictions of the passes. `distance`: of two outputs.
         """
         raise NotImplementedError(f"{type(self).__name__} has several passes and does not implement consistency_loss")
+
+    def schedule_end(self, steps: int) -> int:
+        """Step, from 1, at which the method's own schedule has ended, such as that of pruning; 0 without one.
+
+        A classifier's best epoch is selected among those that end there or later.
+
+        Args:
+            steps: of the whole run.
+        """
+        return 0
 
     def finalize(self, adapters: Iterable[tuple[Site, Any]]) -> Self:
         """Runs once after the last step, before the adapters are saved: averages experts or heads. Idempotent.

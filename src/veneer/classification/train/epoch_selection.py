@@ -55,10 +55,13 @@ class EpochSelection:
         folder: of `curve.json` and `best.safetensors`.
         patience: epochs without improvement until `exhausted`; 0 disables early stopping.
         last: select the last epoch instead of the best.
+        first: step from which an epoch may be the best, if there is one; `patience` counts the epochs from there.
     """
 
-    def __init__(self, named: Mapping[str, Tensor], folder: Path, patience: int = 0, *, last: bool = False) -> None:
-        self.named, self.folder, self.patience, self.last = dict(named), folder, patience, last
+    def __init__(
+        self, named: Mapping[str, Tensor], folder: Path, patience: int = 0, *, last: bool = False, first: int = 0
+    ) -> None:
+        self.named, self.folder, self.patience, self.last, self.first = dict(named), folder, patience, last, first
         self.epochs: list[Epoch] = []
         self._best_tensors: dict[str, Tensor] | None = None
 
@@ -91,12 +94,13 @@ class EpochSelection:
 
     @property
     def _most_accurate(self) -> Epoch:
-        return min(self.epochs, key=lambda e: (-e.val_accuracy, e.val_loss, e.step))
+        candidates = [epoch for epoch in self.epochs if epoch.step >= self.first] or self.epochs
+        return min(candidates, key=lambda e: (-e.val_accuracy, e.val_loss, e.step))
 
     @property
     def exhausted(self) -> bool:
         """True if there was no improvement for `patience` epochs."""
-        if not self.patience or not self.epochs:
+        if not self.patience or not self.epochs or self.epochs[-1].step < self.first:
             return False
         return len(self.epochs) - 1 - self.epochs.index(self._most_accurate) >= self.patience
 

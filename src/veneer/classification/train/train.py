@@ -99,7 +99,8 @@ class ClassifierTrainer:
         self.named = param_groups.named_state(attached)
         if self._updates_statistics:
             self.named |= {f"statistics/{name}": buffer for name, buffer in statistics(self.model.named_modules())}
-        self.selection = EpochSelection(self.named, folder, config.patience, last=config.keep_epoch == "last")
+        first = max((a.method.schedule_end(self.steps) for a in attached), default=0)
+        self.selection = EpochSelection(self.named, folder, config.patience, last=config.keep_epoch == "last", first=first)
         self.trainable = sum(p.numel() for a in attached for p in a.parameters())
         self.identity, self.on_step = identity or {}, on_step
 

@@ -129,11 +129,14 @@ def fill(attachment: AttachmentProtocol, state: Mapping[str, Tensor], report: Lo
 def _copy(
     attachment: AttachmentProtocol, targets: Mapping[str, Tensor], state: Mapping[str, Tensor], keys: Iterable[str]
 ) -> None:
+    loaded = set[str]()
     with torch.no_grad():
         for key in keys:
             copy_whole(targets[key], state[key])
-    for adapter in _checked(attachment).values():
-        adapter.after_load()
+            loaded.add(key.rpartition(":")[0])
+    for name, adapter in _checked(attachment).items():
+        if name in loaded:
+            adapter.after_load()
 
 
 def _assign(attachment: AttachmentProtocol, state: Mapping[str, Tensor], report: LoadReport) -> set[str]:

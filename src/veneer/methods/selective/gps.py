@@ -47,6 +47,7 @@ class GPS(Method):
     )
     learning_rate: ClassVar[float] = 1e-3
     selects: ClassVar[bool] = True
+    shared_options: ClassVar[tuple[str, ...]] = ("samples",)
 
     inputs: int = 1
     samples: int = 256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,8 @@ class HeadPruning(Method):
     Trains the gates. After a warm-up, the least important heads of all layers together are pruned, g_h = 0, by a cubic schedule,
     until `keep` of them remain; then the remaining gates are trained. Importance is |g_h · ∂L/∂g_h|, smoothed over
     steps. A merge writes the gates into W; the columns of pruned heads are then zero. `veneer transfer` and
-    `veneer personalize` prune by themselves; a custom training loop calls `tuned.after_step(step, steps)` after each step, else
-    no head is pruned.
+    `veneer personalize` prune by themselves, and the best epoch is one after the last pruning; a custom training loop calls
+    `tuned.after_step(step, steps)` after each step, else no head is pruned, and `tuned.finalize()` after EMA.
 
     Args:
         keep: share of the heads that remains, above 0 to 1; 1 only trains gates.
@@ -84,6 +84,7 @@ class HeadPruning(Method):
     default: ClassVar[tuple[str, ...]] = ("attn.out", "xattn.out")
     fallback: ClassVar[tuple[str, ...]] = ()
     learning_rate: ClassVar[float] = 1e-2
+    shared_options: ClassVar[tuple[str, ...]] = ("keep", "at_least", "warmup", "final", "every")
 
     keep: float = 0.75
     at_least: int = 1
@@ -116,7 +117,7 @@ class HeadPruning(Method):
     def after_step(self, adapters: Iterable[tuple[Site, Adapter]], step: int, steps: int) -> None:
         """Records the importance of the heads, and prunes to the budget when due."""
         layers = list(_own(adapters))
-        start, end = round(self.warmup * steps), max(1, steps - round(self.final * steps))
+        start, end = round(self.warmup * steps), self.schedule_end(steps)
         if step <= max(1, end - 1):
             for layer in layers:
                 update_importance(layer.gates, layer.sensitivity, layer.uncertainty, SMOOTHING, SMOOTHING)
@@ -127,6 +128,16 @@ class HeadPruning(Method):
             return
         for layer in layers:
             layer.prune()
+
+    def schedule_end(self, steps: int) -> int:
+        """Step of the last pruning."""
+        return max(1, steps - round(self.final * steps))
+
+    def finalize(self, adapters: Iterable[tuple[Site, Any]]) -> Self:
+        """Sets the gates of pruned heads to zero, which those of averaged weights (EMA) are not."""
+        for layer in _own(adapters):
+            layer.prune()
+        return self
 
     def _allocate(self, layers: list[HeadGates], budget: int) -> None:
         """Keeps the most important heads of each layer, `at_least` of them, then the most important others, `budget` in all."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +18,7 @@ from veneer.injection.sites import BranchSite, Site
 class SCTAdapter(Adapter):
     """y'_S = y_S + W z_S + b with z = x + y. `weight_s` (K, K), `bias_s` (K,); buffer `index` (K,): S, ascending.
 
-    While `labels` is set, y' is y, and the squares of z are added up for each class.
+    While `labels` is set, to the classes of each image, y' is y, and the squares of z are added up for each class.
     """
 
     applies_strength: ClassVar[bool] = True
@@ -30,7 +30,8 @@ class SCTAdapter(Adapter):
         self.weight_s = nn.Parameter(torch.empty(channels, channels))
         self.bias_s = nn.Parameter(torch.zeros(channels))
         self.register_buffer("index", torch.arange(channels))
-        self.labels: list[int] | None = None
+        self.labels: list[list[int]] | None = None
+        self.is_loaded = False
         self.squares: dict[int, Tensor] = {}
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
@@ -45,11 +46,12 @@ class SCTAdapter(Adapter):
         change = F.linear(selected, self.weight_s * strength, self.bias_s * strength).movedim(-1, dim)
         return y.index_add(dim, self.index, change.to(y.dtype))
 
-    def _add_squares(self, z: Tensor, labels: list[int]) -> None:
+    def _add_squares(self, z: Tensor, labels: list[list[int]]) -> None:
         """Adds the sums of squares over the positions of each image, without class and register tokens."""
         z = z.flatten(2).mT if self.site.layout == "NCHW" else z.flatten(1, -2)[:, self.site.prefix_tokens :]
-        for label, row in zip(labels, z.double().square().sum(1), strict=True):
-            self.squares[label] = self.squares[label] + row if label in self.squares else row
+        for classes, row in zip(labels, z.double().square().sum(1), strict=True):
+            for label in classes:
+                self.squares[label] = self.squares[label] + row if label in self.squares else row
 
     def select_channels(self) -> None:
         """Sets S to the channels with the largest mean over the classes of their Euclidean norm, and clears the sums."""
@@ -57,13 +59,32 @@ class SCTAdapter(Adapter):
         self.index.copy_(norms.topk(len(self.index)).indices.sort().values)
         self.labels, self.squares = None, {}
 
+    def check_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Checks the channels of a file.
+
+        Raises:
+            OptionError: they are not ascending, or out of range.
+        """
+        index = tensors.get("index")
+        if index is None or index.is_meta:
+            return
+        first, last, width = int(index[0]), int(index[-1]), self.site.width
+        if first < 0 or last >= width or bool((index[1:] <= index[:-1]).any()):
+            message = f"the channels of the file are {first} to {last}; expected ascending ones from 0 to {width - 1}"
+            raise OptionError(message, option="index", given=(first, last), expected=(0, width - 1))
+
+    def after_load(self) -> None:
+        """Keeps S, which W and b were trained for, in a later `SCT.prepare`."""
+        self.is_loaded = True
+
 
 @dataclass(frozen=True)
 class SCT(Method):
     """z'_S = z_S + W z_S + b: z the stream after the attention, S the K channels of the block with the largest features.
 
     `Attachment.prepare` runs the model without adapters over the training data: the norm of each channel over all patches of the
-    images of a class, averaged over the classes, is its salience. Before it, S is the first K channels. S is saved.
+    images of a class, averaged over the classes, is its salience; an image with several labels counts in each of its classes.
+    Before it, S is the first K channels. S is saved, and adapters that were loaded from a file keep it.
 
     Args:
         channels: K, number of channels, at least 1; a branch with fewer channels uses all of them.
@@ -118,11 +139,13 @@ class SCT(Method):
         Raises:
             OptionError: no images.
         """
-        parts = [adapter for _, adapter in adapters if isinstance(adapter, SCTAdapter)]
+        parts = [adapter for _, adapter in adapters if isinstance(adapter, SCTAdapter) and not adapter.is_loaded]
+        if not parts:
+            return
         try:
             for images, labels in batches:
                 for adapter in parts:
-                    adapter.labels = labels.tolist()
+                    adapter.labels = _classes_of(labels)
                 run(images)
             if not all(adapter.squares for adapter in parts):
                 raise OptionError("sct: no images to select channels from", option="batches", method="prepare", given=0)
@@ -131,3 +154,8 @@ class SCT(Method):
         finally:
             for adapter in parts:
                 adapter.labels, adapter.squares = None, {}
+
+
+def _classes_of(labels: Tensor) -> list[list[int]]:
+    """The classes of each image. `labels`: (B,) indices, or (B, classes) with 1 for each of several labels."""
+    return [[label] for label in labels.tolist()] if labels.ndim == 1 else [row.nonzero().flatten().tolist() for row in labels]

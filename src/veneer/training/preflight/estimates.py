@@ -16,7 +16,7 @@ from ..encoder_offload import offloaded_modules
 from ..loop.config import TrainConfig
 from ..loop.optimizer_step import AUTOCAST
 from ..report.progress import clock
-from .memory_parts import count_training_step, phase_peaks, training_bytes, vae_bytes
+from .memory_parts import count_training_step, passes_of, phase_peaks, training_bytes, vae_bytes
 from .optimizer_state import state_bytes
 from .step_cost import StepCost, flops_per_second, measure_step_cost, nbytes
 
@@ -126,16 +126,16 @@ def estimate(
         cost = count_training_step(family, trainable, resolution, rows, config.mixed_precision)
         seconds = cost.flops / flops_per_second(device, AUTOCAST[config.mixed_precision] or torch.float32)
         forward = seconds / 3
-    values = sum(p.numel() for p in trainable)
+    values, count = sum(p.numel() for p in trainable), passes_of(attachments)
     encoding, decoding = vae_bytes(family, resolution)
     passes = 0 if sampling is None else sampling.steps * (2 if sampling.guidance is None or sampling.guidance > 1 else 1)
     parts = [part for part in family.pipe.components.values() if isinstance(part, nn.Module)]
     return Estimate(
         base=nbytes(t for part in parts for _, t in plain_tensors(part) if t.device == device),
         training=training_bytes(values, config),
-        activations=max(0, cost.activations - 4 * values),
+        activations=count * max(0, cost.activations - 4 * values),
         checkpoint=checkpoint_bytes(values, config),
-        seconds=seconds * samples / rows,
+        seconds=count * seconds * samples / rows,
         steps=config.steps,
         measured=measure,
         device=str(device),

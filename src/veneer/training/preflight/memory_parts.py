@@ -6,11 +6,13 @@ The estimate of a loaded run and the prediction for a base model without weights
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from veneer.injection import Attachment
 
 from ..families import Family
 from ..loop.config import TrainConfig
@@ -47,6 +49,11 @@ def phase_peaks(
         "training": resident + kept + training + max(activations, 0 if offloads else encoding),
         "generating": resident + encoders + training + decoding,
     }
+
+
+def passes_of(attachments: Sequence[Attachment]) -> int:
+    """Forward passes of a batch before its backward pass, whose activations are in memory together."""
+    return max((a.method.passes for a in attachments), default=1)
 
 
 def count_training_step(

@@ -24,7 +24,7 @@ from ..data.dataset_tables import dataset_tables
 from ..families import Family
 from ..personalization_config import PersonalizeConfig
 from .estimates import size
-from .memory_parts import count_training_step, phase_peaks, training_bytes, vae_bytes
+from .memory_parts import count_training_step, passes_of, phase_peaks, training_bytes, vae_bytes
 from .meta_family import meta_family
 from .packed_linear import PackedLinear, pack_linears, weight_bytes
 
@@ -138,7 +138,7 @@ class MemoryPredictor:
         for component, name in kinds.items():
             pack_linears(parts[component], name)
         weights = {name: weight_bytes(part) for name, part in parts.items()}
-        trainable = _attach(config, kind)
+        trainable, passes = _attach(config, kind)
         text_trains = any(p.requires_grad for tower in kind.text_towers.values() for p in tower.parameters())
         resolution = _resolution(config, kind)
         values = sum(p.numel() for p in trainable)
@@ -164,7 +164,7 @@ class MemoryPredictor:
         key = (dtype, tuple(sorted(kinds.items())), resolution, rest.batch, config.gradient_checkpointing)
         if key not in self._counts:
             steps = count_training_step(kind, trainable, resolution, rest.batch, config.mixed_precision, flops=False)
-            self._counts[key] = (max(0, steps.activations - 4 * values), *vae_bytes(kind, resolution))
+            self._counts[key] = (passes * max(0, steps.activations - 4 * values), *vae_bytes(kind, resolution))
         activations, encoding, decoding = self._counts[key]
         return replace(rest, activations=activations, encoding=encoding, decoding=decoding)
 
@@ -191,8 +191,8 @@ def _quantized(config: PersonalizeConfig, components: list[str]) -> dict[str, st
     return kinds
 
 
-def _attach(config: PersonalizeConfig, kind: Family) -> list[Tensor]:
-    """Attaches the methods of the run as `personalize` does. Returns the trainable parameters."""
+def _attach(config: PersonalizeConfig, kind: Family) -> tuple[list[Tensor], int]:
+    """Attaches the methods of the run as `personalize` does. Returns the trainable parameters, and the passes of a batch."""
     tokens, words = token_options(concepts_of(config))
     methods = attach_methods.build_methods(config.method, config.options, tokens or "<toy>", words or "toy")
     where = {m.name: config.where for m in methods if config.where and not attach_methods.trains_token_embeddings(m)}
@@ -202,7 +202,7 @@ def _attach(config: PersonalizeConfig, kind: Family) -> list[Tensor]:
         _reject_weight_forms(each)
     if config.gradient_checkpointing:
         prepare_base.checkpoint_towers(kind.pipe, attached)
-    return [p for each in attached for p in each.parameters() if p.requires_grad]
+    return [p for each in attached for p in each.parameters() if p.requires_grad], passes_of(attached)
 
 
 def _without_tokenizer(method: Method) -> Method:

@@ -12,12 +12,15 @@ from veneer.injection.errors import HostChanged
 from veneer.injection.sites import BranchSite
 
 
-def convolve_patches(convolution: Callable[[Tensor], Tensor], z: Tensor, site: BranchSite) -> Tensor:
+def convolve_patches(
+    convolution: Callable[[Tensor], Tensor], z: Tensor, site: BranchSite, center: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """A convolution of the patch grid, with each prefix token as an image of one pixel.
 
     Args:
         convolution: maps (batch, channels, height, width) to the same shape.
         z: features in the site's layout, with any number of channels.
+        center: maps prefix tokens (batch, tokens, channels) as `convolution` maps images of one pixel, if this is cheaper.
     Raises:
         HostChanged: the patches form no grid of the model's aspect ratio.
     """
@@ -29,6 +32,8 @@ def convolve_patches(convolution: Callable[[Tensor], Tensor], z: Tensor, site: B
     patches = _channels_last(convolution, patches.unflatten(1, _grid(patches.shape[1], site))).flatten(1, 2)
     if not site.prefix_tokens:
         return patches
+    if center is not None:
+        return torch.cat([center(head), patches], 1)
     pixels = convolution(head.flatten(0, 1)[:, :, None, None])
     return torch.cat([pixels.flatten(1).unflatten(0, (-1, site.prefix_tokens)), patches], 1)
 

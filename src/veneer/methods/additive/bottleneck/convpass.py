@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.functional.grids import grid_of
 from veneer.injection.attachment.deferred_init import zeros
-from veneer.injection.errors import HostChanged, OptionError
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import BranchSite
 
 from ._bottleneck import Bottleneck, activate, check_bottleneck_options, count_bottleneck
+from ._patch_grid import convolve_patches
 
 Init = Literal["identity", "xavier"]
 
@@ -33,31 +32,14 @@ class ConvpassAdapter(Bottleneck):
 
     def between(self, z: Tensor) -> Tensor:
         """The activation, the convolution, the activation."""
-        return super().between(self._convolved(activate(z, self.act)))
+        return super().between(convolve_patches(self._convolved, activate(z, self.act), self.site, self._center))
 
     def _convolved(self, z: Tensor) -> Tensor:
-        if self.site.layout == "NCHW":
-            return F.conv2d(z, self.conv, self.conv_bias, padding=1)
-        if self.site.layout == "NHWC":
-            return self._last(z)
-        head, patches = z[:, : self.site.prefix_tokens], z[:, self.site.prefix_tokens :]
-        patches = self._last(patches.unflatten(1, self._grid(patches.shape[1]))).flatten(1, 2)
-        if not self.site.prefix_tokens:
-            return patches
-        alone = F.linear(head, self.conv[:, :, 1, 1], self.conv_bias)  # a 1×1 image only meets the kernel's center
-        return torch.cat([alone, patches], 1)
+        return F.conv2d(z, self.conv, self.conv_bias, padding=1)
 
-    def _last(self, z: Tensor) -> Tensor:
-        """The convolution of (batch, height, width, h)."""
-        return F.conv2d(z.permute(0, 3, 1, 2), self.conv, self.conv_bias, padding=1).permute(0, 2, 3, 1)
-
-    def _grid(self, tokens: int) -> tuple[int, int]:
-        assert self.site.grid is not None
-        try:
-            return grid_of(tokens, self.site.grid)
-        except ValueError as error:
-            where = self.site.name
-            raise HostChanged(f"{where}: {error}", where=where, given=tokens, expected=self.site.grid) from error
+    def _center(self, z: Tensor) -> Tensor:
+        """Of prefix tokens: an image of one pixel meets only the center of the kernel."""
+        return F.linear(z, self.conv[:, :, 1, 1], self.conv_bias)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,11 @@ def average_experts(adapters: Iterable[tuple[Site, Any]]) -> None:
                 setattr(adapter, name, nn.Parameter(parameter.mean(0, keepdim=True)))
 
 
+def has_experts(experts: int, by_site: Mapping[str, Mapping[str, Any]]) -> bool:
+    """True if a site may have several experts. `experts`: at sites without options of their own."""
+    return experts > 1 or any(options.get("experts", 1) > 1 for options in by_site.values())
+
+
 def without_experts(by_site: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Options by site without the number of experts."""
     rest = {pattern: {k: v for k, v in options.items() if k != "experts"} for pattern, options in by_site.items()}

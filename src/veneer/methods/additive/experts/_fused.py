@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,22 +125,39 @@ def inner_method(name: str, fused: Mapping[str, Any]) -> Method:
     return methods.get(fused["method"]).from_config(options)
 
 
-def build_frozen(name: str, inner: Method, site: Any, count: int, stored: Sequence[StoredAdapter]) -> list[Bottleneck]:
+def build_frozen(
+    name: str, inner: Method, site: Any, count: int, stored: Sequence[StoredAdapter], ports: Collection[str]
+) -> list[Bottleneck]:
     """The frozen adapters of one site, with the tensors of their files, or initial ones without files.
 
+    Args:
+        name: of the method that fuses them, for errors. `ports`: those that the adapters may read, see `Adapter.input_port`.
     Raises:
-        OptionError: the method builds no bottleneck here, a file lacks the site, or a tensor has another shape.
+        OptionError: the method builds no bottleneck here that can be fused, a file lacks the site, or a tensor has another shape.
     """
     check_size(lambda: inner.count(site) * count, site.name)
-    adapters = [inner.build(site) for _ in range(count)]
+    adapters = [_fusible(name, inner, site, ports) for _ in range(count)]
     for number, adapter in enumerate(adapters):
-        if not isinstance(adapter, Bottleneck):
-            message = f"{name}: {inner.name} builds no bottleneck at {site.name}; fuse adapters such as pfeiffer or houlsby."
-            raise OptionError(message, option="fused", method=name, where=site.name, given=inner.name, expected="a bottleneck")
         freeze(adapter)
         if stored:
             _load(name, site.name, adapter, stored[number])
-    return [a for a in adapters if isinstance(a, Bottleneck)]
+    return adapters
+
+
+def _fusible(name: str, inner: Method, site: Any, ports: Collection[str]) -> Bottleneck:
+    """A new adapter whose parameters are all its own, and which needs no more than its input and the branch."""
+    adapter = inner.build(site)
+    if not isinstance(adapter, Bottleneck):
+        message = f"{name}: {inner.name} builds no bottleneck at {site.name}; fuse adapters such as pfeiffer or houlsby."
+        raise OptionError(message, option="fused", method=name, where=site.name, given=inner.name, expected="a bottleneck")
+    has_parts = any(True for _ in adapter.children()) or inner.build_shared([site]) is not None
+    if has_parts or adapter.input_port not in ports:
+        message = (
+            f"{name}: {inner.name} at {site.name} depends on other layers of the model or changes the input of a block; fuse "
+            "adapters such as pfeiffer or houlsby."
+        )
+        raise OptionError(message, option="fused", method=name, where=site.name, given=inner.name, expected=tuple(sorted(ports)))
+    return adapter
 
 
 def _load(name: str, site: str, adapter: nn.Module, stored: StoredAdapter) -> None:

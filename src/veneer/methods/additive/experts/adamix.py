@@ -16,7 +16,7 @@ from veneer.injection.sites import BranchSite, Site
 from veneer.injection.training_protocol import Distance
 from veneer.methods.additive.bottleneck._bottleneck import activate, check_bottleneck_options
 
-from ._experts import ExpertAdapter, average_experts, check_expert_options, sample_experts, stack_of, without_experts
+from ._experts import ExpertAdapter, average_experts, check_expert_options, has_experts, sample_experts, stack_of, without_experts
 
 
 class AdaMixAdapter(ExpertAdapter):
@@ -75,6 +75,7 @@ class AdaMix(Method):
     default: ClassVar[tuple[str, ...]] = ("mlp",)
     identity_at_start: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-3
+    shared_options: ClassVar[tuple[str, ...]] = ("consistency",)
 
     bottleneck: int = 16
     experts: int = 4
@@ -89,7 +90,7 @@ class AdaMix(Method):
     @property
     def passes(self) -> int:
         """2 with a consistency loss, else 1."""
-        return 2 if self.consistency and self.experts > 1 else 1
+        return 2 if self.consistency and has_experts(self.experts, self.by_site) else 1
 
     def begin_pass(self, adapters: Iterable[tuple[Site, Any]], seed: int, step: int, number: int) -> None:
         """Samples i and j at every site."""

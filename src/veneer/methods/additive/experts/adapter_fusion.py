@@ -22,7 +22,7 @@ class FusionAdapter(Adapter):
     """y' = y + V Σ_n w_n a_n with w = softmax_n((Q x + b)·(K a_n)). Shapes: `query`, `key`, `value` (width, width), `query_bias`
     (width,); buffers of the frozen adapters under `adapters`."""
 
-    input_port: ClassVar[Literal["read", "write"]] = "read"
+    input_port: ClassVar[Literal["read", "normed", "write"]] = "read"
 
     def __init__(self, site: BranchSite | StreamSite, adapters: Sequence[Bottleneck], value: bool) -> None:
         super().__init__()
@@ -62,16 +62,28 @@ class FusionAdapter(Adapter):
 class OutputFusionAdapter(FusionAdapter):
     """Fusion of adapters that read the tensor that they change."""
 
-    input_port: ClassVar[Literal["read", "write"]] = "write"
+    input_port: ClassVar[Literal["write"]] = "write"
+
+
+class NormedFusionAdapter(FusionAdapter):
+    """Fusion of adapters that read the output of the branch's norm."""
+
+    input_port: ClassVar[Literal["normed"]] = "normed"
+
+
+KINDS: dict[str, type[FusionAdapter]] = {
+    kind.input_port: kind for kind in (FusionAdapter, OutputFusionAdapter, NormedFusionAdapter)
+}
+"""The fusion of adapters, by the port that they read."""
 
 
 @dataclass(frozen=True)
 class AdapterFusion(Method):
     """y' = y + V Σ_n w_n a_n, w = softmax_n((Q x + b)·(K a_n)): a_n the change of the n-th frozen adapter, x its input.
 
-    The second stage of two: adapters of one bottleneck method (`pfeiffer`, `houlsby`, `adaptformer`, `adapter_plus`) were
-    trained on other data, with the same options, sites and base model; their files stay frozen, and Q, K, V and b are trained
-    at each site. The new file has the adapters as well and needs no other.
+    The second stage of two: adapters of one bottleneck method (`pfeiffer`, `houlsby`, `adaptformer`, `adapter_plus`,
+    `convpass`, `mona`) were trained on other data, with the same options, sites and base model; their files stay frozen, and Q,
+    K, V and b are trained at each site. The new file has the adapters as well and needs no other.
 
     Args:
         adapters: files of the adapters, at least two; in saved files their names.
@@ -148,8 +160,8 @@ class AdapterFusion(Method):
         if not self.adapters:
             raise OptionError.of(self.name, "adapters", (), "at least two files of trained adapters")
         stored = () if self.files is None else self.files.stored
-        frozen = build_frozen(self.name, inner_method(self.name, self.fused), site, len(self.adapters), stored)
-        adapter = (OutputFusionAdapter if frozen[0].input_port == "write" else FusionAdapter)(site, frozen, self.value)
+        frozen = build_frozen(self.name, inner_method(self.name, self.fused), site, len(self.adapters), stored, KINDS)
+        adapter = KINDS[frozen[0].input_port](site, frozen, self.value)
         adapter.fused = self.files
         return adapter
 

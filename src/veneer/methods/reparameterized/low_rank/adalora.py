@@ -198,7 +198,7 @@ class AdaLoRA(Method):
     def after_step(self, adapters: Iterable[tuple[Site, Adapter]], step: int, steps: int) -> None:
         """Records the gradients, and prunes to the budget when due."""
         parts = list(_own(adapters))
-        start, end = round(self.warmup * steps), max(1, steps - round(self.final * steps))
+        start, end = round(self.warmup * steps), self.schedule_end(steps)
         if step <= max(1, end - 1):
             for _, adapter in parts:
                 adapter.observe(self.beta1, self.beta2)
@@ -210,6 +210,10 @@ class AdaLoRA(Method):
             return
         for _, adapter in parts:
             adapter.prune()
+
+    def schedule_end(self, steps: int) -> int:
+        """Step of the last pruning."""
+        return max(1, steps - round(self.final * steps))
 
     @staticmethod
     def _allocate(adapters: list[AdaLoRAAdapter], budget: int) -> None:

@@ -21,6 +21,7 @@ from veneer.methods.additive.experts._experts import (
     ExpertAdapter,
     average_experts,
     check_expert_options,
+    has_experts,
     sample_experts,
     stack_of,
     without_experts,
@@ -107,6 +108,7 @@ class AdaMixLoRA(Method):
     default: ClassVar[tuple[str, ...]] = ("attn.{q,v}", "xattn.{q,v}")
     fallback: ClassVar[tuple[str, ...]] = ("attn", "xattn", "mlp", "conv")
     learning_rate: ClassVar[float] = 1e-3
+    shared_options: ClassVar[tuple[str, ...]] = ("consistency",)
 
     rank: int = 8
     alpha: float | None = None
@@ -126,7 +128,7 @@ class AdaMixLoRA(Method):
     @property
     def passes(self) -> int:
         """2 with a consistency loss, else 1."""
-        return 2 if self.consistency and self.experts > 1 else 1
+        return 2 if self.consistency and has_experts(self.experts, self.by_site) else 1
 
     def begin_pass(self, adapters: Iterable[tuple[Site, Any]], seed: int, step: int, number: int) -> None:
         """Samples i and j at every site."""
