@@ -50,6 +50,9 @@ def attach_with_noise(model: nn.Module, name: str | Method, where: tuple[str, ..
             attachment = attach(model, method, where=selection)
         except (SelectionError, UnsupportedSite):
             continue
+        if attachment.method.selects:
+            attachment.select(output(model).square().mean() for _ in range(2))
+        attachment.begin_pass(0, 0)
         stir(attachment)
         return attachment
     return None

@@ -24,6 +24,8 @@ FAMILIES = {
     "dit": ("dit",),
 }
 """Architecture -> the tags of diffusers' training scripts."""
+NO_LOADER = ("PixArt", "DiT", "HunyuanDiT", "LongCatImage")
+"""Denoisers whose diffusers pipelines do not load LoRA files."""
 TEMPLATE = "template:sd-lora"
 """Tag by which the hub shows a gallery of the widget's images."""
 MANIFEST = "veneer_files"
@@ -74,10 +76,10 @@ class CardFacts:
 
     @property
     def loads_in_diffusers(self) -> bool:
-        """True if a diffusers pipeline loads one of the files: its classes for PixArt and DiT have no loader of LoRA."""
+        """True if a diffusers pipeline loads one of the files: some of its classes have no loader of LoRA."""
         if self.run.kind == "control":
             return self.control_folder == "diffusers"
-        has_loader = not any(kind.startswith(("PixArt", "DiT")) for kind in self.components.values())
+        has_loader = not any(kind.startswith(NO_LOADER) for kind in self.components.values())
         return bool({LORA_FILE, TOKEN_FILE} & self.files.keys()) and has_loader
 
     @property

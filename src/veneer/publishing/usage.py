@@ -7,6 +7,13 @@ from collections.abc import Iterator
 
 from .card_data import LORA_FILE, TOKEN_FILE, CardFacts
 
+VIDEO = 'num_frames=1, output_type="pil"', "frames[0][0]"
+CALLS = {
+    "WanTransformer3DModel": VIDEO,
+    "HunyuanVideoTransformer3DModel": VIDEO,
+    "LongCatImageTransformer2DModel": ("enable_prompt_rewrite=False", "images[0]"),
+}
+"""Class of the denoiser -> (arguments, image) of a call of its pipeline for one image of the prompt itself."""
 CONTROL_CLASSES = {"controlnet": "ControlNetModel", "t2i_adapter": "T2IAdapter"}
 
 
@@ -38,7 +45,7 @@ def _veneer(facts: CardFacts) -> str:
             f"import veneer\n\npipe = veneer.base_models.load({_base(facts)})",
             *(f'veneer.load_all(pipe, "{each.file.as_posix()}", scale={each.scale:g})' for each in run.fixed_adapters),
             f'veneer.{load}(pipe, "{repo}")',
-            f"image = pipe({_prompt(facts)!r}).images[0]",
+            _call(facts),
         ]
     )
     return _section("veneer", "sh", command) + f"\n\n```python\n{code}\n```"
@@ -61,7 +68,7 @@ def _diffusers(facts: CardFacts) -> Iterator[str]:
         yield f'pipe.load_lora_weights("{repo}", weight_name="{LORA_FILE}")'
     if TOKEN_FILE in facts.files:
         yield from _token_embeddings(facts)
-    yield f"image = pipe({_prompt(facts)!r}).images[0]"
+    yield _call(facts)
 
 
 def _token_embeddings(facts: CardFacts) -> Iterator[str]:
@@ -117,6 +124,13 @@ def _comfyui(facts: CardFacts) -> Iterator[str]:
         stem = name.rpartition("/")[2].removesuffix(".safetensors")
         place = "`models/embeddings` (ComfyUI) or `embeddings` (A1111, Forge)"
         yield f"Copy `{name}` to {place}; its trigger is its file name, `{stem}`."
+
+
+def _call(facts: CardFacts) -> str:
+    """Code that generates an image with the pipeline `pipe`."""
+    calls = (CALLS[kind] for kind in facts.components.values() if kind in CALLS)
+    arguments, image = next(calls, ("", "images[0]"))
+    return f"image = pipe({', '.join(filter(None, (repr(_prompt(facts)), arguments)))}).{image}"
 
 
 def _prompt(facts: CardFacts) -> str:

@@ -60,10 +60,10 @@ def grid(latents: Tensor, kind: Family) -> Tensor:
 
 
 def sample(pipe: Any, name: str, scale: float = 1.0, **settings: Any) -> tuple[list[Any], list[Any]]:
-    """(calls of the transformer, steps of the scheduler) in the pipeline's own loop of two steps."""
+    """(calls of the transformer, steps of the scheduler) in the pipeline's own loop of three steps."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     settings = (
-        {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 2, "output_type": "latent"} | PLAIN.get(name, {}) | settings
+        {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 3, "output_type": "latent"} | PLAIN.get(name, {}) | settings
     )
     with recorded(pipe.transformer) as calls, recorded_steps(pipe.scheduler) as steps:
         pipe(prompt=list(PROMPTS), generator=generators, guidance_scale=scale, **settings)
@@ -71,20 +71,25 @@ def sample(pipe: Any, name: str, scale: float = 1.0, **settings: Any) -> tuple[l
 
 
 def assert_denoise_is_the_loop(pipe: Any, name: str, sizes: Any = None, **settings: Any) -> None:
-    """Inputs of the transformer, and the prediction that the scheduler gets, with its sign."""
+    """Inputs of the transformer for the scheduler's noise levels, and the prediction that the scheduler gets, with its sign."""
     kind = family(pipe)
     calls, steps = sample(pipe, name, **settings)
-    assert len(calls) == len(steps) == 2
+    assert len(calls) == len(steps) == 3
+    levels = kind.objective().model_input(pipe.scheduler.sigmas[:3]) if name in FLOWS else pipe.scheduler.timesteps
     with torch.no_grad():
         text = kind.encode_text(PROMPTS)
-        for (theirs, _), (prediction, t, noisy) in zip(calls, steps, strict=True):
+        for (theirs, _), (prediction, _, noisy), level in zip(calls, steps, levels, strict=True):
             with recorded(kind.tower) as own:
-                ours = kind.denoise(grid(noisy, kind), t.expand(2), text, sizes)
+                ours = kind.denoise(grid(noisy, kind), level.expand(2), text, sizes)
+            if name == "cogview4":  # times from 1000 to 1 and noise levels from 1 to 0.0005, computed in float32
+                times = own[0][0].pop("timestep"), theirs["timestep"]
+                torch.testing.assert_close(*times, rtol=1e-5, atol=1e-3)
+                own[0][0]["timestep"] = times[1]
             theirs = {k: v for k, v in theirs.items() if k not in ("attention_kwargs", "guidance")}
             angles = zip(own[0][0].pop("image_rotary_emb", ()), theirs.pop("image_rotary_emb", ()), strict=True)
             assert all(torch.equal(a, b) for a, b in angles)
             assert_same_inputs(own[0][0], theirs)
-            torch.testing.assert_close(ours, grid(prediction, kind), rtol=0, atol=1e-6)
+            torch.testing.assert_close(ours, grid(prediction, kind), rtol=0, atol=1e-5 if name == "cogview4" else 1e-6)
 
 
 # -- the denoiser -----------------------------------------------------------------------------------------------------
@@ -112,6 +117,11 @@ def test_rows_of_cogview4_with_texts_of_different_lengths_are_those_of_passes_al
     with torch.no_grad():
         alone = [kind.denoise(noisy[i : i + 1], times[i : i + 1], rows[i], sizes[i : i + 1]) for i in range(3)]
         torch.testing.assert_close(kind.denoise(noisy, times, text, sizes), torch.cat(alone), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [{}, {"time_shift_type": "exponential"}, {"use_dynamic_shifting": False, "shift": 3.0}])
+def test_times_of_cogview4_are_those_before_the_shift(shift: dict[str, Any]) -> None:
+    assert_denoise_is_the_loop(tiny("cogview4", **shift), "cogview4")
 
 
 # -- text -------------------------------------------------------------------------------------------------------------

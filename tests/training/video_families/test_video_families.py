@@ -18,6 +18,7 @@ from veneer.injection.errors import BaseModelError
 from veneer.training.families import PromptError, families, family
 from veneer.training.families.video.wan import FlowWithin
 from veneer.training.objective.objectives import Flow
+from veneer.training.objective.validation_loss import fixed_timesteps
 from veneer.training.preflight.memory_parts import count_training_step, vae_bytes
 from veneer.training.preflight.meta_family import meta_family
 from veneer.training.preflight.step_cost import PeakBytes
@@ -97,6 +98,8 @@ def test_noise_levels_are_those_of_the_experts_that_train(where: str, low: float
         return
     assert isinstance(objective, FlowWithin)
     assert low <= levels.min() < levels.max() <= high
+    validation = fixed_timesteps(objective)
+    assert low < validation.min() < validation.max() < high
     assert levels.max() - levels.min() > 0.9 * (high - low)
     assert objective.shift == 3.0
     noisy, text = torch.randn(2, 3, 8, 12), kind.encode_text(PROMPTS)

@@ -192,6 +192,8 @@ class Flow(Objective):
         shift: k of the scheduler, used if the options have none.
         options: any density; `uniform`, `logit_normal`, `mode`, `cubic` and `shift` are shifted by k, `flux_shift` by e^μ.
         mu: (low, high, low_tokens, high_tokens) of `flux_mu`.
+    Attributes:
+        low, high: range of the noise levels.
     Raises:
         OptionError: a weighting that needs a variance-preserving model.
 
@@ -200,6 +202,7 @@ class Flow(Objective):
     """
 
     prediction = "flow_prediction"
+    low, high = 0.0, 1.0
 
     def __init__(
         self,

@@ -92,9 +92,11 @@ class ValidationLoss:
 
 
 def fixed_timesteps(objective: Objective, levels: int = LEVELS) -> Tensor:
-    """The middles of `levels` equal intervals of timesteps, (levels,): int64 indices, or float32 σ of flow models."""
+    """The middles of `levels` equal intervals of timesteps, (levels,): int64 indices, or float32 σ in a flow model's range."""
     middles = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
-    return middles.float() if isinstance(objective, Flow) else (middles * objective.steps).long()
+    if isinstance(objective, Flow):
+        return (objective.low + middles * (objective.high - objective.low)).float()
+    return (middles * objective.steps).long()
 
 
 def loss_with_measurements(

@@ -19,14 +19,7 @@ EXPERTS = ("transformer", "transformer_2")
 
 
 class FlowWithin(Flow):
-    """Flow whose noise levels are in a range: σ′ = low + σ·(high − low), as in musubi-tuner.
-
-    Attributes:
-        low, high: of the noise level, 0 to 1.
-    """
-
-    low = 0.0
-    high = 1.0
+    """Flow whose noise levels are in the range from `low` to `high`: σ′ = low + σ·(high − low), as in musubi-tuner."""
 
     def sample_timestep(self, generator: torch.Generator, tokens: int | None = None) -> float:
         sigma = super().sample_timestep(generator, tokens)
