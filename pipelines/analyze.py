@@ -25,6 +25,7 @@ from veneer.classification.data.labeled_images import Source
 from veneer.classification.data.loader import ImageLoader
 from veneer.classification.data.sources import open_source
 from veneer.classification.data.split_files import load_splits
+from veneer.classification.objectives.single_label import SINGLE_LABEL
 from veneer.classification.predict import Predictor, open_predictor
 from veneer.injection import OptionError
 from veneer.training.data.image_io import DataError
@@ -90,7 +91,8 @@ def analyze_heads(config: AnalyzeHeadsConfig) -> Iterator[str]:
 
     Raises:
         HeadsError: the model has no attention heads, or computes them in a way that cannot be studied.
-        OptionError: a classifier without data. DataError: no labeled images of its classes.
+        OptionError: a classifier without data, with prompts or with several labels for each image. DataError: no labeled
+            images of its classes.
     """
     is_classifier = (Path(config.model) / "model.json").is_file()
     if is_classifier and config.data is None:
@@ -99,6 +101,9 @@ def analyze_heads(config: AnalyzeHeadsConfig) -> Iterator[str]:
     if not is_classifier and config.data is not None:
         message = f"data is {config.data!r}, but {config.model} is no run folder of veneer transfer. Use --prompts, or check it."
         raise OptionError(message, option="data", given=config.data, expected=None)
+    if is_classifier and config.prompts:
+        message = f"prompts are given, but {config.model} is a classifier. Leave out --prompts."
+        raise OptionError(message, option="prompts", given=config.prompts, expected=())
     out = config.out or new_folder(Path("runs"), f"{Path(config.model).name}-heads")
     study = _study_classifier(config) if is_classifier else _study_denoiser(config)
     out.mkdir(parents=True, exist_ok=True)
@@ -117,6 +122,9 @@ def analyze_heads(config: AnalyzeHeadsConfig) -> Iterator[str]:
 
 def _study_classifier(config: AnalyzeHeadsConfig) -> _Study:
     predictor = open_predictor(Path(config.model), resolve_device(config.device))
+    if predictor.objective is not SINGLE_LABEL:
+        message = f"{config.model} gives an image several labels; expected a classifier with one label for each image."
+        raise OptionError(message, option="model", given=config.model, expected="one label for each image")
     layers = attention_layers(predictor.classifier.model)
     batches = list(_batches(predictor, config))
 
