@@ -17,16 +17,9 @@ from veneer.injection.sites import WeightSite
 from ._entries import size_of
 
 
-class _StraightThrough(torch.autograd.Function):
-    """1[s > threshold], whose gradient is passed on unchanged."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, threshold: float) -> Tensor:
-        return (scores > threshold).to(scores.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+def _straight_through(scores: Tensor, threshold: float) -> Tensor:
+    """1[s > threshold], whose gradient is passed on unchanged: s − s is 0 and has the gradient of s."""
+    return (scores > threshold).to(scores.dtype) + (scores - scores.detach())
 
 
 class MaskAdapter(Adapter):
@@ -51,7 +44,7 @@ class MaskAdapter(Adapter):
 
     def weight(self, weight: Tensor) -> Tensor:
         """W where the mask is 1, and 0 elsewhere."""
-        mask: Tensor = _StraightThrough.apply(self.scores, self.threshold)
+        mask: Tensor = _straight_through(self.scores, self.threshold)
         return weight * mask
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
