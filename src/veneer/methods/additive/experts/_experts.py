@@ -84,7 +84,7 @@ def average_experts(adapters: Iterable[tuple[Site, Any]]) -> None:
 
 
 def has_experts(experts: int, by_site: Mapping[str, Mapping[str, Any]]) -> bool:
-    """True if a site may have several experts. `experts`: at sites without options of their own."""
+    """True if a site may have several experts. `experts`: at the other sites."""
     return experts > 1 or any(options.get("experts", 1) > 1 for options in by_site.values())
 
 
