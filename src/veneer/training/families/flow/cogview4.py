@@ -49,7 +49,7 @@ class CogView4(LanguageModelLimits, Family):
     """ε − x₀ = transformer(x_σ, t, text, original size, target size, crop), where σ is t/1000 after the scheduler's shift.
 
     Text is the last but one hidden state of GLM, with its padding on the left to a multiple of 16 tokens, which the transformer
-    reads without a mask: rows of different lengths are passes of their own.
+    reads without a mask: rows of different lengths are separate passes.
     Source: Zheng et al. 2024 (CogView3), Z.ai 2025; diffusers `CogView4Pipeline` and `train_control_cogview4.py`.
     """
 
