@@ -192,11 +192,11 @@ def test_tokens_of_quoted_text_are_counted_as_the_pipeline_makes_them(pipes: dic
         lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
     try:
-        kind.encode_text(["a 'dog'"])
+        kind.encode_text(["a 'toy dog'"])
     finally:
         handle.remove()
     template = pipe.tokenizer(pipe.prompt_template_encode_prefix + pipe.prompt_template_encode_suffix).input_ids
-    assert len(kind._token_ids(["a 'dog'"], pipe.tokenizer)[0]) == int(masks[0].sum()) - len(template) == 7
+    assert len(kind._token_ids(["a 'toy dog'"], pipe.tokenizer)[0]) == int(masks[0].sum()) - len(template) == 11
 
 
 @pytest.mark.parametrize("name", ["cogview4", "longcat_image"])
