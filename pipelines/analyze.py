@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,15 @@ from veneer.classification.objectives.single_label import SINGLE_LABEL
 from veneer.classification.predict import Predictor, open_predictor
 from veneer.injection import OptionError
 from veneer.training.data.image_io import DataError
+from veneer.training.families import family
 from veneer.training.report.bars import show_bar
 from veneer.training.report.run_folder import new_folder
 
 __all__ = ["AnalyzeHeadsConfig", "analyze_heads"]
 
 LISTED = 5
+OF_CLASSIFIERS = ("images", "batch")
+OF_DENOISERS = ("prompts", "timesteps", "steps", "seed")
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,11 @@ def analyze_heads(config: AnalyzeHeadsConfig) -> Iterator[str]:
     if not is_classifier and config.data is not None:
         message = f"data is {config.data!r}, but {config.model} is no run folder of veneer transfer. Use --prompts, or check it."
         raise OptionError(message, option="data", given=config.data, expected=None)
-    if is_classifier and config.prompts:
-        message = f"prompts are given, but {config.model} is a classifier. Leave out --prompts."
-        raise OptionError(message, option="prompts", given=config.prompts, expected=())
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in (OF_DENOISERS if is_classifier else OF_CLASSIFIERS) and value != field.default:
+            message = f"--{field.name} has no effect on {config.model}, a {'classifier' if is_classifier else 'diffusion model'}."
+            raise OptionError(message, option=field.name, given=value, expected=field.default)
     out = config.out or new_folder(Path("runs"), f"{Path(config.model).name}-heads")
     study = _study_classifier(config) if is_classifier else _study_denoiser(config)
     out.mkdir(parents=True, exist_ok=True)
@@ -186,7 +191,8 @@ def _study_denoiser(config: AnalyzeHeadsConfig) -> _Study:
     def generate() -> None:
         for prompt in prompts:
             generator = torch.Generator("cpu").manual_seed(config.seed)
-            images.extend(pipe(prompt, generator=generator, num_inference_steps=config.steps or settings.steps).images)
+            steps = config.steps or settings.steps
+            images.extend(family(pipe).generate([prompt], [generator], num_inference_steps=steps))
 
     recorded = record_calls(layers[0].tower, generate, config.timesteps * len(prompts))
     maps = mean_maps(layers, recorded.run)

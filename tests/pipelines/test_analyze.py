@@ -85,3 +85,16 @@ def test_a_classifier_of_several_labels_is_an_error(folder: Path, tmp_path: Path
     transfer(TransferConfig(data=str(table), model=str(folder / "vit"), out=run, multi_label=True, **{**SETTINGS, "epochs": 1}))
     with raises(OptionError, option="model", given=str(run)):
         list(analyze_heads(AnalyzeHeadsConfig(str(run), str(table), out=tmp_path / "out")))
+
+
+@pytest.mark.parametrize(("option", "value"), [("timesteps", 2), ("steps", 5), ("seed", 1)])
+def test_options_of_diffusion_models_are_rejected_for_a_classifier(folder: Path, option: str, value: int) -> None:
+    config = AnalyzeHeadsConfig(str(folder / "run"), str(folder / "images"), **{option: value})  # type: ignore[arg-type]
+    with raises(OptionError, option=option, given=value):
+        list(analyze_heads(config))
+
+
+@pytest.mark.parametrize(("option", "value"), [("images", 8), ("batch", 2)])
+def test_options_of_classifiers_are_rejected_for_a_diffusion_model(option: str, value: int) -> None:
+    with raises(OptionError, option=option, given=value):
+        list(analyze_heads(AnalyzeHeadsConfig("bundled", **{option: value})))  # type: ignore[arg-type]
