@@ -108,6 +108,7 @@ def lost(error: str) -> bool:
     gone = (
         "net::ERR_CONNECTION",
         "net::ERR_INCOMPLETE_CHUNKED",
+        "net::ERR_CONTENT_LENGTH_MISMATCH",  # a file whose transfer the crash cut off
         "net::ERR_EMPTY",
         "network error",
         "Connection err",
