@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from veneer.injection.errors import OptionError, StateError
-from veneer.injection.method import Adapter
+from veneer.injection.method import Adapter, Method
 from veneer.injection.sites import Site
+from veneer.injection.training_protocol import Distance
 
 
 class ExpertAdapter(Adapter):
@@ -83,25 +85,48 @@ def average_experts(adapters: Iterable[tuple[Site, Any]]) -> None:
                 setattr(adapter, name, nn.Parameter(parameter.mean(0, keepdim=True)))
 
 
-def has_experts(experts: int, by_site: Mapping[str, Mapping[str, Any]]) -> bool:
-    """True if a site may have several experts. `experts`: at the other sites."""
-    return experts > 1 or any(options.get("experts", 1) > 1 for options in by_site.values())
-
-
-def without_experts(by_site: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Options by site without the number of experts."""
-    rest = {pattern: {k: v for k, v in options.items() if k != "experts"} for pattern, options in by_site.items()}
-    return {pattern: options for pattern, options in rest.items() if options}
-
-
 def stack_of(matrix: Tensor, experts: int) -> nn.Parameter:
     """Equal copies of a matrix, (experts, …)."""
     return nn.Parameter(matrix.detach().unsqueeze(0).repeat(experts, *(1,) * matrix.ndim))
 
 
-def check_expert_options(name: str, experts: int, consistency: float) -> None:
-    """Raises `OptionError` for no experts or a negative weight of the consistency loss."""
-    if experts < 1:
-        raise OptionError.of(name, "experts", experts, "at least 1")
-    if consistency < 0:
-        raise OptionError.of(name, "consistency", consistency, "at least 0")
+class ExpertMethod(Method):
+    """Base of methods with several experts at a site, whose subclasses have these options as fields."""
+
+    experts: int
+    share_down: bool
+    share_up: bool
+    consistency: float
+
+    def check_expert_options(self) -> None:
+        """Raises `OptionError` for no experts or a negative weight of the consistency loss."""
+        if self.experts < 1:
+            raise OptionError.of(self.name, "experts", self.experts, "at least 1")
+        if self.consistency < 0:
+            raise OptionError.of(self.name, "consistency", self.consistency, "at least 0")
+
+    @property
+    def passes(self) -> int:
+        """2 with a consistency loss, if a site has several experts; else 1."""
+        several = self.experts > 1 or any(options.get("experts", 1) > 1 for options in self.by_site.values())
+        return 2 if self.consistency and several else 1
+
+    def begin_pass(self, adapters: Iterable[tuple[Site, Any]], seed: int, step: int, number: int) -> None:
+        """Samples the experts of every site."""
+        parts = list(adapters)
+        sample_experts(parts, {site.name: cast(Self, self.at(site)).experts for site, _ in parts}, seed, step, number)
+
+    def consistency_loss(self, outputs: Sequence[Tensor], distance: Distance) -> Tensor:
+        """The weighted distance of the two passes, (batch,)."""
+        return self.consistency * distance(outputs[0], outputs[1])
+
+    def finalize(self, adapters: Iterable[tuple[Site, Any]]) -> Self:
+        """Averages the experts of every site. Returns the config with one expert."""
+        average_experts(adapters)
+        rest = {pattern: {k: v for k, v in options.items() if k != "experts"} for pattern, options in self.by_site.items()}
+        options: dict[str, Any] = {"experts": 1, "by_site": {pattern: left for pattern, left in rest.items() if left}}
+        return dataclasses.replace(self, **options)
+
+    def stacks(self) -> tuple[int, int]:
+        """Numbers of down and up projections."""
+        return 1 if self.share_down else self.experts, 1 if self.share_up else self.experts

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from veneer.functional.channels import add_channels_product, channels_product
-from veneer.injection.method import Method, Need
-from veneer.injection.sites import BranchSite, Site
-from veneer.injection.training_protocol import Distance
+from veneer.injection.method import Need
+from veneer.injection.sites import BranchSite
 from veneer.methods.additive.bottleneck._bottleneck import activate, check_bottleneck_options
 
-from ._experts import ExpertAdapter, average_experts, check_expert_options, has_experts, sample_experts, stack_of, without_experts
+from ._experts import ExpertAdapter, ExpertMethod, stack_of
 
 
 class AdaMixAdapter(ExpertAdapter):
@@ -44,7 +41,7 @@ class AdaMixAdapter(ExpertAdapter):
 
 
 @dataclass(frozen=True)
-class AdaMix(Method):
+class AdaMix(ExpertMethod):
     """y' = y + Up_j(GELU(Down_i(y))): y the MLP branch, i and j sampled for each training pass and site among M experts.
 
     With `consistency` c, each batch has a second pass with other experts, and the loss is L(f₁) + c·D(f₁, f₂): D is
@@ -85,30 +82,7 @@ class AdaMix(Method):
 
     def __post_init__(self) -> None:
         check_bottleneck_options(self.name, self.bottleneck)
-        check_expert_options(self.name, self.experts, self.consistency)
-
-    @property
-    def passes(self) -> int:
-        """2 with a consistency loss, else 1."""
-        return 2 if self.consistency and has_experts(self.experts, self.by_site) else 1
-
-    def begin_pass(self, adapters: Iterable[tuple[Site, Any]], seed: int, step: int, number: int) -> None:
-        """Samples i and j at every site."""
-        parts = list(adapters)
-        sample_experts(parts, {site.name: cast(AdaMix, self.at(site)).experts for site, _ in parts}, seed, step, number)
-
-    def consistency_loss(self, outputs: Sequence[Tensor], distance: Distance) -> Tensor:
-        """c·D of the two passes, (batch,)."""
-        return self.consistency * distance(outputs[0], outputs[1])
-
-    def finalize(self, adapters: Iterable[tuple[Site, Any]]) -> Self:
-        """Averages the experts of every site. Returns the config with one expert."""
-        average_experts(adapters)
-        return dataclasses.replace(self, experts=1, by_site=without_experts(self.by_site))
-
-    def stacks(self) -> tuple[int, int]:
-        """Numbers of Down and Up projections."""
-        return 1 if self.share_down else self.experts, 1 if self.share_up else self.experts
+        self.check_expert_options()
 
     def build(self, site: BranchSite) -> AdaMixAdapter:
         """M equal experts for one branch."""

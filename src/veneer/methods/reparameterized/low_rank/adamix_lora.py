@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,18 +12,9 @@ from torch.nn import functional as F
 from veneer.functional.convolve import convolve
 from veneer.functional.low_rank_autograd import project
 from veneer.injection.errors import OptionError
-from veneer.injection.method import Method, Need
-from veneer.injection.sites import Site, WeightSite
-from veneer.injection.training_protocol import Distance
-from veneer.methods.additive.experts._experts import (
-    ExpertAdapter,
-    average_experts,
-    check_expert_options,
-    has_experts,
-    sample_experts,
-    stack_of,
-    without_experts,
-)
+from veneer.injection.method import Need
+from veneer.injection.sites import WeightSite
+from veneer.methods.additive.experts._experts import ExpertAdapter, ExpertMethod, stack_of
 
 from ._low_rank import factor_pairs
 from .lora import LoRA
@@ -79,7 +68,7 @@ class AdaMixLoRAAdapter(ExpertAdapter):
 
 
 @dataclass(frozen=True)
-class AdaMixLoRA(Method):
+class AdaMixLoRA(ExpertMethod):
     """W' = W + s·B_j A_i with s = alpha / rank: i and j sampled for each training pass and site among M experts.
 
     In evaluation and in merges A and B are averaged separately, and after training only their averages are saved: a LoRA. The
@@ -123,30 +112,7 @@ class AdaMixLoRA(Method):
             raise OptionError.of(self.name, "rank", self.rank, "at least 1")
         if not 0 <= self.dropout < 1:
             raise OptionError.of(self.name, "dropout", self.dropout, "in [0, 1)")
-        check_expert_options(self.name, self.experts, self.consistency)
-
-    @property
-    def passes(self) -> int:
-        """2 with a consistency loss, else 1."""
-        return 2 if self.consistency and has_experts(self.experts, self.by_site) else 1
-
-    def begin_pass(self, adapters: Iterable[tuple[Site, Any]], seed: int, step: int, number: int) -> None:
-        """Samples i and j at every site."""
-        parts = list(adapters)
-        sample_experts(parts, {site.name: cast(AdaMixLoRA, self.at(site)).experts for site, _ in parts}, seed, step, number)
-
-    def consistency_loss(self, outputs: Sequence[Tensor], distance: Distance) -> Tensor:
-        """The weighted distance of the two passes, (batch,)."""
-        return self.consistency * distance(outputs[0], outputs[1])
-
-    def finalize(self, adapters: Iterable[tuple[Site, Any]]) -> Self:
-        """Averages A and B of every site. Returns the config with one expert."""
-        average_experts(adapters)
-        return dataclasses.replace(self, experts=1, by_site=without_experts(self.by_site))
-
-    def stacks(self) -> tuple[int, int]:
-        """Numbers of matrices A and B."""
-        return 1 if self.share_down else self.experts, 1 if self.share_up else self.experts
+        self.check_expert_options()
 
     def _lora(self) -> LoRA:
         return LoRA(rank=self.rank, alpha=self.alpha)
