@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,43 @@ def cubic_budget(step: int, start: int, end: int, first: int, last: int) -> int:
         return last
     remaining = 1 - max(0, step - start) / (end - start) if end > start else 1
     return int(last + (first - last) * remaining**3)
+
+
+@dataclass(frozen=True)
+class PruningSchedule:
+    """When the parts of a model are pruned in a run, and how many remain.
+
+    Args:
+        warmup: fraction of the steps before pruning starts. `final`: fraction of the steps after it has ended.
+        every: steps between two prunings. `steps`: of the run.
+    """
+
+    warmup: float
+    final: float
+    every: int
+    steps: int
+
+    @property
+    def start(self) -> int:
+        """Step after which pruning may begin."""
+        return round(self.warmup * self.steps)
+
+    @property
+    def end(self) -> int:
+        """Step of the last pruning."""
+        return max(1, self.steps - round(self.final * self.steps))
+
+    def measures(self, step: int) -> bool:
+        """True if the importance is recorded after this step."""
+        return step <= max(1, self.end - 1)
+
+    def prunes(self, step: int) -> bool:
+        """True if the remaining parts are chosen again after this step."""
+        return step == self.end or (self.start < step < self.end and step % self.every == 0)
+
+    def budget(self, step: int, first: int, last: int) -> int:
+        """Number of parts that remain, from `first` to `last`."""
+        return cubic_budget(step, self.start, self.end, first, last)
 
 
 def largest_mask(scores: Tensor, count: int) -> Tensor:

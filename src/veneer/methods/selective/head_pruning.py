@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from veneer.functional.importance import cubic_budget, update_importance
+from veneer.functional.importance import PruningSchedule, largest_mask
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import Site, WeightSite
@@ -22,12 +22,11 @@ class HeadGates(Adapter):
 
     Args:
         width: number of channels at the input. `heads`: number of heads, a divisor of it.
-    Shapes: `gates` (heads,). Training state: smoothed importance and its uncertainty, and `kept`, 0 for pruned heads.
+    Shapes: `gates` (heads,). Training state: smoothed importance `sensitivity`, and `kept`, 0 for pruned heads.
     """
 
-    training_buffers: ClassVar[tuple[str, ...]] = ("sensitivity", "uncertainty", "kept")
+    training_buffers: ClassVar[tuple[str, ...]] = ("sensitivity", "kept")
     sensitivity: Tensor
-    uncertainty: Tensor
     kept: Tensor
 
     def __init__(self, width: int, heads: int) -> None:
@@ -35,7 +34,6 @@ class HeadGates(Adapter):
         self.size = width // heads
         self.gates = nn.Parameter(torch.ones(heads))
         self.register_buffer("sensitivity", torch.zeros(heads), persistent=False)
-        self.register_buffer("uncertainty", torch.zeros(heads), persistent=False)
         self.register_buffer("kept", torch.ones(heads), persistent=False)
 
     def input(self, x: Tensor) -> Tensor:
@@ -45,6 +43,12 @@ class HeadGates(Adapter):
     def weight(self, weight: Tensor) -> Tensor:
         """W diag(g)."""
         return weight * self.gates.repeat_interleave(self.size).to(weight.dtype)
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Adds |g · ∂L/∂g| to the smoothed importance."""
+        if self.gates.grad is not None:
+            self.sensitivity.mul_(SMOOTHING).add_((self.gates * self.gates.grad).abs(), alpha=1 - SMOOTHING)
 
     @torch.no_grad()
     def prune(self) -> None:
@@ -102,9 +106,7 @@ class HeadPruning(Method):
         }
         for option, (is_valid, expected) in checks.items():
             if not is_valid:
-                value = getattr(self, option)
-                message = f"head_pruning: {option} is {value}; expected {expected}."
-                raise OptionError(message, option=option, method=self.name, given=value, expected=expected)
+                raise OptionError.of(self.name, option, getattr(self, option), expected)
 
     def build(self, site: WeightSite) -> HeadGates:
         """Gates of 1 for the heads of one attention."""
@@ -117,21 +119,24 @@ class HeadPruning(Method):
     def after_step(self, adapters: Iterable[tuple[Site, Adapter]], step: int, steps: int) -> None:
         """Records the importance of the heads, and prunes to the budget when due."""
         layers = list(_own(adapters))
-        start, end = round(self.warmup * steps), self.schedule_end(steps)
-        if step <= max(1, end - 1):
+        schedule = self._schedule(steps)
+        if schedule.measures(step):
             for layer in layers:
-                update_importance(layer.gates, layer.sensitivity, layer.uncertainty, SMOOTHING, SMOOTHING)
-        if step == end or (start < step < end and step % self.every == 0):
+                layer.measure()
+        if schedule.prunes(step):
             first = sum(len(layer.gates) for layer in layers)
-            self._allocate(layers, cubic_budget(step, start, end, first, max(1, round(self.keep * first))))
-        elif step < end:
+            self._allocate(layers, schedule.budget(step, first, max(1, round(self.keep * first))))
+        elif step < schedule.end:
             return
         for layer in layers:
             layer.prune()
 
     def schedule_end(self, steps: int) -> int:
         """Step of the last pruning."""
-        return max(1, steps - round(self.final * steps))
+        return self._schedule(steps).end
+
+    def _schedule(self, steps: int) -> PruningSchedule:
+        return PruningSchedule(self.warmup, self.final, self.every, steps)
 
     def finalize(self, adapters: Iterable[tuple[Site, Any]]) -> Self:
         """Sets the gates of pruned heads to zero, which those of averaged weights (EMA) are not."""
@@ -146,8 +151,7 @@ class HeadPruning(Method):
             layer.kept[layer.sensitivity.argsort(descending=True, stable=True)[: self.at_least]] = 1
         protected = sum(int(layer.kept.sum()) for layer in layers)
         scores = torch.cat([layer.sensitivity.masked_fill(layer.kept > 0, float("-inf")).cpu() for layer in layers])
-        kept = torch.zeros_like(scores)
-        kept[scores.argsort(descending=True, stable=True)[: max(0, budget - protected)]] = 1
+        kept = largest_mask(scores, max(0, budget - protected))
         for layer, part in zip(layers, kept.split([len(layer.gates) for layer in layers]), strict=True):
             layer.kept.add_(part.to(layer.kept.device)).clamp_(max=1)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.functional.convolve import convolve
-from veneer.functional.importance import cubic_budget, largest_mask, update_importance
+from veneer.functional.importance import PruningSchedule, largest_mask, update_importance
 from veneer.functional.orthogonality import orthonormality_error
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
@@ -198,22 +198,25 @@ class AdaLoRA(Method):
     def after_step(self, adapters: Iterable[tuple[Site, Adapter]], step: int, steps: int) -> None:
         """Records the gradients, and prunes to the budget when due."""
         parts = list(_own(adapters))
-        start, end = round(self.warmup * steps), self.schedule_end(steps)
-        if step <= max(1, end - 1):
+        schedule = self._schedule(steps)
+        if schedule.measures(step):
             for _, adapter in parts:
                 adapter.observe(self.beta1, self.beta2)
-        if step == end or (start < step < end and step % self.every == 0):
+        if schedule.prunes(step):
             first = sum(a.values.numel() for _, a in parts)
             last = sum(self._target(site) for site, _ in parts)
-            self._allocate([a for _, a in parts], cubic_budget(step, start, end, first, last))
-        elif step < end:
+            self._allocate([a for _, a in parts], schedule.budget(step, first, last))
+        elif step < schedule.end:
             return
         for _, adapter in parts:
             adapter.prune()
 
     def schedule_end(self, steps: int) -> int:
         """Step of the last pruning."""
-        return max(1, steps - round(self.final * steps))
+        return self._schedule(steps).end
+
+    def _schedule(self, steps: int) -> PruningSchedule:
+        return PruningSchedule(self.warmup, self.final, self.every, steps)
 
     @staticmethod
     def _allocate(adapters: list[AdaLoRAAdapter], budget: int) -> None:
