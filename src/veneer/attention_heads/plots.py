@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from veneer.atomic_files import write_atomically
+from veneer.figures import panels, write_figure
 
 from .layers import AttentionLayer
 from .patterns import PATTERNS
@@ -28,7 +27,7 @@ def write_importance(layers: Sequence[AttentionLayer], reports: Sequence[HeadRep
         measurement: key of the changes, such as `accuracy`.
     """
     ways = list(reports[0].changes)
-    figure, (axes,) = _panels(2.2 + 3.4 * (len(ways) + 1), 1.6 + 0.34 * len(layers), len(ways) + 1)
+    figure, (axes,) = panels(2.2 + 3.4 * (len(ways) + 1), 1.6 + 0.34 * len(layers), len(ways) + 1, squeeze=False)
     tables = [_table(layers, [report.changes[way][measurement] for report in reports]) for way in ways]
     most = max((float(np.nanmax(np.abs(table))) for table in tables), default=0.0) or 1.0
     signed = any(float(np.nanmin(table)) < 0 for table in tables)
@@ -42,7 +41,7 @@ def write_importance(layers: Sequence[AttentionLayer], reports: Sequence[HeadRep
         panel.set_xticks(range(max(layer.heads for layer in layers)))
         panel.set_yticks(range(len(layers)), ["" for _ in layers])
     axes[0].set_yticks(range(len(layers)), [_short(layer.path) for layer in layers], fontsize=7)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def _patterns(panel: Any, layers: Sequence[AttentionLayer], reports: Sequence[HeadReport]) -> None:
@@ -60,7 +59,7 @@ def write_maps(layers: Sequence[AttentionLayer], maps: Mapping[str, Tensor], rep
     """Plots the mean map of each head with its pattern: queries down, keys across, each map up to its own largest value."""
     rows = [layer for layer in layers if layer.name in maps]
     columns = max(layer.heads for layer in rows)
-    figure, grid = _panels(1.35 * columns + 1.2, 1.5 * len(rows) + 0.4, columns, len(rows))
+    figure, grid = panels(1.35 * columns + 1.2, 1.5 * len(rows) + 0.4, columns, len(rows), squeeze=False)
     patterns = {(report.layer, report.head): report.pattern for report in reports}
     for line, layer in zip(grid, rows, strict=True):
         for head, cell in enumerate(line):
@@ -73,7 +72,7 @@ def write_maps(layers: Sequence[AttentionLayer], maps: Mapping[str, Tensor], rep
             pattern = patterns[layer.name, head]
             cell.set_title(f"{head} {pattern.name if pattern else ''}", fontsize=6)
         line[0].set_ylabel(_short(layer.path, 16), fontsize=5)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def write_words(
@@ -89,7 +88,7 @@ def write_words(
     for layer in layers:
         if layer.cross and layer.name in maps and math.isqrt(queries := maps[layer.name].shape[1]) ** 2 == queries:
             sizes.setdefault(math.isqrt(queries), []).append(maps[layer.name].mean(0))
-    figure, grid = _panels(1.3 * (len(words) + 1), 1.6 * len(sizes), len(words) + 1, len(sizes))
+    figure, grid = panels(1.3 * (len(words) + 1), 1.6 * len(sizes), len(words) + 1, len(sizes), squeeze=False)
     for line, (side, parts) in zip(grid, sorted(sizes.items(), reverse=True), strict=True):
         mean = sum(parts[1:], start=parts[0]) / len(parts)
         for cell in line:
@@ -99,7 +98,7 @@ def write_words(
         for index, (word, cell) in enumerate(zip(words, line[1:], strict=True)):
             cell.imshow(mean[:, index].reshape(side, side).numpy(), cmap="viridis")
             cell.set_title(word, fontsize=7)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def _table(layers: Sequence[AttentionLayer], values: Sequence[float]) -> Any:
@@ -109,21 +108,6 @@ def _table(layers: Sequence[AttentionLayer], values: Sequence[float]) -> Any:
     for row, layer in enumerate(layers):
         table[row, : layer.heads] = [next(rest) for _ in range(layer.heads)]
     return table
-
-
-def _panels(width: float, height: float, columns: int, rows: int = 1) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _write(figure: Any, path: Path) -> None:
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    write_atomically(path, data.getvalue())
 
 
 def _short(path: str, most: int = LONGEST) -> str:

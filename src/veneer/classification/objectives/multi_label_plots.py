@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..report.plots import BLUE, MISTAKES, ORANGE, panels, shorten, write_figure, write_image_grid
+from veneer.figures import panels, write_figure
+
+from ..report.plots import BLUE, MISTAKES, ORANGE, shorten, write_image_grid
 from .multi_label_metrics import THRESHOLD, MultiLabelMetrics
 from .objective import Evaluation
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from veneer.figures import panels, write_figure
 from veneer.training.report.metrics import mean_interval
 
 from ..train.comparison import RunMetrics, by_row
-from .plots import BLUE, GREY, ORANGE, panels, write_figure
+from .plots import BLUE, GREY, ORANGE
 
 BASELINES = {"linear_probe": "the linear probe", "zero_shot": "zero-shot"}
 """Baseline methods in order of preference, with their names in texts."""

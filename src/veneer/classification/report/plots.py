@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from veneer.atomic_files import write_atomically
+from veneer.figures import panels, write_figure
 
 from ..train.epoch_selection import Epoch
 from .metrics import ClassificationMetrics
@@ -95,23 +93,6 @@ def write_image_grid(images: Sequence[tuple[Image.Image, str]], title: str, path
         cell.set_title(text, fontsize=8)
     figure.suptitle(title, fontsize=10)
     write_figure(figure, path)
-
-
-def panels(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
-    """A figure of a size in inches, and its axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns)
-
-
-def write_figure(figure: Any, path: Path) -> None:
-    """Writes a figure as PNG, atomically."""
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    write_atomically(path, data.getvalue())
 
 
 def _smoothed(values: Sequence[float], window: int = 20) -> list[float]:
