@@ -14,11 +14,12 @@ from torch import Tensor
 
 import veneer
 from tests.raising import raises
+from tests.training.family_checks import assert_missing_components_are_named
 from tests.training.test_families import assert_same_inputs, recorded
 from tests.training.test_memory_prediction import attach, real_step
 from veneer.injection.errors import SelectionError, UnsupportedSite
 from veneer.training import attach_methods
-from veneer.training.families import BaseModelError, PromptError, families, family
+from veneer.training.families import PromptError, family
 from veneer.training.families.errors import PromptWarning
 from veneer.training.families.family import Family
 from veneer.training.families.flow.flux import unpack
@@ -269,16 +270,7 @@ def test_sizes(pipes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_missing_components_are_listed(pipes: dict[str, Any], name: str) -> None:
-    pipe = pipes[name]
-    assert families()[name].matches(pipe)
-    for part in family(pipe).needs:
-        kept = getattr(pipe, part)
-        setattr(pipe, part, None)
-        try:
-            with raises(BaseModelError, where="missing", given=(part,)):
-                family(pipe)
-        finally:
-            setattr(pipe, part, kept)
+    assert_missing_components_are_named(pipes[name], name)
 
 
 @pytest.mark.parametrize("name", NAMES)

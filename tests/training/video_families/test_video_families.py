@@ -11,11 +11,12 @@ from torch import Tensor
 
 import veneer
 from tests.raising import raises
+from tests.training.family_checks import assert_missing_components_are_named
 from tests.training.test_families import assert_same_inputs, recorded
 from tests.training.test_memory_prediction import attach, real_step
 from tests.training.transformer_families.test_transformer_families import recorded_steps
 from veneer.injection.errors import BaseModelError
-from veneer.training.families import PromptError, families, family
+from veneer.training.families import PromptError, family
 from veneer.training.families.video.wan import FlowWithin
 from veneer.training.objective.objectives import Flow
 from veneer.training.objective.validation_loss import fixed_timesteps
@@ -217,16 +218,7 @@ def test_sizes(pipes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
 def test_missing_components_are_listed(pipes: dict[str, Any], name: str) -> None:
-    pipe = pipes[name]
-    assert families()[name].matches(pipe)
-    for part in family(pipe).needs:
-        kept = getattr(pipe, part)
-        setattr(pipe, part, None)
-        try:
-            with raises(BaseModelError, where="missing", given=(part,)):
-                family(pipe)
-        finally:
-            setattr(pipe, part, kept)
+    assert_missing_components_are_named(pipes[name], name)
 
 
 @pytest.mark.parametrize("name", NAMES)
