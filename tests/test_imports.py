@@ -16,11 +16,11 @@ import veneer
 
 SOURCE = Path(veneer.__file__).parent
 ROOT = SOURCE.parent.parent
-JOBS = {"atomic_files", "base_models", "extras", "figures", "formats", "hub", "injection", "models", "training"}
+JOBS = {"atomic_files", "base_models", "extras", "plot_file", "formats", "hub", "injection", "models", "training"}
 ALLOWED = {
     "allocator": set(),
     "atomic_files": set(),
-    "figures": {"atomic_files"},
+    "plot_file": {"atomic_files"},
     "discovery": set(),
     "config_file": {"atomic_files", "extras", "injection"},
     "command_line": set(),
@@ -38,7 +38,7 @@ ALLOWED = {
     "formats": {"atomic_files", "functional", "hub", "injection", "version"},
     "adapter_merging": {"formats", "functional", "injection"},
     "testing": {"base_models", "formats", "functional", "injection"},
-    "attention_heads": {"figures", "injection"},
+    "attention_heads": {"plot_file", "injection"},
     "base_models": {"extras", "hub", "injection"},
     "full_size_models": {"base_models", "injection", "models"},
     "method_catalog": {"flags", "full_size_models", "injection"},

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from veneer.figures import panels, write_figure
+from veneer.plot_file import panels, write_figure
 
 from .layers import AttentionLayer
 from .patterns import PATTERNS

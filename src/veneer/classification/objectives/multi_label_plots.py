@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from veneer.figures import panels, write_figure
+from veneer.plot_file import panels, write_figure
 
 from ..report.plots import BLUE, MISTAKES, ORANGE, shorten, write_image_grid
 from .multi_label_metrics import THRESHOLD, MultiLabelMetrics

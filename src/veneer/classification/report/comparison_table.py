@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.figures import panels, write_figure
+from veneer.plot_file import panels, write_figure
 from veneer.training.report.metrics import mean_interval
 
 from ..train.comparison import RunMetrics, by_row

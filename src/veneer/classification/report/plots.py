@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from veneer.figures import panels, write_figure
+from veneer.plot_file import panels, write_figure
 
 from ..train.epoch_selection import Epoch
 from .metrics import ClassificationMetrics

@@ -1,4 +1,4 @@
-"""Matplotlib figures as PNG files."""
+"""Plots of matplotlib as PNG files."""
 
 from __future__ import annotations
 
