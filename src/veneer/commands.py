@@ -13,14 +13,12 @@ from veneer.command_line.examples import examples_text
 from veneer.command_line.flag_groups import add_method_group
 from veneer.command_line.notes import description_of
 from veneer.command_line.output import add_output_flags, print_lines
+from veneer.command_line.registry_listing import AddFlags, registry_command
 from veneer.config_file import add_config_flags, entries_of, method_of, read_config, to_toml
 from veneer.discovery import find_entries
 from veneer.flags import about_of, add_flags, required_fields, values
 from veneer.static_source import class_named, class_of
 from veneer.training.method_names import split_methods
-
-AddFlags = Callable[[argparse.ArgumentParser, Sequence[str]], None]
-"""Adds the flags of a command to its parser; the second argument is the whole command line."""
 
 
 def check_command(parser: argparse.ArgumentParser, name: str, commands: Mapping[str, object]) -> None:
@@ -188,23 +186,6 @@ def _sites(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     parser.set_defaults(run=run)
 
 
-def _registry_command(kind: str) -> AddFlags:
-    def add(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-        def run(namespace: argparse.Namespace) -> object:
-            from veneer.listing import rows, support_matrix
-
-            table = list(rows(kind))
-            for name, source, about in table:
-                print(f"{name:22}{source:12}{about}")
-            if kind == "methods":
-                print(f"\nSupported hosts:\n\n{support_matrix()}")
-            return {kind: [{"name": name, "source": source, "about": about} for name, source, about in table]}
-
-        parser.set_defaults(run=run)
-
-    return add
-
-
 COMMANDS: dict[str, tuple[str, AddFlags]] = {
     "personalize": (
         "fine-tune a diffusion model on a subject or style from a few photos",
@@ -279,8 +260,8 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
         _config_command("push", "push", "PushConfig", ("folder", "repo"), True),
     ),
     "sites": ("list the sites of a model, which are the layers that methods can adapt", _sites),
-    "methods": ("list the methods, and the hosts (model families) that they support", _registry_command("methods")),
-    "hosts": ("list the hosts, which are the supported model families", _registry_command("hosts")),
+    "methods": ("list the methods, and the hosts (model families) that they support", registry_command("methods")),
+    "hosts": ("list the hosts, which are the supported model families", registry_command("hosts")),
     "examples": (
         "write the example photos to a folder",
         _config_command("examples", "examples", "ExamplesConfig", ("folder",), True),
