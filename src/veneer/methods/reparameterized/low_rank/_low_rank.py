@@ -26,6 +26,13 @@ def factor_pairs(site: WeightSite, rank: int) -> int:
     return 1 if rank % site.groups else site.groups
 
 
+def join_pairs(adapter: LoRAAdapter, downs: Sequence[Tensor], ups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(down, up) of the sum of several products of an adapter's shapes: A's stacked, B's side by side; with groups, per group."""
+    if adapter.site.kind == "embedding":
+        return torch.cat([*downs], 1), torch.cat([*ups], 1)
+    return torch.cat([t.unflatten(0, (adapter.pairs, -1)) for t in downs], 1).flatten(0, 1), torch.cat([*ups], 1)
+
+
 class LoRAAdapter(Adapter):
     """y' = y + s·B(A x), W' = W + s·B A. Shapes: `down` (rank, d_in / groups[, k, k]), `up` (d_out, rank / pairs[, 1, 1]).
 
@@ -184,10 +191,7 @@ class WeightInitAdapter(LoRAAdapter):
 
     def own_pair(self) -> tuple[Tensor, Tensor]:
         """A stacked on A0, and B beside −B0: rank 2r; with groups, per group."""
-        if self.site.kind == "embedding":
-            return torch.cat([self.down, self.down0], 1), torch.cat([self.up, -self.up0], 1)
-        down = torch.cat([t.unflatten(0, (self.pairs, -1)) for t in (self.down, self.down0)], 1).flatten(0, 1)
-        return down, torch.cat([self.up, -self.up0], 1)
+        return join_pairs(self, (self.down, self.down0), (self.up, -self.up0))
 
 
 class TuckerAdapter(LoRAAdapter):
