@@ -1,4 +1,4 @@
-"""Weight updates of a method on small models, against a model with dense weights W + ΔW: outputs, and gradients by the chain rule."""
+"""Weight updates of a method on small models, against dense weights W + ΔW: outputs, and gradients by the chain rule."""
 
 from __future__ import annotations
 

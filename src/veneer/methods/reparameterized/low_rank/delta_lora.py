@@ -39,7 +39,7 @@ class DeltaLoRAAdapter(LoRAAdapter):
 
     @torch.no_grad()
     def start_moving(self, ratio: float, from_zero: bool) -> None:
-        """Records B A as the product at which the base weight starts to move; 0 with `from_zero`, the product of a new adapter."""
+        """Records B A as the product at which the base weight starts to move; with `from_zero` 0, as of a new adapter."""
         if not from_zero:
             self.down0.copy_(self.down)
             self.up0.copy_(self.up)
@@ -79,8 +79,8 @@ class DeltaLoRAAdapter(LoRAAdapter):
 class DeltaLoRA(Method):
     """W' = Wₜ + s·Bₜ Aₜ with s = alpha / rank: after each step t > K, Wₜ = Wₜ₋₁ + λ·s·(Bₜ Aₜ − Bₜ₋₁ Aₜ₋₁); A and B are trained.
 
-    The base weight gets no gradient and no optimizer state. Its tensor is never written: the changes add up to λ·s·(B A − B_K A_K),
-    so the adapter keeps B_K and A_K, from before the first of them, and W' − W has rank 2·`rank`.
+    The base weight gets no gradient and no optimizer state. Its tensor is never written: the changes add up to
+    λ·s·(B A − B_K A_K), so the adapter keeps B_K and A_K, from before the first of them, and W' − W has rank 2·`rank`.
 
     `veneer personalize` and `veneer transfer` do all of this. A custom training loop calls `tuned.after_step(step, steps)`, with
     `step` from 1 to `steps`, after each optimizer step. Without it this is a LoRA.
