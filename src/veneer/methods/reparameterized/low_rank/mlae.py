@@ -20,7 +20,7 @@ from ._low_rank import factor_pairs
 
 
 class MLAEAdapter(ComputedPairAdapter):
-    """W' = W + Σ_e m_e λ_e b_e a_eᵀ: `down` has the rows a_e, `values`, (rank,), is λ, `up` has the columns b_e. Shapes as `lora`."""
+    """W' = W + Σ_e m_e λ_e b_e a_eᵀ: `down` has the rows a_e, `values` is λ, `up` has the columns b_e. Shapes as `lora`."""
 
     def __init__(self, site: WeightSite, rank: int, start: float, mask: float) -> None:
         super().__init__(site, rank, 1.0)
