@@ -81,8 +81,9 @@ class MPOAdapter(Adapter):
 
     def _decompose(self, order: Tensor) -> list[Tensor]:
         """Orthonormal tensors on both sides of the central one: the largest singular vectors of one matrix after the other."""
-        left, right, middle = [], [], self.middle
-        rest = order
+        left: list[Tensor] = []
+        right: list[Tensor] = []
+        rest, middle = order, self.middle
         for tensor in self.auxiliary[:middle]:
             matrix = rest.reshape(tensor.shape[:3].numel(), -1)
             vectors = torch.linalg.svd(matrix, full_matrices=False).U[:, : tensor.shape[3]]
@@ -173,8 +174,9 @@ class MPO(Method):
             raise OptionError.of(self.name, "bond", self.bond, "at least 1")
 
     def _shapes(self, site: WeightSite) -> list[Shape]:
-        rows, columns = site.weight_shape[0], math.prod(site.weight_shape[1:])
-        return tensor_shapes(*(split_width(n, self.tensors, self.factor) for n in (rows, columns)), self.bond)
+        sizes = site.weight_shape[0], math.prod(site.weight_shape[1:])
+        rows, columns = (split_width(size, self.tensors, self.factor) for size in sizes)
+        return tensor_shapes(rows, columns, self.bond)
 
     def build(self, site: WeightSite) -> MPOAdapter:
         """The auxiliary tensors of one weight, zero until it is decomposed."""
