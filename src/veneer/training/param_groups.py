@@ -96,8 +96,8 @@ def select_entries(
             for a in pending:
                 if not a.is_selected:
                     a.select(losses())
-                    buffers = [buffer for _, adapter in a.parts.values() for buffer in adapter.buffers()]
-                    broadcast_start(accelerator, list({id(buffer): buffer for buffer in buffers}.values()))
+                    tensors = [t for _, adapter in a.parts.values() for t in (*adapter.buffers(), *adapter.parameters())]
+                    broadcast_start(accelerator, list({id(tensor): tensor for tensor in tensors}.values()))
         pending.clear()
         return loss(step, rows)
 
