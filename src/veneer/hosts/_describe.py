@@ -207,11 +207,20 @@ def attention_fields(model: nn.Module, path: str) -> dict[str, Any]:
         for name, module in (("", owner), *owner.named_children()):
             heads = next((value for each in HEADS if isinstance(value := getattr(module, each, None), int)), None)
             if heads is not None:
-                return {"heads": heads, "attention": f"{parent}.{name}" if name else parent}
+                return {"heads": heads, "attention": f"{parent}.{name}" if name else parent, "sdpa": calls_sdpa(module)}
         if parent.rpartition(".")[2].isdigit() and not isinstance(owner, (nn.ModuleList, nn.Sequential)):
             break  # a whole block
         parent = parent.rpartition(".")[0]
     return {}
+
+
+def calls_sdpa(attn: Any) -> bool:
+    """True if an attention module calls `F.scaled_dot_product_attention` once, or does so if timm's `fused_attn` is set."""
+    if isinstance(attn, nn.MultiheadAttention) or "fused_attn" in vars(attn):
+        return not hasattr(attn, "lambda_q1")  # differential attention calls it twice
+    if hasattr(attn, "processor"):
+        return not any(kind in type(attn.processor).__name__ for kind in ("Linear", "XFormers", "Flash", "Sliced"))
+    return getattr(getattr(attn, "config", None), "_attn_implementation", None) == "sdpa"
 
 
 def channel_dim(module: nn.Module) -> int:

@@ -14,6 +14,7 @@ the forms are protocols, checked once, when the adapter is attached.
 | `TokenAdapter` | `insert(tokens)`, `remove(tokens)` | `TokenSite` | `TokenSeam` |
 | `VocabularyAdapter` | `ids(ids)`, `output(ids, rows)` | `VocabularySite` | `VocabularySeam` |
 | `AttentionAdapter` | `attend(inner, attn, hidden_states, **kwargs)` | `AttentionSite` | `ProcessorSeam` |
+| `KeyValueAdapter` | `keys_values()` | weights of output projections with `sdpa` | `KeyValueSeam` |
 | `ResidualAdapter` | `residuals(call)` | `ResidualSite` | `ResidualSeam` |
 | `FeatureAdapter` | and `change(features)` at `place` | `ResidualSite` | `ResidualSeam` |
 
@@ -134,6 +135,14 @@ class AttentionAdapter(Blended, Protocol):
 
     def attend(self, inner: Callable[..., Any], attn: nn.Module, hidden_states: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         """The output of attention. `inner`: the processor that it wraps."""
+
+
+@runtime_checkable
+class KeyValueAdapter(Blended, Protocol):
+    """Adds keys and values to an attention module, to which all of its queries attend."""
+
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, both (heads, added tokens, channels of a head), as they enter the softmax attention."""
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,12 @@ class WeightSite(Site):
         rows: (start, stop) of the output rows inside a fused weight, or None for the whole tensor.
         fused: True for a fused weight whose row slices are sites as well; globs skip it, only its exact name selects it.
         kind: `linear` (d_out, d_in), `conv` (d_out, d_in / groups, *kernel) or `embedding` (rows d_in, width d_out).
-        d_out, d_in: widths of output and input (of the slice, if `rows` is given).
-        kernel, stride, padding, dilation, groups: geometry of a convolution.
+        d_out, d_in: widths (of the slice, if `rows` is given). `kernel`, `stride`, `padding`, `dilation`, `groups`: of a conv.
         called: True if hooks fire on the module and see a product with the tensor; False if it is read or standardized first.
         bias: path of the bias that is added after it, with the parameter's name (`blocks.0.attn.q_bias`), or "" for none.
         bias_rows: (start, stop) in that bias, or None for all of it.
         heads: attention heads at the input of an output projection, else None. `attention`: path of their module, or "".
+        sdpa: True if that module calls `F.scaled_dot_product_attention`, so that keys and values can be added.
     """
 
     path: str
@@ -85,6 +85,7 @@ class WeightSite(Site):
     bias_rows: tuple[int, int] | None = None
     heads: int | None = None
     attention: str = ""
+    sdpa: bool = False
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -140,8 +141,7 @@ class StreamSite(Site):
 
     Args:
         d_in: channels of the input, if a block changes them; 0 for `width`, the channels of the output.
-        resamples: the block changes the grid (by a stride or by merging patches).
-        prefix_tokens, grid: as for `BranchSite`; of a text, the start token.
+        resamples: the block changes the grid. `prefix_tokens`, `grid`: as for `BranchSite`; of a text, the start token.
     """
 
     path: str
@@ -281,7 +281,7 @@ class ResidualSite(Site):
         widths: channels of each down residual, then of the middle. `strides`: of each relative to the latent.
         inner_widths, inner_strides: of the features inside the down blocks. `pixels`: image pixels per latent pixel, on a side.
         path: the called module. `arguments`: names of its arguments. `skips`, `middle`, `inner`: those for residuals.
-        first: path of the first block. `encoder(channels, widths)`: builds an untrained copy of the encoder with zero
+        first: path of the first block. `encoder(channels, widths)`: builds an untrained copy of the encoder, with zero
             convolutions after it, for hint images with this number of channels and an embedding of these widths.
     """
 

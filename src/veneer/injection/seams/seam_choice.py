@@ -11,6 +11,7 @@ from ..adapter_forms import (
     AttentionAdapter,
     BiasAdapter,
     InputAdapter,
+    KeyValueAdapter,
     OutputAdapter,
     ResidualAdapter,
     TokenAdapter,
@@ -40,6 +41,7 @@ from .adapter_calls import base_tensor
 from .attention_seam import ProcessorSeam
 from .call_seam import CallSeam, SwitchSeam
 from .effective_weight import BiasForm, EffectiveWeight, bias_site
+from .key_value_seam import KeyValueSeam
 from .residual_seam import ResidualSeam
 from .seam import Seam
 from .sequence_seams import TokenSeam, VocabularySeam
@@ -73,6 +75,8 @@ def _with_arguments(groups: Mapping[Key, list[tuple[Site, Adapter]]]) -> list[tu
 
 def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
     """The class of a part's seam, and the fields that parts of one seam have in common."""
+    if isinstance(site, WeightSite) and isinstance(adapter, KeyValueAdapter):
+        return (KeyValueSeam, site.attention)
     if isinstance(site, (WeightSite, ParamSite, NormSite)):
         if adapter.prefers_weight and is_ordinary(base_tensor(tower, site.path, site.param)):
             return (WeightSeam, site.path, site.param)
@@ -132,7 +136,7 @@ def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
     )
 
 
-FORMS = ("output", "input", "weight", "insert", "attend", "residuals")
+FORMS = ("output", "input", "weight", "insert", "attend", "keys_values", "residuals")
 
 
 def _require(site: Site, adapter: Adapter, protocol: type, form: str) -> None:
