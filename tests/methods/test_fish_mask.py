@@ -14,7 +14,7 @@ from tests.methods.selections import MODELS, at_sites, explicit, losses, plain_g
 from tests.raising import raises
 from veneer.injection import LoadError, attach
 from veneer.injection.errors import EmptySelection, NotSelected, OptionError
-from veneer.methods.selective.fish_mask import FishMask
+from veneer.methods.selective.entries.fish_mask import FishMask
 from veneer.testing.case import loss
 
 

@@ -14,7 +14,7 @@ from tests.methods.selections import MODELS, at_sites, explicit, plain_gradients
 from tests.raising import raises
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
-from veneer.methods.selective.mask import Mask, pack_bits, unpack_bits
+from veneer.methods.selective.entries.mask import Mask, pack_bits, unpack_bits
 from veneer.testing.case import loss
 
 
