@@ -82,6 +82,7 @@ VIT = [
     _vit("norm_tuning", 36_864, FORMULA),
     _vit("norm_tuning", 38_400, FORMULA, where=("norm", "bias.norm")),
     _vit("fish_mask", 428_993, FORMULA, where=("*",)),
+    _vit("diff_pruning", 428_993, FORMULA, where=("*",), phase="fixed"),
     _vit("gps", 167_424),
     _vit("ssf", 205_824),
     _vit("vpt", 460_800, tokens=50),
