@@ -113,6 +113,7 @@ VIT = [
         adapters=("a", "b"),
         fused={"method": "pfeiffer"},
     ),
+    _vit("sparse_adapter", 491_827, FORMULA),
     _vit("convpass", 327_552),
     _vit("convpass", "0.33 M", TABLE),
     _vit("convpass", 163_776, where="attn"),

@@ -5,16 +5,34 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from veneer.injection.errors import EmptySelection
 
-from ._entries import Entries, SparseAdapter
+from ._entries import Entries
 
-Parts = Sequence[tuple[Any, SparseAdapter]]
+
+class Probed(Protocol):
+    """A tensor whose entries are selected, such as that of a `SparseAdapter`.
+
+    Attributes:
+        name: among the tensors of the entries. `own`: the entries.
+        probing: while True, a forward pass uses `probe`, a leaf whose gradient is that of the tensor.
+    """
+
+    name: str
+    probing: bool
+    probe: Tensor | None
+
+    @property
+    def own(self) -> Entries:
+        """The entries of this tensor and others."""
+
+
+Parts = Sequence[tuple[Any, Probed]]
 
 
 def accumulate_gradients(
@@ -48,13 +66,13 @@ def accumulate_gradients(
     return [_zeros(site, adapter) if total is None else total for (site, adapter), total in zip(parts, sums, strict=True)]
 
 
-def _zeros(site: Any, adapter: SparseAdapter) -> Tensor:
+def _zeros(site: Any, adapter: Probed) -> Tensor:
     """Scores of a weight that the loss does not depend on."""
     shape = site.weight_shape if hasattr(site, "weight_shape") else site.shape
     return torch.zeros(shape, device=adapter.own.values.device)
 
 
-def _mean_gradients(adapters: Sequence[SparseAdapter], losses: Iterator[Tensor], batch: int) -> Iterator[list[Tensor | None]]:
+def _mean_gradients(adapters: Sequence[Probed], losses: Iterator[Tensor], batch: int) -> Iterator[list[Tensor | None]]:
     """Mean gradients of `batch` samples each, the last of those that are left. The graph of a loss is freed before the next."""
     with _probing(adapters):
         while True:
@@ -70,7 +88,7 @@ def _mean_gradients(adapters: Sequence[SparseAdapter], losses: Iterator[Tensor],
             yield [None if total is None else total / count for total in sums]
 
 
-def _gradients(loss: Tensor, adapters: Sequence[SparseAdapter]) -> Iterator[tuple[int, Tensor]]:
+def _gradients(loss: Tensor, adapters: Sequence[Probed]) -> Iterator[tuple[int, Tensor]]:
     """Number of an adapter and dL/dW of its weight, in float32 or wider, for each weight that the loss depends on."""
     probes = [(i, adapter.probe) for i, adapter in enumerate(adapters) if adapter.probe is not None]
     if not probes or not loss.requires_grad:
@@ -82,7 +100,7 @@ def _gradients(loss: Tensor, adapters: Sequence[SparseAdapter]) -> Iterator[tupl
 
 
 @contextlib.contextmanager
-def _probing(adapters: Sequence[SparseAdapter]) -> Iterator[None]:
+def _probing(adapters: Sequence[Probed]) -> Iterator[None]:
     try:
         for adapter in adapters:
             adapter.probing = True
