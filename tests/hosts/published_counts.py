@@ -75,6 +75,7 @@ def _vit(method: str, published: int | str, source: str = CODE, where: Any = Non
 
 VIT = [
     _vit("full", 85_798_656, "released weights"),
+    _vit("autofreeze", 85_798_656, "released weights"),
     _vit("bitfit", 102_912),
     _vit("bitfit", "0.10 M", BENCH),
     _vit("bitfit", 82_944, FORMULA, where=("bias.attn", "bias.mlp")),
