@@ -33,6 +33,8 @@ class Probed(Protocol):
 
 
 Parts = Sequence[tuple[Any, Probed]]
+LOSS_SCALE = 2.0**16
+"""First scale of losses in float16, that of `torch.amp.GradScaler`."""
 
 
 def accumulate_gradients(
@@ -93,10 +95,27 @@ def _gradients(loss: Tensor, adapters: Sequence[Probed]) -> Iterator[tuple[int, 
     probes = [(i, adapter.probe) for i, adapter in enumerate(adapters) if adapter.probe is not None]
     if not probes or not loss.requires_grad:
         return
-    gradients = torch.autograd.grad(loss, [probe for _, probe in probes], allow_unused=True)
-    for (i, _), gradient in zip(probes, gradients, strict=True):
+    for (i, _), gradient in zip(probes, _unscaled_gradients(loss, [probe for _, probe in probes]), strict=True):
         if gradient is not None:
-            yield i, gradient if gradient.dtype == torch.float64 else gradient.float()
+            yield i, gradient
+
+
+def _unscaled_gradients(loss: Tensor, probes: Sequence[Tensor]) -> list[Tensor | None]:
+    """dL/dW in float32 or wider. In float16 the loss is scaled against underflow; the scale is halved until all are finite."""
+    scale = LOSS_SCALE if _is_float16(loss, probes) else 1.0
+    while True:
+        gradients = torch.autograd.grad(loss * scale, probes, allow_unused=True, retain_graph=scale > 1)
+        if scale <= 1 or all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            wide = [g if g is None or g.dtype == torch.float64 else g.float() for g in gradients]
+            return [None if gradient is None else gradient / scale for gradient in wide]
+        scale /= 2
+
+
+def _is_float16(loss: Tensor, probes: Sequence[Tensor]) -> bool:
+    """True if gradients may be computed in float16: under its autocast, or of float16 weights."""
+    device = loss.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return autocast or any(probe.dtype == torch.float16 for probe in probes)
 
 
 @contextlib.contextmanager
