@@ -22,6 +22,7 @@ from veneer.benchmarks import (
     caching,
     denoiser,
     family,
+    freezing,
     loading,
     merging,
     peers,
@@ -49,8 +50,8 @@ class BenchConfig:
             SD 1.5 at 32×32 latents).
         latent: side of the UNet's input in latents (an eighth of the pixels), divisible by 8 (default: that of `size`).
         rows: benchmarks to run: `denoiser` (training step of a LoRA), `family` (of its variants), `side-networks` (of image
-            models), `attach`, `start` (attaching DoRA), `load`, `merge`, `switch` (between adapters) or `few-photos` (a whole
-            job) (default: all).
+            models), `freezing` (of their leading blocks), `attach`, `start` (attaching DoRA), `load`, `merge`, `switch` (between
+            adapters) or `few-photos` (a whole job) (default: all).
         rounds: timings of each implementation, interleaved.
         clock: `wall` time, or `cpu` time of all threads of this process, for one thread on a shared machine.
         rank: rank of every LoRA.
@@ -67,7 +68,9 @@ class BenchConfig:
 
     size: Literal["tiny", "small", "sd15"] = "small"
     latent: int | None = None
-    rows: tuple[str, ...] = ("denoiser", "family", "side-networks", "attach", "start", "load", "merge", "switch", "few-photos")
+    rows: tuple[str, ...] = (
+        *("denoiser", "family", "side-networks", "freezing", "attach", "start", "load", "merge", "switch", "few-photos"),
+    )
     rounds: int = 7
     clock: Literal["wall", "cpu"] = "wall"
     rank: int = 16
@@ -168,6 +171,10 @@ def _side_networks(config: BenchConfig, shape: Shape, scratch: Path) -> list[Con
     return side_networks.contests(shape, config.rank, DTYPES[config.dtype], config.seed)
 
 
+def _freezing(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
+    return freezing.contests(shape, DTYPES[config.dtype], config.seed)
+
+
 def _start(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
     return starting.contests(shape, config.rank, DTYPES[config.dtype], config.seed)
 
@@ -192,6 +199,7 @@ ROWS: dict[str, Callable[[BenchConfig, Shape, Path], list[Contest]]] = {
     "denoiser": _denoiser,
     "family": _family,
     "side-networks": _side_networks,
+    "freezing": _freezing,
     "attach": _attach,
     "start": _start,
     "load": _load,

@@ -75,6 +75,7 @@ def _vit(method: str, published: int | str, source: str = CODE, where: Any = Non
 
 VIT = [
     _vit("full", 85_798_656, "released weights"),
+    _vit("autofreeze", 85_798_656, "released weights"),
     _vit("bitfit", 102_912),
     _vit("bitfit", "0.10 M", BENCH),
     _vit("bitfit", 82_944, FORMULA, where=("bias.attn", "bias.mlp")),
@@ -82,6 +83,7 @@ VIT = [
     _vit("norm_tuning", 36_864, FORMULA),
     _vit("norm_tuning", 38_400, FORMULA, where=("norm", "bias.norm")),
     _vit("fish_mask", 428_993, FORMULA, where=("*",)),
+    _vit("diff_pruning", 428_993, FORMULA, where=("*",), phase="fixed"),
     _vit("gps", 167_424),
     _vit("ssf", 205_824),
     _vit("vpt", 460_800, tokens=50),
@@ -112,6 +114,7 @@ VIT = [
         adapters=("a", "b"),
         fused={"method": "pfeiffer"},
     ),
+    _vit("sparse_adapter", 491_827, FORMULA),
     _vit("convpass", 327_552),
     _vit("convpass", "0.33 M", TABLE),
     _vit("convpass", 163_776, where="attn"),

@@ -15,7 +15,7 @@ from tests.raising import raises
 from veneer.functional.packed_bits import pack_bits, unpack_bits
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
-from veneer.methods.selective.mask import Mask
+from veneer.methods.selective.entries.mask import Mask
 from veneer.testing.case import loss
 
 

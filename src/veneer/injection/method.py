@@ -203,7 +203,10 @@ class Method(TrainingProtocol, ABC):
         return sum(p.numel() for p in self.build(site).parameters())
 
     def groups(self, adapters: Iterable[tuple[Site, Adapter]]) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer. `lr_scale` multiplies the learning rate; one group by default."""
+        """Parameter groups for an optimizer; one group by default.
+
+        `lr_scale` multiplies the learning rate; `weight_decay` replaces that of the run, such as 0 for gates.
+        """
         return [{"params": list({id(p): p for _, a in adapters for p in a.parameters()}.values()), "lr_scale": 1.0}]
 
     def prepare(
