@@ -19,6 +19,7 @@ from veneer.version import __version__
 from ._core.attach import AttachmentSpec, attach_all, migrate_config, reject_merged
 from ._core.component_map import ComponentMap, base_mismatch, quantization_remark
 from ._core.format import Format, LayerInfo, Options, parameters_by_prefix
+from ._io.composition_header import composition_entry, restore_composition
 from ._io.header import first_duplicate
 from ._io.reader import File
 from ._io.writer import write
@@ -36,7 +37,7 @@ class Native(Format):
                                                                "without": [names of tensors that are in the file]}},
          "attachments": [{"name", "method", "revision" (1 if absent), "config", "where", "train", "sites", "trained",
                           "shared": {tensor: tensor}}],
-         "provenance": {…}}
+         "composition": tree of nodes over the attachments, if they run in one, "provenance": {…}}
     """
 
     name: ClassVar[str] = "native"
@@ -62,6 +63,7 @@ class Native(Format):
             "veneer": __version__,
             "base": _bases(attachments),
             "attachments": entries,
+            **composition_entry(attachments, target),
             "provenance": origin,
         }
         try:
@@ -96,14 +98,11 @@ class Native(Format):
             specs.append(_spec(file, entry, {move.name(k): t for k, t in state.items()}, move, here, options, header, notes))
         unused = [k for k in tensors if k not in used]
         if unused and options.strict:
-            raise LoadError(
-                f"{file.path}: unused {len(unused)}: {', '.join(unused[:8])}. They belong to no attachment of the file. "
-                "Pass strict=False to load the rest.",
-                file=file.path,
-                unused=unused,
-            )
+            listing = f"{file.path}: unused {len(unused)}: {', '.join(unused[:8])}"
+            message = f"{listing}. They belong to no attachment of the file. Pass strict=False to load the rest."
+            raise LoadError(message, file=file.path, unused=unused)
         specs[0] = dataclasses.replace(specs[0], unused=unused)
-        return attach_all(model, file, specs, options)
+        return restore_composition(model, file, header, attach_all(model, file, specs, options))
 
 
 def _site_names(entry: Mapping[str, Any]) -> list[str]:

@@ -78,6 +78,8 @@ class Attachment(TrainingHooks):
         if not self.seams:
             raise StateError(f"'{self.name}' is already detached.", where=self.name, given="detached")
         self._installation.reject_sharded_weights()
+        if self._installation.composition is not None:
+            self._installation.composition.undo()
         self._installation.uninstall()
 
     def check(self) -> None:
@@ -228,6 +230,7 @@ class Attachment(TrainingHooks):
         self._installation.refuse_mixed()
         if self.merged:
             raise StateError(f"'{self.name}' is already merged.", where=self.name, given="merged")
+        self._installation.refuse_composed("merge")
         self.check()
         return self._installation.merge(self._scale if self.is_enabled else 0.0, requantize)
 
