@@ -63,7 +63,10 @@ def restore_composition(model: Any, file: File, header: Mapping[str, Any], loade
     try:
         node = read_composition(file, header)
         if node is not None and loaded:
-            names = {entry["name"]: a.name for entry, a in zip(header["attachments"], loaded, strict=True)}
+            entries = header["attachments"]
+            if len(loaded) < len(entries):  # the heads were left out
+                entries = [entry for entry in entries if any(entry["method"] == a.method.name for a in loaded)]
+            names = {entry["name"]: a.name for entry, a in zip(entries, loaded, strict=True)}
             compose(model, node.rename(names))
     except VeneerError as error:
         for attachment in reversed(loaded):

@@ -146,7 +146,8 @@ class Attachment(TrainingHooks):
         zeros do not train.
 
         Args:
-            path: a file of any format with a single attachment of this method. `base`: as for `veneer.load`.
+            path: a file of any format with a single attachment of this method; others in it are ignored.
+            base: as for `veneer.load`.
         Raises:
             LoadError: the file is not compatible. StateError: merged or detached. Nothing is changed then.
         """
