@@ -49,11 +49,12 @@ def align(
         activations: (n, samples) of both, of their neurons for equal inputs (default: the distance of the rows of `down` with
             their biases).
     Raises:
-        CombineError: a tensor that is none of a bottleneck; `where` is its name.
+        CombineError: a tensor is not one of a bottleneck; `where` is its name.
     """
     unknown = sorted(other.keys() - BOTTLENECK)
     if unknown or "down" not in other or "up" not in other:
-        message = f"{unknown or [*other]}: neurons can be aligned in bottlenecks with {', '.join(sorted(BOTTLENECK))} only."
+        names = ", ".join(unknown or other)
+        message = f"{names}: no bottleneck with {', '.join(sorted(BOTTLENECK))}, whose neurons are aligned. Use parameters."
         raise CombineError(message, where=(unknown or [""])[0], given=tuple(other), expected=tuple(sorted(BOTTLENECK)))
     features = activations or tuple(_incoming(each) for each in (reference, other))
     order = transport_plan(squared_distances(*features))
