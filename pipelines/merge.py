@@ -56,8 +56,8 @@ class MergeConfig:
         images: with `parameters` or `aligned`, folder of images of a new domain: only the files whose domains are most similar to
             it are averaged; needs `domains`.
         domains: for each file, a folder of images that it was trained on.
-        select: `clusters` of the images of all domains that have the new images, or `similarity` of the mean images, both by
-            features of a CLIP.
+        select: selection of the files by `clusters`, those that the new images fall into when the images of all domains are
+            clustered, or by `similarity` of the mean images; both by features of a CLIP.
         most: most files that are selected, at least 1.
         clip: CLIP for `select`: the bundled one, or an open_clip folder.
         base: base model: `bundled`, a folder, a file, a hub name, or an architecture without weights such as `sdxl` or `flux`
