@@ -24,7 +24,7 @@ from veneer.classification.train.hyperparameter_search import search_hyperparame
 from veneer.classification.train.train import ClassifierTrainer
 from veneer.config_file import CONFIG, ConfigWriter
 from veneer.injection import Attachment
-from veneer.training.fixed_adapters import source_identity
+from veneer.training.fixed_adapters import attach_fixed, read_fixed, source_identity
 from veneer.training.loop.distributed import on_main
 from veneer.training.loop.optimizer_step import AUTOCAST
 from veneer.training.preflight.estimates import written_bytes
@@ -74,12 +74,14 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
         config.model, data.classes, weights=config.weights, keep_head=config.keeps_head(), size=config.size, seed=config.seed,
         templates=config.templates,
     )  # fmt: skip
+    fixed = read_fixed(config.with_)
+    attach_fixed(classifier.model, fixed)
     report.close()
     with Views(data, classifier.data, config.augment, squash=config.squash, seed=config.seed, workers=config.workers) as views:
         features = CachedFeatures(classifier, views, config.batch, AUTOCAST[config.mixed_precision])
         config = search_hyperparameters(config, classifier, views, out, accelerator, features)
         attached = attach_methods(classifier, config, data)
-        sources = source_identity(config.init_from)
+        sources = source_identity(config.init_from, fixed)
         identity = {**config.identity(), **sources, "splits": data.splits.digest, "weights": classifier.weights}
         trainer = ClassifierTrainer(classifier, attached, views, config, out, accelerator, identity, on_step, features)
         if accelerator.is_main_process:

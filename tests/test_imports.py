@@ -36,7 +36,7 @@ ALLOWED = {
     "transformer_records": {"hosts"},
     "methods": {"functional", "injection"},
     "formats": {"atomic_files", "functional", "hub", "injection", "version"},
-    "adapter_merging": {"formats", "functional", "injection"},
+    "adapter_merging": {"extras", "formats", "functional", "injection"},
     "testing": {"base_models", "formats", "functional", "injection"},
     "attention_heads": {"plot_file", "injection"},
     "base_models": {"extras", "hub", "injection"},

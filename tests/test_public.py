@@ -12,7 +12,10 @@ import pytest
 import veneer
 from veneer import injection
 
-OBJECTS = ["Attachment", "activate", "attach", "attachments", "load", "load_all", "merges", "mixed", "sites"]
+OBJECTS = [
+    "Attachment", "Average", "Parallel", "Stack", "activate", "attach", "attachments", "compose", "load", "load_all", "merges",
+    "mixed", "sites",
+]  # fmt: skip
 MODULES = [
     "adapter_merging", "base_models", "classification", "control", "formats", "functional", "hosts", "injection", "methods",
     "models", "testing", "training",

@@ -249,7 +249,7 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
         "convert a config of kohya's sd-scripts or ai-toolkit to one of personalize",
         _config_command("convert_config", "convert_config", "ConvertConfigConfig", ("file",), True),
     ),
-    "merge": ("merge several adapter files into one LoRA", _config_command("merge", "merge", "MergeConfig", ("files",), True)),
+    "merge": ("merge several adapter files into one", _config_command("merge", "merge", "MergeConfig", ("files",), True)),
     "extract": (
         "extract a LoRA from a fine-tuned model",
         _config_command("extract", "extract", "ExtractConfig", ("tuned",), True),

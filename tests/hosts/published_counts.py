@@ -138,6 +138,7 @@ VIT = [
     _vit("tiny_attention", 46_116, FORMULA, heads=1, bias=True),
     _vit("tiny_attention", 147_456, FORMULA),
     _vit("ciat", 2_479_936),
+    _vit("mad_x", 7_387_776),
     _vit("adapter_drop", 894_528, FORMULA),
     _vit("adapter_drop", 521_808, FORMULA, where="mlp@5:"),
     _vit("pfeiffer", 894_528, FORMULA),

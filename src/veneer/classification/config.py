@@ -45,6 +45,8 @@ class TransferConfig(TrainingOptions, SiteOptions):
         method: a method of `veneer methods`, several joined by `+`, or `zero_shot` for a CLIP without training; `linear_probe`
             trains the head only, `full` all weights; `--method NAME --help` shows its options.
         options: method name to its options.
+        with_: adapter files or run folders, FILE or FILE:STRENGTH, that the run trains on top of; they stay fixed, without their
+            heads, and are saved with it.
         head: `fresh` for a new linear head that is trained, `kept` for the model's own head (default: what the method needs).
         lp_ft: LP-FT: initialize a new head with a logistic regression on the frozen features, then fine-tune; best in short
             runs.
@@ -104,6 +106,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
     weights: str | None = None
     method: str = "lora"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    with_: tuple[str, ...] = ()
     head: Literal["fresh", "kept"] | None = None
     lp_ft: bool = False
     templates: tuple[str, ...] = ("a photo of a {}.",)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from veneer.base_models import current_name
 from veneer.formats import load_all
 from veneer.injection import VeneerError
+from veneer.injection.composition.activation import find_attachment
 from veneer.training.data.image_io import DataError, decode
 from veneer.training.loop.optimizer_step import AUTOCAST
 
@@ -80,12 +81,14 @@ class Predictor:
             return str(error)
 
 
-def open_predictor(folder: Path, device: str = "cpu") -> Predictor:
+def open_predictor(folder: Path, device: str = "cpu", exchange: Mapping[str, Path] | None = None) -> Predictor:
     """Loads the classifier in a folder of `veneer transfer`.
 
     Args:
         device: device of the model, such as `cuda`.
+        exchange: names of attachments and the files whose adapters replace theirs.
     Raises:
+        UnknownName: the run has no attachment of a name in `exchange`. LoadError: a file there does not match it.
         VeneerError: no finished run in the folder, or the model's weights are missing or have changed.
     """
     file = folder / "model.json"
@@ -116,8 +119,9 @@ def open_predictor(folder: Path, device: str = "cpu") -> Predictor:
         message = f"{origin}: not the weights that {folder} was trained on: the SHA-256 differs. Restore the original file."
         digests = {"given": classifier.weights, "expected": record["weights_digest"]}
         raise VeneerError(message, file=origin, where="weights", **digests)
-    if record["adapted"]:
-        load_all(classifier.model, folder / "adapter.safetensors")
+    loaded = {a.name: a for a in load_all(classifier.model, folder / "adapter.safetensors")} if record["adapted"] else {}
+    for name, path in (exchange or {}).items():
+        find_attachment(loaded, name).swap(path)
     classifier.model.eval().to(device)
     view, objective = EvalView(classifier.data, squash=record["squash"]), objective_of(record.get("multi_label", False))
     return Predictor(classifier, view, AUTOCAST[record["precision"]], objective)

@@ -62,6 +62,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "merge": (
         "veneer merge toy.safetensors ink.safetensors --weights 1 0.5 --out both.safetensors",
         "veneer merge runs/toy-lora user/style --method ties --rank 16 --out both.safetensors",
+        "veneer merge runs/photos runs/sketches --method average --out both.safetensors",
     ),
     "extract": (
         "veneer extract tuned/ --base original/ --rank 32 --out tuned.safetensors",

@@ -50,7 +50,7 @@ GENERATION: dict[str, tuple[str, ...]] = {
     "images": (
         "images_per_prompt", "seed", "size", "steps", "guidance_scale", "negative_prompt", "scheduler", "side_by_side", "out",
     ),
-    "memory and speed": ("device", "dtype", "quantize", "offload"),
+    "memory and speed": ("device", "dtype", "quantize", "offload", "skip_layers"),
 }  # fmt: skip
 """The groups of commands that generate images."""
 

@@ -17,6 +17,7 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
 from veneer.injection.select import NOT
 from veneer.injection.sites import VocabularySite
+from veneer.methods.additive.bottleneck.adapter_drop import AdapterDrop, skip_layers
 from veneer.methods.prompt._tokenizer import check_new_token
 
 from .loop.seeds import mix
@@ -135,6 +136,24 @@ def attach_all(
         attachment.begin_pass(seed, 0)  # for passes before training, such as estimates
         attached.append(attachment)
     return attached
+
+
+def skip_lower_layers(attached: Sequence[Attachment], layers: int) -> None:
+    """Leaves out the adapters of the first layers, of all attachments of `adapter_drop`; 0 for none.
+
+    Raises:
+        OptionError: none of them is of this method, or the number is negative.
+    """
+    drops = [a for a in attached if a.method.name == AdapterDrop.name]
+    if layers and not drops:
+        given = tuple(a.method.name for a in attached)
+        message = (
+            f"skip_layers: the adapters are of {', '.join(given) or 'no method'}; expected {AdapterDrop.name}, which is trained "
+            "with layers left out."
+        )
+        raise OptionError(message, option="skip_layers", given=given, expected=AdapterDrop.name)
+    for attachment in drops if layers else ():
+        skip_layers(attachment, layers)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch
 
 from veneer.atomic_files import write_json
 from veneer.formats import native
-from veneer.injection import Attachment
+from veneer.injection import Attachment, attachments
 from veneer.training.loop.disk_space import writing
 
 from ..config import TransferConfig
@@ -62,15 +62,15 @@ def write_results(
 def write_files(config: TransferConfig, data: Data, classifier: Classifier, attached: Sequence[Attachment], out: Path) -> int:
     """Writes the files that `veneer predict` needs: `adapter.safetensors` with the current weights, and `model.json`.
 
+    Fixed adapters that the run was trained on top of are in the file as well, before the trained ones.
+
     Returns:
         Size of the adapter file in bytes; 0 if nothing is attached.
     """
     stored = 0
-    if attached:
+    if saved := attachments(classifier.model) or attached:
         with writing(out, "adapter.safetensors"):
-            file = native.save(
-                attached, out / "adapter.safetensors", provenance={"model": config.model, "data": data.source.where}
-            )
+            file = native.save(saved, out / "adapter.safetensors", provenance={"model": config.model, "data": data.source.where})
         stored = file.stat().st_size
     write_json(out / "model.json", model_record(config, classifier))
     return stored
@@ -147,7 +147,7 @@ def model_record(config: TransferConfig, classifier: Classifier) -> dict[str, An
         "squash": config.squash,
         "precision": config.mixed_precision,
         "templates": list(config.templates),
-        "adapted": bool(config.names()) or classifier.fresh,
+        "adapted": bool(config.names() or config.with_) or classifier.fresh,
         **({"multi_label": True} if config.multi_label else {}),
     }
 

@@ -78,6 +78,8 @@ class Attachment(TrainingHooks):
         if not self.seams:
             raise StateError(f"'{self.name}' is already detached.", where=self.name, given="detached")
         self._installation.reject_sharded_weights()
+        if self._installation.composition is not None:
+            self._installation.composition.undo()
         self._installation.uninstall()
 
     def check(self) -> None:
@@ -144,7 +146,8 @@ class Attachment(TrainingHooks):
         zeros do not train.
 
         Args:
-            path: a file of any format with a single attachment of this method. `base`: as for `veneer.load`.
+            path: a file of any format with a single attachment of this method; others in it are ignored.
+            base: as for `veneer.load`.
         Raises:
             LoadError: the file is not compatible. StateError: merged or detached. Nothing is changed then.
         """
@@ -228,6 +231,7 @@ class Attachment(TrainingHooks):
         self._installation.refuse_mixed()
         if self.merged:
             raise StateError(f"'{self.name}' is already merged.", where=self.name, given="merged")
+        self._installation.refuse_composed("merge")
         self.check()
         return self._installation.merge(self._scale if self.is_enabled else 0.0, requantize)
 
