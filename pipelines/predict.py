@@ -27,6 +27,7 @@ class PredictConfig:
     Args:
         folder: run folder of `veneer transfer`, or a hub name such as `user/pets`.
         images: images, folders of images, `.txt` files with one path per line, or `-` for such a list from stdin.
+        task: name of the task of a run with several (`veneer transfer --tasks`), which has its classes.
         top: classes to list per image; after training with `--multi-label` the text lists the labels of at least 50 % instead.
         format: lines on stdout: `text`, `json` (one object per image, unlike `--json`) or `csv` (one row per image, with a
             header).
@@ -36,6 +37,7 @@ class PredictConfig:
 
     folder: Path
     images: tuple[Path, ...] = ()
+    task: str | None = None
     top: int = 3
     format: Literal["text", "json", "csv"] = "text"
     batch: int = 32
@@ -64,7 +66,7 @@ def predict(config: PredictConfig) -> Iterator[str]:
         raise OptionError(message, option="images", given=())
     folder = local_path(config.folder)
     folder = folder if folder.is_dir() or folder == config.folder else folder.parent  # of a hub name, the adapter file
-    predictor = open_predictor(folder, resolve_device(config.device))
+    predictor = open_predictor(folder, resolve_device(config.device), config.task)
     top = min(config.top, len(predictor.classifier.classes))
     if config.format == "csv":
         yield _row(_columns(top, predictor.objective.multiple))

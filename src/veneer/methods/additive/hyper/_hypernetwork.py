@@ -194,7 +194,9 @@ def activate(z: Tensor, act: Activation) -> Tensor:
     """The activation with the given name; `swish` is z ∘ sigmoid(z)."""
     if act == "gelu_tanh":
         return F.gelu(z, approximate="tanh")
-    return {"gelu": F.gelu, "swish": F.silu, "relu": F.relu}[act](z)
+    if act == "swish":
+        return F.silu(z)
+    return F.relu(z) if act == "relu" else F.gelu(z)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from veneer.injection.errors import OptionError
 
@@ -61,7 +61,7 @@ class HyperFormer(HyperMethod):
     @classmethod
     def examples(cls) -> tuple[HyperFormer, HyperFormer]:
         """One task each, with small hypernetworks of both kinds."""
-        small = {"reduction": 2, "embedding": 6, "hidden": 8, "projected": 8}
+        small: dict[str, Any] = {"reduction": 2, "embedding": 6, "hidden": 8, "projected": 8}
         return cls(("first",), **small), cls(("second",), **small, generators="site")
 
     def layout(self) -> Layout:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from veneer.injection.sites import BranchSite
 
@@ -49,7 +49,7 @@ class HyperFormerPlusPlus(HyperMethod):
     @classmethod
     def examples(cls) -> tuple[HyperFormerPlusPlus, HyperFormerPlusPlus]:
         """One task each, with small hypernetworks."""
-        small = {"reduction": 2, "embedding": 6, "hidden": 8, "projected": 8}
+        small: dict[str, Any] = {"reduction": 2, "embedding": 6, "hidden": 8, "projected": 8}
         return cls(("first",), **small), cls(("second",), **small, act="swish")
 
     def layout(self) -> Layout:
