@@ -28,6 +28,7 @@ class PredictConfig:
     Args:
         folder: run folder of `veneer transfer`, or a hub name such as `user/pets`.
         images: images, folders of images, `.txt` files with one path per line, or `-` for such a list from stdin.
+        task: name of the task of a run with several (`veneer transfer --tasks`), which has its classes.
         top: classes to list per image; after training with `--multi-label` the text lists the labels of at least 50 % instead.
         format: lines on stdout: `text`, `json` (one object per image, unlike `--json`) or `csv` (one row per image, with a
             header).
@@ -40,6 +41,7 @@ class PredictConfig:
 
     folder: Path
     images: tuple[Path, ...] = ()
+    task: str | None = None
     top: int = 3
     format: Literal["text", "json", "csv"] = "text"
     batch: int = 32
@@ -76,7 +78,8 @@ def predict(config: PredictConfig) -> Iterator[str]:
     folder = local_path(config.folder)
     folder = folder if folder.is_dir() or folder == config.folder else folder.parent  # of a hub name, the adapter file
     pairs = (text.partition("=") for text in config.exchange)
-    predictor = open_predictor(folder, resolve_device(config.device), {name: local_path(file) for name, _, file in pairs})
+    exchange = {name: local_path(file) for name, _, file in pairs}
+    predictor = open_predictor(folder, resolve_device(config.device), exchange, config.task)
     skip_lower_layers(attachments(predictor.classifier.model), config.skip_layers)
     top = min(config.top, len(predictor.classifier.classes))
     if config.format == "csv":

@@ -28,7 +28,7 @@ def check_command(parser: argparse.ArgumentParser, name: str, commands: Mapping[
         parser.error(f"no command {name!r}{f'; did you mean {close[0]!r}?' if close else ''}")
 
 
-def _training_command(function: str, config_name: str, positional: str) -> AddFlags:
+def _training_command(function: str, config_name: str, *positional: str) -> AddFlags:
     """A command that trains methods, with the methods' options as flags."""
 
     def add(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -36,7 +36,7 @@ def _training_command(function: str, config_name: str, positional: str) -> AddFl
         config_class = class_of(module, config_name)
         file = read_config(arguments)
         names = _method_names(arguments, method_of(file, config_class.method))
-        taken = add_flags(parser, config_class, positional=(positional,), skip=("options",), grouped=True)
+        taken = add_flags(parser, config_class, positional=positional, skip=("options",), grouped=True)
         add_config_flags(parser)
         for name in names:
             method = _method_class(name)
@@ -193,7 +193,7 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
     ),
     "transfer": (
         "fine-tune a timm, open_clip or transformers model for image classification",
-        _training_command("transfer", "TransferConfig", "data"),
+        _training_command("transfer", "TransferConfig", "data", "more_data"),
     ),
     "caption": (
         "write captions of photos by a captioning model or tagger",

@@ -129,6 +129,7 @@ class Method(TrainingProtocol, ABC):
         keeps_head: True if a classifier keeps its head, because the method maps the head's labels to new ones.
         conditions: names of the conditions that `Attachment.condition` takes, such as `("image",)`; empty for none.
         prepares: `once` if `prepare` runs before training, `epoch` if before every epoch.
+        needs_tasks: True if it has the option `tasks` and another function for each task; see `Attachment.task`.
         selects: True if `select` must run before the first step; adapters have `is_selected`, True after it.
         revision: incremented when the same saved options and tensors compute another function. See `migrate`.
         shared_options: options of all sites together, such as those that `build_shared` reads; `by_site` cannot change them.

@@ -1,9 +1,9 @@
-"""What a method may ask of a training loop besides a penalty: several forward passes, a schedule, and a change at the end."""
+"""What a method may ask of a training loop besides a penalty: forward passes, a schedule, the task, and a change at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -14,7 +14,13 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class TrainingProtocol:
-    """Base of `Method`: forward passes of a training batch, and the end of training. The defaults ask for nothing."""
+    """Base of `Method`: forward passes of a training batch, its task, and the end of training. The defaults ask for nothing.
+
+    A method with `needs_tasks` has the option `tasks`, names of tasks, and computes another function for each of them. It
+    implements `select_task`. Other methods share their parameters among all tasks.
+    """
+
+    needs_tasks: ClassVar[bool] = False
 
     @property
     def passes(self) -> int:
@@ -60,5 +66,28 @@ class TrainingProtocol:
 
         Returns:
             The config with which `build` makes adapters of the new shapes: what the file contains.
+        """
+        return self
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The option `tasks` of a method with `needs_tasks`; empty for other methods."""
+        return tuple(getattr(self, "tasks", ())) if self.needs_tasks else ()
+
+    def select_task(self, adapters: Iterable[tuple[Site, Any]], index: int) -> None:
+        """Selects the task of the following forward passes. Writes buffers only, so that nothing is compiled again.
+
+        Args:
+            index: in the option `tasks`.
+        """
+        return None
+
+    def materialize(self, adapters: Iterable[tuple[Site, Any]], index: int) -> Self:
+        """Replaces parameters that are generated for each task by those of one task.
+
+        Args:
+            index: in the option `tasks`.
+        Returns:
+            The config with which `build` makes such adapters.
         """
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,14 @@ from .mixing import Mixing
 Batch = tuple[Tensor, Tensor]
 
 
-class Order:
+class SampleOrder(Protocol):
+    """Order of the samples of a run, a pure function of their numbers."""
+
+    def at(self, number: int) -> tuple[int, int]:
+        """(epoch, image) of a sample."""
+
+
+class Order(SampleOrder):
     """Shuffled order of the samples of a run: sample n is image n mod N of epoch n // N, with a new permutation every epoch.
 
     Args:
@@ -58,7 +66,7 @@ class ClassifyingLoss:
         self,
         logits: Callable[[Tensor], Tensor],
         inputs: Callable[[Sequence[tuple[int, int]]], Batch],
-        order: Order,
+        order: SampleOrder,
         samples: int,
         prefetch: Callable[[Sequence[tuple[int, int]]], None] | None = None,
         smoothing: float = 0.0,
@@ -71,7 +79,8 @@ class ClassifyingLoss:
         self.objective, self.passes = objective, passes or ForwardPasses()
         self.class_weights = None if class_weights is None else class_weights.to(device)
         self.mixing = mixing if mixing is not None and mixing.enabled else None
-        self.logits, self.inputs, self.order, self.samples = logits, inputs, order, samples
+        self.logits, self.inputs, self.samples = logits, inputs, samples
+        self.order: SampleOrder = order
         self.prefetch, self.smoothing, self.device = prefetch, smoothing, device
 
     def __call__(self, step: int, rows: list[int]) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ..composition.current_task import CurrentTask
 from ..composition.merge import MergeReport, host_tensors
 from ..conditions import Conditions
 from ..errors import StateError
@@ -28,7 +29,7 @@ from .state_dict import LoadReport, load_state, state_of
 from .training_hooks import TrainingHooks, allow_unselected
 
 
-class Attachment(TrainingHooks):
+class Attachment(TrainingHooks, CurrentTask):
     """One method on one model: its sites and adapters, and the operations on them.
 
     Attributes:
@@ -261,7 +262,7 @@ class Attachment(TrainingHooks):
         Raises:
             DeadSite: with the sites whose parameters do not reach the output.
         """
-        with allow_unselected():
+        with allow_unselected(), self.example_task():
             probe(self, sample)
 
     def __repr__(self) -> str:

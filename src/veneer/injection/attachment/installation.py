@@ -162,6 +162,7 @@ class Installation:
             self.attachment.check() if active else self.trained.check()  # disabled adapters cannot be bypassed
             if active:
                 self.attachment.require_selection()
+                self.attachment.require_task()
         if enabled and self.attachment.method.conditions:
             set_call_conditions(self.attachment, module, args, kwargs)
         batch = self.batches.get(id(module))
