@@ -181,6 +181,8 @@ CLIP = [
     Count("coop", "CLIP ViT-B/16", 8_192),
     Count("coop", "CLIP RN50", "8.19 M", FORMULA, options={"by_class": True}),
     Count("cocoop", "CLIP ViT-B/16", 35_360),
+    Count("maple", "CLIP ViT-B/16", 3_555_072),
+    Count("promptsrc", "CLIP ViT-B/16", 46_080),
     Count("clip_adapter", "CLIP RN50", 524_288),
     Count("clip_adapter", "CLIP ViT-B/16", 131_072, FORMULA),
     Count("tip_adapter", "CLIP RN50", 0, options={"shots": 16}),
