@@ -14,7 +14,7 @@ from veneer.injection import UnsupportedSite, attach
 from veneer.injection.attachment.plan import supports
 from veneer.injection.errors import OptionError, StateError
 from veneer.injection.towers import sites
-from veneer.methods.prompt.maple import MaPLe
+from veneer.methods.prompt.class_prompts.maple import MaPLe
 from veneer.testing.case import perturb
 
 WORDS = ("a", "photo", "of", "a")

@@ -13,8 +13,8 @@ from tests.methods.deep_prompts import KEYS, cosine_logits, image_features, text
 from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach
 from veneer.injection.errors import OptionError
-from veneer.methods.prompt._templates import TEMPLATES
-from veneer.methods.prompt.promptsrc import PromptSRC
+from veneer.methods.prompt.class_prompts._templates import TEMPLATES
+from veneer.methods.prompt.class_prompts.promptsrc import PromptSRC
 from veneer.testing.case import perturb
 from veneer.training.objective.consistency import symmetric_kl
 from veneer.training.objective.forward_passes import ForwardPasses
