@@ -84,7 +84,12 @@ class ClassEmbeddings(nn.Module):
 
     def bare(self, ids: Tensor) -> Tensor:
         """Token embeddings of ids without the adapters on the embedding table."""
-        return base_tensor(text_tower(self.clip), "token_embedding", "weight")[ids]
+        return self.table[ids]
+
+    @property
+    def table(self) -> Tensor:
+        """The token embeddings (ids, width) without the adapters on them, if `encode` accepts token embeddings."""
+        return base_tensor(text_tower(self.clip), "token_embedding", "weight")
 
     @property
     def layers(self) -> int:
