@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from veneer.functional.nearest_rows import nearest_rows, random_rows
 from veneer.injection.attachment.deferred_init import is_init_deferred
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import PromptSite, Site
@@ -28,9 +29,7 @@ class PEZAdapter(ContextAdapter):
         super().enter(tower)
         if not self.words and not is_init_deferred() and not self.context.is_meta:
             table = self.texts.table
-            allowed = torch.ones(len(table), device="cpu")
-            allowed[self.special] = 0
-            tokens = torch.multinomial(allowed, len(self.context), replacement=True)
+            tokens = random_rows(len(self.context), len(table), self.special)
             with torch.no_grad():
                 self.context.copy_(table[tokens.to(table.device)])
 
@@ -38,9 +37,7 @@ class PEZAdapter(ContextAdapter):
     def nearest(self) -> tuple[Tensor, Tensor]:
         """Ids (M,) and rows (M, width) of the tokens with the largest cosine similarity to the context vectors."""
         table = self.texts.table
-        cosines = self.context.to(table.dtype) @ table.T / table.norm(dim=1).clamp(min=1e-12)
-        cosines[:, self.special] = -torch.inf
-        ids = cosines.argmax(1)
+        ids = nearest_rows(self.context, table, self.special)
         return ids, table[ids].to(self.context.dtype)
 
     def weights(self, features: Tensor) -> Tensor:
@@ -57,7 +54,8 @@ class PEZ(Method):
     `report()` has the text, which works without any file as the template `TEXT {}.` if the tokenizer splits it into the same
     tokens. After training p are the rows of the tokens.
 
-    The prompts replace the classifier's own templates; strength as for `coop`.
+    The prompts replace the classifier's own templates; strength as for `coop`. `veneer personalize --method pez` searches such a
+    text for photos: L is 1 minus their CLIP similarity, there is no name, and the result is a prompt instead of an adapter.
 
     Args:
         tokens: M, tokens of the prompt, at least 1.
@@ -65,8 +63,8 @@ class PEZ(Method):
         words: initial words, such as `a photo of a`; M is then their number of tokens. Empty: random tokens.
     Counts: M·width; CLIP ViT-B/16 8,192 with M = 16. A prompt is M integers.
     Source: Wen et al., Hard Prompts Made Easy, NeurIPS 2023, algorithm 1, and the authors' code: cosine similarity, initial
-    values from random tokens, AdamW with rate 0.1 and weight decay 0.1. Deviations: the loss is the classifier's instead of the
-    similarity to images; the start and end token are left out; the epoch with the best validation score is kept, where the code
+    values from random tokens, AdamW with rate 0.1 and weight decay 0.1. Deviations: a classifier has its own loss
+    instead of the similarity to images; the start and end token are left out; the epoch with the best validation score is kept, where the code
     keeps the best step.
     """
 
