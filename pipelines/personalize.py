@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
         Diverged: the loss is no longer finite; the last weights with a finite loss are in the folder.
     """
     if config.method == photo_prompt.METHOD:
-        return photo_prompt.search_photo_prompt(config)
+        return photo_prompt.search_photo_prompt(config, partial(print, flush=True))
     if config.check is not None:
         return _check(config)
     cpu = not torch.accelerator.is_available()  # without it, accelerate ignores the other torchrun processes on a CPU

@@ -19,7 +19,7 @@ from veneer.testing.case import perturb
 from veneer.training.objective.consistency import symmetric_kl
 from veneer.training.objective.forward_passes import ForwardPasses
 
-TEACHER = ("a bad photo of a {}.", "my {}")
+FROZEN = ("a bad photo of a {}.", "my {}")
 WEIGHTS = {"text_weight": 25.0, "image_weight": 10.0, "logit_weight": 2.0}
 
 
@@ -48,7 +48,7 @@ def test_equation_and_gradients(key: str) -> None:
 def test_loss_and_gradients() -> None:
     """Two passes through the trainer's own code, as `veneer transfer` runs them."""
     model, image, bare = tiny(), pictures(), tiny()
-    tuned = attach(model, "promptsrc", depth=2, templates=TEACHER, **WEIGHTS)
+    tuned = attach(model, "promptsrc", depth=2, templates=FROZEN, **WEIGHTS)
     perturb(tuned)
     model.train()
     adapter, parameters = tuned.parts["head.prompts"][1], list(tuned.parameters())
@@ -59,7 +59,7 @@ def test_loss_and_gradients() -> None:
     f, g = features(bare, image, adapter)
     with torch.no_grad():
         f0 = normalize(bare.clip.encode_image(image), dim=-1)
-        texts = [[t.replace("{}", name) for t in TEACHER] for name in ("toy cat", "dog", "red car")]
+        texts = [[t.replace("{}", name) for t in FROZEN] for name in ("toy cat", "dog", "red car")]
         tokenizer = bare.head.texts.tokenizer.tokenizer
         g0 = normalize(torch.stack([bare.clip.encode_text(tokenizer(t)).mean(0) for t in texts]), dim=-1)
     scale = bare.clip.logit_scale.exp()
@@ -74,7 +74,7 @@ def test_loss_and_gradients() -> None:
 
 def test_the_pass_of_the_frozen_model_ends_with_training() -> None:
     model, image = tiny(), pictures()
-    tuned = attach(model, "promptsrc", depth=2, templates=TEACHER)
+    tuned = attach(model, "promptsrc", depth=2, templates=FROZEN)
     expected = model(image)
     model.train()
     tuned.begin_pass(0, 0, number=1)
@@ -132,7 +132,7 @@ def test_initial_values_and_counts_of_the_paper() -> None:
     words = [token(w) for w in ("a", "photo", "of", "a")]
     assert torch.equal(adapter.context, model.clip.token_embedding.weight[words])
     assert 0.017 < adapter.images.std() < 0.023
-    assert adapter.teacher_ids.shape[:2] == (3, len(TEMPLATES)) == (3, 60)
+    assert adapter.template_ids.shape[:2] == (3, len(TEMPLATES)) == (3, 60)
     assert attach(large("ViT-B-16"), "promptsrc").report().trainable == 9 * 4 * (512 + 768) == 46_080
 
 

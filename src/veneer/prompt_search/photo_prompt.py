@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ STEPS = 500
 """Default number of steps."""
 
 
-def search_photo_prompt(config: PersonalizeConfig) -> Path:
-    """Prints a prompt that describes the photos, and writes it to `prompt.txt` in the run folder.
+def search_photo_prompt(config: PersonalizeConfig, show: Callable[[str], Any]) -> Path:
+    """Writes a prompt that describes the photos to `prompt.txt` in the run folder.
 
     Of the options it has those of `pez`, and photos, base, features, steps, learning rate, weight decay, batch, seed and out.
 
+    Args:
+        show: called with the prompt, its similarity, and the command that generates images with it, in lines.
     Returns:
         The run folder.
     Raises:
@@ -48,8 +51,8 @@ def search_photo_prompt(config: PersonalizeConfig) -> Path:
     match = search_prompt(clip, [read_photo(photo.path) for photo in photos], _options(config, method), _Bar(config))
     write_atomically(out / "prompt.txt", f"{match.text}\n".encode())
     base = "" if config.base == "bundled" else f" --base {shlex.quote(config.base)}"
-    print(f"prompt: {match.text}\nCLIP similarity to the photos: {match.similarity:.3f}", flush=True)
-    print(f"generate images: veneer generate {shlex.quote(match.text)}{base}", flush=True)
+    show(f"prompt: {match.text}\nCLIP similarity to the photos: {match.similarity:.3f}")
+    show(f"generate images: veneer generate {shlex.quote(match.text)}{base}")
     return out
 
 

@@ -1,4 +1,4 @@
-"""Prompt templates of PromptSRC's teacher: 60 of the 80 that CLIP's authors published for ImageNet."""
+"""Prompt templates of the frozen model in PromptSRC: 60 of the 80 that CLIP's authors published for ImageNet."""
 
 from __future__ import annotations
 

@@ -44,12 +44,13 @@ class PassFeatures:
 
 
 class PromptSRCAdapter(DeepPromptAdapter):
-    """`images` (J, n, width of the image tower): the tokens of each block. `teacher`: text features of the frozen model.
+    """`images` (J, n, width of the image tower): the tokens of each block. `frozen_weights`: text features of the frozen model.
 
     `average_…` are weighted means of the parameters over `averages` points of the run.
     """
 
-    teacher: Tensor | None
+    frozen_weights: Tensor | None
+    template_ids: Tensor
     averages: Tensor
 
     def __init__(self, site: MultimodalPromptSite, method: PromptSRC) -> None:
@@ -59,9 +60,9 @@ class PromptSRCAdapter(DeepPromptAdapter):
         templates = method.templates or TEMPLATES
         with torch.device("cpu"):
             texts = [template.replace("{}", name) for name in site.classes for template in templates]
-            teacher_ids = site.tokenizer.ids(texts).unflatten(0, (len(site.classes), -1))
-        self.register_buffer("teacher_ids", teacher_ids, persistent=False)
-        self.register_buffer("teacher", None, persistent=False)
+            template_ids = site.tokenizer.ids(texts).unflatten(0, (len(site.classes), -1))
+        self.register_buffer("template_ids", template_ids, persistent=False)
+        self.register_buffer("frozen_weights", None, persistent=False)
         self.register_buffer("averages", torch.zeros(()), persistent=False)
         names = [name for name, _ in self.named_parameters()]
         for name in names:
@@ -87,23 +88,23 @@ class PromptSRCAdapter(DeepPromptAdapter):
         return tokens if self.is_frozen else super().remove(index, tokens)
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        """The class weights of the prompts; those of the teacher in the pass of the frozen model."""
+        """The class weights of the prompts; those of the templates in the pass of the frozen model."""
         if self.is_frozen:
             self.passes.target = normalize(x.detach(), dim=-1)
-            return self.teacher_weights().to(y.dtype)
+            return self.weights_of_templates().to(y.dtype)
         weights = super().output(x, y)
         if self.training and torch.is_grad_enabled():
             self.passes.image, self.passes.text = normalize(x, dim=-1), normalize(weights, dim=-1)
         return weights
 
     @torch.no_grad()
-    def teacher_weights(self) -> Tensor:
+    def weights_of_templates(self) -> Tensor:
         """Text features (classes, features) of the frozen model, normalized after the mean over the templates. Cached."""
-        if self.teacher is None:
-            count, templates, _ = self.teacher_ids.shape
-            features = self.texts.encode(self.teacher_ids.flatten(0, 1), norm=False)
-            self.teacher = normalize(features.unflatten(0, (count, templates)).mean(1), dim=-1)
-        return self.teacher
+        if self.frozen_weights is None:
+            count, templates, _ = self.template_ids.shape
+            features = self.texts.encode(self.template_ids.flatten(0, 1), norm=False)
+            self.frozen_weights = normalize(features.unflatten(0, (count, templates)).mean(1), dim=-1)
+        return self.frozen_weights
 
     @torch.no_grad()
     def add_to_average(self, share: float) -> None:
@@ -144,7 +145,7 @@ class PromptSRC(Method):
         average_parts: E, at least 1; the authors' epochs.
         average_mean: μ, in parts.
         average_std: σ, in parts, above 0.
-        templates: prompts of the teacher with `{}` for the name; the authors' 60 if empty.
+        templates: prompts of the frozen CLIP with `{}` for the name; the authors' 60 if empty.
     Counts: J·tokens·width + J·image_tokens·width', width' of the image tower; CLIP ViT-B/16 46,080.
     Source: Khattak et al., Self-regulating Prompts: Foundational Model Adaptation without Forgetting, ICCV 2023, equations 3 to
     7, and the authors' code: prompts from N(0, 0.02²), the KL divided by batch and classes, the first image prompts added before
@@ -216,8 +217,8 @@ class PromptSRC(Method):
 
     def consistency_loss(self, outputs: Sequence[Tensor], distance: Distance) -> Tensor:
         """c·KL(q₀ ‖ q) / classes, (batch,)."""
-        student, teacher = (logits.log_softmax(-1) for logits in (outputs[0], outputs[1].detach()))
-        return self.logit_weight * F.kl_div(student, teacher, reduction="none", log_target=True).mean(-1)
+        student, target = (logits.log_softmax(-1) for logits in (outputs[0], outputs[1].detach()))
+        return self.logit_weight * F.kl_div(student, target, reduction="none", log_target=True).mean(-1)
 
     def penalty(self, adapters: Iterable[tuple[Site, Any]]) -> Tensor | None:
         """a·mean |g − g₀| + b·mean |f − f₀| of the two last passes, or None without them."""
@@ -225,7 +226,7 @@ class PromptSRC(Method):
         for _, adapter in adapters:
             seen = adapter.passes
             if seen.image is not None and seen.target is not None and seen.text is not None:
-                text = F.l1_loss(seen.text, adapter.teacher_weights().to(seen.text.dtype))
+                text = F.l1_loss(seen.text, adapter.weights_of_templates().to(seen.text.dtype))
                 term = self.text_weight * text + self.image_weight * F.l1_loss(seen.image, seen.target)
                 total = term if total is None else total + term
             seen.clear()
