@@ -182,6 +182,7 @@ CLIP = [
     Count("coop", "CLIP RN50", "8.19 M", FORMULA, options={"by_class": True}),
     Count("cocoop", "CLIP ViT-B/16", 35_360),
     Count("pez", "CLIP ViT-B/16", 8_192, FORMULA),
+    Count("autoprompt", "CLIP ViT-B/16", 8_192, FORMULA),
     Count("maple", "CLIP ViT-B/16", 3_555_072),
     Count("promptsrc", "CLIP ViT-B/16", 46_080),
     Count("clip_adapter", "CLIP RN50", 524_288),

@@ -94,11 +94,15 @@ class PEZ(Method):
         Raises:
             ValueError: a prompt is too long for the text tower.
         """
-        return PEZAdapter(site, context_length(self.words, self.tokens, site), self.words, self.position)
+        return PEZAdapter(site, self.length(site), self.words, self.position)
+
+    def length(self, site: PromptSite) -> int:
+        """M, by the words if there are any."""
+        return context_length(self.words, self.tokens, site)
 
     def count(self, site: PromptSite) -> int:
         """M·width."""
-        return context_length(self.words, self.tokens, site) * site.width
+        return self.length(site) * site.width
 
     def finalize(self, adapters: Iterable[tuple[Site, Any]]) -> Self:
         """Sets the vectors to the rows of their tokens."""
