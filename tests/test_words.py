@@ -48,6 +48,7 @@ CAPTIONS = {
     "src/veneer/base_models/pretraining/data/captions.py",
     "src/veneer/base_models/pretraining/data/mixture.py",
     "src/veneer/base_models/pretraining/data/photo_words.py",
+    "src/veneer/methods/prompt/class_prompts/_templates.py",
     "src/veneer/testing/tokenizers.py",
     "src/veneer/training/data/captions.py",
 }

@@ -31,7 +31,7 @@ HEADINGS = {"Counts": "Trainable parameters"}
 """Section of a docstring to its heading, where they differ."""
 VALUES = {"n": "int", "x": "float", "read": "key=value"}
 """Placeholder in the help of a flag to the type of its values."""
-SINGLE = {"VocabularySite", "PixelSite", "FeatureSite", "PromptSite", "ResidualSite"}
+SINGLE = {"VocabularySite", "PixelSite", "FeatureSite", "PromptSite", "MultimodalPromptSite", "ResidualSite"}
 """Types of sites of which a model has one, so that options by site are of no use."""
 BY_SITE = """## Options by site
 

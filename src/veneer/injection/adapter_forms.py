@@ -12,6 +12,7 @@ the forms are protocols, checked once, when the adapter is attached.
 | `BiasAdapter` | and `bias(b, W)` | weights followed by a bias | `WeightSeam` |
 | `LowRankAdapter` | and `factors()` | merging and combining | `composition.merge` |
 | `TokenAdapter` | `insert(tokens)`, `remove(tokens)` | `TokenSite` | `TokenSeam` |
+| `ImagePromptAdapter` | `output(x, y)`, `append(i, tokens)`, `remove(i, tokens)` | `MultimodalPromptSite` | `PromptSeam` |
 | `VocabularyAdapter` | `ids(ids)`, `output(ids, rows)` | `VocabularySite` | `VocabularySeam` |
 | `AttentionAdapter` | `attend(inner, attn, hidden_states, **kwargs)` | `AttentionSite` | `ProcessorSeam` |
 | `KeyValueAdapter` | `keys_values()` | weights of output projections with `sdpa` | `KeyValueSeam` |
@@ -116,6 +117,21 @@ class TokenAdapter(Blended, Protocol):
 
     def remove(self, tokens: Tensor, /) -> Tensor:
         """The sequence without them, where it ends."""
+
+
+@runtime_checkable
+class ImagePromptAdapter(OutputAdapter, Protocol):
+    """Changes class weights, and appends tokens to the sequence of an image tower."""
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks of the image tower before which tokens are appended, from the first."""
+
+    def append(self, index: int, tokens: Tensor, /) -> Tensor:
+        """The sequence with more tokens at its end, before a block."""
+
+    def remove(self, index: int, tokens: Tensor, /) -> Tensor:
+        """The sequence without the tokens that were appended before block `index`."""
 
 
 @runtime_checkable

@@ -49,6 +49,13 @@ class TrainingProtocol:
         """
         raise NotImplementedError(f"{type(self).__name__} has several passes and does not implement consistency_loss")
 
+    def compare_passes(self, adapters: Iterable[tuple[Site, Any]], losses: Tensor) -> None:
+        """Called with the losses (passes,) of the forward passes of each micro-batch, without gradients, if it is overridden.
+
+        For methods that try candidates, one in each pass, and choose the best in `after_step`. Only classifiers call it.
+        """
+        return None
+
     def schedule_end(self, steps: int) -> int:
         """Step, from 1, at which the method's own schedule has ended, such as that of pruning; 0 without one.
 

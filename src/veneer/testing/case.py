@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection import Attachment, attach
-from veneer.injection.adapter_forms import BiasAdapter, WeightAdapter
+from veneer.injection.adapter_forms import BiasAdapter, ImagePromptAdapter, WeightAdapter
 from veneer.injection.attachment.condition_scope import example_conditions
 from veneer.injection.attachment.plan import supports
 from veneer.injection.attachment.probe import tensors
 from veneer.injection.host import Host
 from veneer.injection.method import Method
+from veneer.injection.multimodal_prompt_site import MultimodalPromptSite
 from veneer.injection.quantized_weight import is_quantized
 from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import Site, TokenSite
@@ -137,7 +138,9 @@ class Case:
     @property
     def switches(self) -> bool:
         """True if the adapters can only be on or off, such as inserted tokens."""
-        return any(isinstance(site, TokenSite) for site in self.sites)
+        prompts = [site for site in self.sites if isinstance(site, MultimodalPromptSite)]
+        appends = any(isinstance(self.method.build(site), ImagePromptAdapter) for site in prompts)
+        return appends or any(isinstance(site, TokenSite) for site in self.sites)
 
     def merging(self) -> None:
         """Raises `Skip` if the adapters have no weight form, or the weights are quantized."""

@@ -10,6 +10,7 @@ from torch import nn
 from ..adapter_forms import (
     AttentionAdapter,
     BiasAdapter,
+    ImagePromptAdapter,
     InputAdapter,
     KeyValueAdapter,
     OutputAdapter,
@@ -20,6 +21,7 @@ from ..adapter_forms import (
 )
 from ..errors import UnsupportedSite
 from ..method import Adapter
+from ..multimodal_prompt_site import MultimodalPromptSite
 from ..quantized_weight import is_ordinary
 from ..sites import (
     AttentionSite,
@@ -42,6 +44,7 @@ from .attention_seam import ProcessorSeam
 from .call_seam import CallSeam, SwitchSeam
 from .effective_weight import BiasForm, EffectiveWeight, bias_site
 from .key_value_seam import KeyValueSeam
+from .prompt_seam import PromptSeam
 from .residual_seam import ResidualSeam
 from .seam import Seam
 from .sequence_seams import TokenSeam, VocabularySeam
@@ -99,6 +102,8 @@ def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
     if isinstance(site, VocabularySite):
         _require(site, adapter, VocabularyAdapter, "ids")
         return (VocabularySeam, site.name)
+    if isinstance(site, MultimodalPromptSite) and isinstance(adapter, ImagePromptAdapter):
+        return (PromptSeam, *_ports(site, adapter))
     _require(site, adapter, OutputAdapter, "output")
     return (SwitchSeam if adapter.changes_shape else CallSeam, *_ports(site, adapter), -1)
 
