@@ -12,7 +12,7 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Need
 from veneer.injection.sites import PromptSite, TokenSite
 
-from .._context import ContextAdapter, Position
+from ..class_prompts._context import ContextAdapter, Position
 
 NEEDS = (Need(TokenSite, roles=("tokens.tower",), where={"can_insert": True}), Need(PromptSite))
 FREQUENT = 5000

@@ -15,7 +15,7 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import PromptSite, Site
 
-from .._context import ContextAdapter, context_length
+from ..class_prompts._context import ContextAdapter, context_length
 
 
 class DARTAdapter(ContextAdapter):

@@ -14,7 +14,7 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Method, Need
 from veneer.injection.sites import PromptSite, Site, TokenSite
 
-from .._context import POSITIONS, Position
+from ..class_prompts._context import POSITIONS, Position
 from ._prompts import NEEDS, TextPrompts, TokenPrompts, check_tokens
 
 Encoder = Literal["lstm", "mlp", "none"]
