@@ -17,6 +17,7 @@ from tests.raising import raises
 from veneer.functional.principal_components import PrincipalComponents
 from veneer.injection import attach
 from veneer.injection.errors import EmptySelection, NotSelected, OptionError
+from veneer.methods.reparameterized.low_rank._explained_variance import allocate_ranks
 from veneer.methods.reparameterized.low_rank.lora import LoRA
 from veneer.testing.case import loss
 
@@ -99,14 +100,19 @@ def test_ranks_follow_the_explained_variance_of_a_vit(tmp_path: Path) -> None:
     assert {adapter.scaling for _, adapter in loaded.parts.values()} == scales == {2.0}
 
 
-def test_equal_ranks_without_redistribution_and_an_unfinished_file(tmp_path: Path) -> None:
+def test_equal_ranks_at_some_sites_and_an_unfinished_file(tmp_path: Path) -> None:
+    """Without redistribution, beside sites with another initialization; `finalize` leaves those as they are."""
     model, samples = tiny("timm_vit", "vit")
-    tuned = attach(model, "lora", rank=3, init="eva", eva_rho=1.0, where=WHERE)
+    tuned = attach(model, "lora", rank=3, eva_rho=1.0, by_site={"attn.{q,v}": {"init": "eva"}}, where=WHERE)
     tuned.select(losses(model, samples))
     assert all(adapter.down.any(1).all() and len(adapter.down) == 3 for _, adapter in tuned.parts.values())
     other, _ = tiny("timm_vit", "vit")
     loaded = veneer.load(other, tuned.save(tmp_path / "x"))
     assert loaded.is_selected
+    assert torch.equal(loss(other, samples[0]), loss(model, samples[0]))
+    tuned.finalize()
+    names = {f"name:{site.name}" for site, _ in tuned.parts.values() if site.role in ("attn.q", "attn.v")}
+    assert names == {key for key in tuned.method.by_site if key.startswith("name:")}
     assert torch.equal(loss(other, samples[0]), loss(model, samples[0]))
 
 
@@ -123,4 +129,11 @@ def test_rejections() -> None:
     with raises(OptionError, method="lora", option="tucker", given="eva"):
         LoRA(init="eva", tucker=True)
     assert not LoRA().selects
+    assert LoRA(by_site={"attn.q": {"init": "eva"}}).selects
     assert LoRA(init="eva").build(site_of(nn.Linear(5, 4))).down.shape == (5, 5)
+
+
+@pytest.mark.parametrize(("budget", "ranks"), [(3, [1, 1, 1]), (5, [1, 1, 3]), (6, [2, 1, 3])])
+def test_every_site_keeps_its_first_component(budget: int, ranks: list[int]) -> None:
+    ratios = [torch.tensor(values) for values in ([0.6, 0.3], [0.1, 0.05], [0.4, 0.35, 0.32])]
+    assert allocate_ranks(ratios, budget) == ranks

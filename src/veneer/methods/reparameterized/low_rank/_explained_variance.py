@@ -65,7 +65,7 @@ def widest_rank(site: WeightSite, rank: int, rho: float) -> int:
 
 
 def initialize_from_inputs(
-    parts: Sequence[tuple[Site, Any]], ranks: Sequence[int], losses: Iterable[Tensor], samples: int
+    parts: Sequence[tuple[Site, ExplainedVarianceAdapter]], ranks: Sequence[int], losses: Iterable[Tensor], samples: int
 ) -> None:
     """Initializes A of all sites from the inputs of their layers in forward passes of single samples.
 
@@ -76,7 +76,7 @@ def initialize_from_inputs(
     Raises:
         EmptySelection: a layer gets no inputs.
     """
-    adapters: list[ExplainedVarianceAdapter] = [adapter for _, adapter in parts]
+    adapters = [adapter for _, adapter in parts]
     seen = [PrincipalComponents(len(adapter.down)) for adapter in adapters]
     try:
         for adapter, components in zip(adapters, seen, strict=True):
@@ -90,11 +90,11 @@ def initialize_from_inputs(
         message = f"lora: init='eva': {unseen[0]} got no inputs from {count} samples; expected a pass of its layer in each."
         raise EmptySelection(message, where=unseen[0], given=count, expected="inputs")
     ratios = [components.ratios.nan_to_num().cpu() for components in seen]
-    for adapter, components, rank in zip(adapters, seen, _allocate(ratios, sum(ranks)), strict=True):
+    for adapter, components, rank in zip(adapters, seen, allocate_ranks(ratios, sum(ranks)), strict=True):
         adapter.initialize(components.vectors[:rank].to(adapter.down))
 
 
-def _allocate(ratios: Sequence[Tensor], budget: int) -> list[int]:
+def allocate_ranks(ratios: Sequence[Tensor], budget: int) -> list[int]:
     """How many of the components of each site are among the `budget` ones with the highest ratios; at least one per site."""
     first = torch.cat([torch.arange(len(r)) == 0 for r in ratios])
     order = torch.cat([*ratios]).masked_fill(first, torch.inf).argsort(descending=True, stable=True)[:budget]
@@ -104,4 +104,4 @@ def _allocate(ratios: Sequence[Tensor], budget: int) -> list[int]:
 
 def options_of_rank(rank: int, scaling: float, rslora: bool) -> dict[str, Any]:
     """Options of a plain LoRA with this rank and scale."""
-    return {"rank": rank, "alpha": scaling * (math.sqrt(rank) if rslora else rank)}
+    return {"rank": rank, "alpha": scaling * (math.sqrt(rank) if rslora else rank), "init": "kaiming"}

@@ -94,7 +94,9 @@ class LoRA(Method):
         for option in ("eva_rho", "eva_samples"):
             if not getattr(self, option) >= 1:
                 raise OptionError.of("lora", option, getattr(self, option), "at least 1")
-        object.__setattr__(self, "selects", self.init == "eva")
+        by_site = self.by_site.values() if isinstance(self.by_site, Mapping) else ()
+        inits = (self.init, *(options.get("init") for options in by_site if isinstance(options, Mapping)))
+        object.__setattr__(self, "selects", "eva" in inits)
         if self.tucker and self.init in (*DECOMPOSING_INITS, "eva", "loftq"):
             message = f"lora: init={self.init!r} has two factors, but tucker has three. Use one of the options"
             raise OptionError(message, option="tucker", method=self.name, given=self.init)
@@ -158,19 +160,19 @@ class LoRA(Method):
 
     def select(self, adapters: Sequence[tuple[Site, Adapter]], losses: Iterable[Tensor]) -> None:
         """Initializes A from the inputs of the layers, with `--init eva`."""
-        ranks = [cast(LoRA, self.at(site)).rank for site, _ in adapters]
-        initialize_from_inputs(adapters, ranks, losses, self.eva_samples)
+        parts = [(site, adapter) for site, adapter in adapters if isinstance(adapter, ExplainedVarianceAdapter)]
+        initialize_from_inputs(parts, [cast(LoRA, self.at(site)).rank for site, _ in parts], losses, self.eva_samples)
 
     def finalize(self, adapters: Iterable[tuple[Site, Adapter]]) -> LoRA:
         """With `--init eva`, drops the ranks that a site did not get, and returns the config of plain LoRAs; else unchanged."""
-        if self.init != "eva":
+        if not self.selects:
             return self
         by_site = {pattern: {**options} for pattern, options in self.by_site.items()}
         for site, adapter in adapters:
-            assert isinstance(adapter, ExplainedVarianceAdapter)
-            options = options_of_rank(adapter.drop_zero_rows(), adapter.scaling, cast(LoRA, self.at(site)).rslora)
-            by_site[f"name:{site.name}"] = by_site.get(f"name:{site.name}", {}) | options
-        return dataclasses.replace(self, init="kaiming", by_site=by_site)
+            if isinstance(adapter, ExplainedVarianceAdapter):
+                options = options_of_rank(adapter.drop_zero_rows(), adapter.scaling, cast(LoRA, self.at(site)).rslora)
+                by_site[f"name:{site.name}"] = by_site.get(f"name:{site.name}", {}) | options
+        return dataclasses.replace(self, init="kaiming" if self.init == "eva" else self.init, by_site=by_site)
 
     def _check_decomposition(self, site: WeightSite, rank: int, scaling: float) -> None:
         most = min(math.prod(site.weight_shape[1:]) * factor_pairs(site, rank), site.weight_shape[0])
