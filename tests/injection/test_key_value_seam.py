@@ -186,4 +186,5 @@ def test_attention_that_is_computed_in_another_way() -> None:
     torch.testing.assert_close(got, expected)
     assert calls_sdpa(attn)
     assert not calls_sdpa(timm.layers.DiffAttention(8, 2))
+    assert not calls_sdpa(timm.models.xcit.XCA(8, 2))  # keys are channels
     assert not calls_sdpa(Own())

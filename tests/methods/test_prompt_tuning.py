@@ -46,6 +46,9 @@ def test_tokens_of_an_image(key: str) -> None:
     vpt = attach(other, "vpt", tokens=3, where="tokens.tower")
     vpt.load_state_dict(tuned.state_dict())
     assert torch.equal(other(x), got)
+    features = model.forward_features(x)  # without the prompts
+    assert features.shape == bare.forward_features(x).shape
+    assert torch.equal(features, other.forward_features(x))
 
 
 def test_prompts_of_classes() -> None:

@@ -217,7 +217,7 @@ def attention_fields(model: nn.Module, path: str) -> dict[str, Any]:
 def calls_sdpa(attn: Any) -> bool:
     """True if an attention module calls `F.scaled_dot_product_attention` once, or does so if timm's `fused_attn` is set."""
     if isinstance(attn, nn.MultiheadAttention) or "fused_attn" in vars(attn):
-        return not hasattr(attn, "lambda_q1")  # differential attention calls it twice
+        return not any(hasattr(attn, name) for name in ("lambda_q1", "temperature"))  # two softmaxes; attention of channels
     if hasattr(attn, "processor"):
         return not any(kind in type(attn.processor).__name__ for kind in ("Linear", "XFormers", "Flash", "Sliced"))
     return getattr(getattr(attn, "config", None), "_attn_implementation", None) == "sdpa"

@@ -92,6 +92,8 @@ class AddedKeys(TorchFunctionMode):
         if self.calls == 0 and func is F.multi_head_attention_forward:
             self.calls = 1
             return multi_head(self, *args, **(kwargs or {}))
+        if func is Tensor.unflatten:  # written in Python, with a call of `super()` that torch.compile does not trace
+            func = torch.unflatten
         return func(*args, **(kwargs or {}))
 
     def attend(
