@@ -12,9 +12,9 @@ from veneer.injection import OptionError, attach
 
 
 def test_contests_are_against_full() -> None:
-    found = freezing.contests(SHAPES["tiny"], torch.float32, 0)
-    assert [contest.unit for contest in found] == ["s", "MB"]
-    for contest in found:
+    both = freezing.contests(SHAPES["tiny"], torch.float32, 0)
+    assert [contest.unit for contest in both] == ["s", "MB"]
+    for contest in both:
         assert [way.name for way in contest.contenders] == ["full", *freezing.PARTS]
         assert contest.pairs == tuple((name, "full") for name in freezing.PARTS)
 

@@ -48,13 +48,13 @@ def steps(base: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> dict[s
     """A training step of `full`, and of `autofreeze` with each part of the blocks frozen."""
     model = copy.deepcopy(base)
     attach(model, "full")
-    found = {"full": step(model, images, labels)}
+    runs = {"full": step(model, images, labels)}
     for name, part in PARTS.items():
         model = copy.deepcopy(base)
         attachment = attach(model, "autofreeze")
         freeze(attachment, part)
-        found[name] = step(model, images, labels)
-    return found
+        runs[name] = step(model, images, labels)
+    return runs
 
 
 def freeze(attachment: Attachment, part: float) -> None:

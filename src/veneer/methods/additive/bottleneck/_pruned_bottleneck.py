@@ -139,7 +139,7 @@ def synflow_scores(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 def uniform_counts(sizes: Sequence[int], total: int) -> list[int]:
     """Numbers of entries of each matrix in proportion to its size, `total` of them."""
-    return _rounded([total * size / sum(sizes) for size in sizes], total)
+    return _round_to_sum([total * size / sum(sizes) for size in sizes], total)
 
 
 def erdos_renyi_counts(shapes: Sequence[tuple[int, int]], total: int) -> list[int]:
@@ -154,10 +154,10 @@ def erdos_renyi_counts(shapes: Sequence[tuple[int, int]], total: int) -> list[in
         for i in full or free:
             counts[i] = math.prod(shapes[i]) if full else scale * sum(shapes[i])
         free = free - full if full else set()
-    return _rounded(counts, total)
+    return _round_to_sum(counts, total)
 
 
-def _rounded(counts: Sequence[float], total: int) -> list[int]:
+def _round_to_sum(counts: Sequence[float], total: int) -> list[int]:
     """Whole numbers with the sum `total`: the largest fractions are rounded up."""
     whole = [math.floor(count) for count in counts]
     order = sorted(range(len(counts)), key=lambda i: whole[i] - counts[i])
@@ -168,9 +168,9 @@ def _rounded(counts: Sequence[float], total: int) -> list[int]:
 
 def largest_of_each(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
     """Scores that are 1 at the `counts` largest of each matrix, and 0 elsewhere."""
-    found = []
+    marks = []
     for score, count in zip(scores, counts, strict=True):
         flat = torch.zeros_like(score).flatten()
         flat[score.flatten().topk(count, sorted=False).indices] = 1
-        found.append(flat.view_as(score))
-    return found
+        marks.append(flat.view_as(score))
+    return marks

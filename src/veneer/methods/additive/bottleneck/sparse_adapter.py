@@ -106,8 +106,8 @@ class SparseBottleneck(Method):
         for i, matrix in enumerate(matrices):
             towers.setdefault(id(matrix.own), []).append(i)
         for numbers in towers.values():
-            chosen = [matrices[i] for i in numbers]
-            select_highest([(None, matrix) for matrix in chosen], self._scoped(chosen, [scores[i] for i in numbers]))
+            own = [matrices[i] for i in numbers]
+            select_highest([(None, matrix) for matrix in own], self._marks(own, [scores[i] for i in numbers]))
         for _, adapter in parts:
             adapter.copy_initial()
             adapter.drop_initial()
@@ -117,17 +117,17 @@ class SparseBottleneck(Method):
     ) -> list[Tensor]:
         """Scores of all entries, matrix by matrix."""
         if self.score == "snip":
-            probed = [(matrix, matrix) for matrix in matrices]
-            sums = accumulate_gradients(self.name, probed, losses, self.samples, lambda g: g)
+            pairs = [(matrix, matrix) for matrix in matrices]
+            sums = accumulate_gradients(self.name, pairs, losses, self.samples, lambda g: g)
             return [(total * matrix.initial).abs() for total, matrix in zip(sums, matrices, strict=True)]
         if self.score == "synflow":
-            pairs = [synflow_scores(adapter.down.initial, adapter.up.initial) for _, adapter in parts]
-            return [score for pair in pairs for score in pair]
+            by_adapter = [synflow_scores(adapter.down.initial, adapter.up.initial) for _, adapter in parts]
+            return [score for both in by_adapter for score in both]
         if self.score == "magnitude":
             return [matrix.initial.abs() for matrix in matrices]
         return [torch.rand_like(matrix.initial) for matrix in matrices]
 
-    def _scoped(self, matrices: Sequence[PrunedMatrix], scores: list[Tensor]) -> list[Tensor]:
+    def _marks(self, matrices: Sequence[PrunedMatrix], scores: list[Tensor]) -> list[Tensor]:
         """The scores of one tower, or 1 at the highest of each matrix if their numbers are fixed."""
         total = len(matrices[0].own.values)
         if self.score == "erdos_renyi":
@@ -142,9 +142,9 @@ class SparseBottleneck(Method):
 
     def summary(self, adapters: Iterable[tuple[Any, Adapter]]) -> str:
         """The number of kept entries."""
-        found = {id(adapter.own): adapter.own for _, adapter in adapters if isinstance(adapter, PrunedBottleneck)}
-        count, total = sum(len(e.values) for e in found.values()), sum(e.starts[-1] for e in found.values())
-        state = "kept" if all(entries.is_selected for entries in found.values()) else "to be kept"
+        towers = {id(adapter.own): adapter.own for _, adapter in adapters if isinstance(adapter, PrunedBottleneck)}.values()
+        count, total = sum(len(entries.values) for entries in towers), sum(entries.starts[-1] for entries in towers)
+        state = "kept" if all(entries.is_selected for entries in towers) else "to be kept"
         return f"{count:,} of {total:,} entries {state}"
 
     @classmethod

@@ -111,8 +111,8 @@ class DiffPruning(Method):
 
     def groups(self, adapters: Iterable[tuple[Any, Adapter]]) -> list[dict[str, Any]]:
         """The updates, and the gates with their learning rate and no weight decay."""
-        named = {id(p): (name, p) for _, adapter in adapters for name, p in adapter.named_parameters()}
-        gates, updates = ([p for name, p in named.values() if name.endswith("logits") == flag] for flag in (True, False))
+        by_id = {id(p): (name, p) for _, adapter in adapters for name, p in adapter.named_parameters()}
+        gates, updates = ([p for name, p in by_id.values() if name.endswith("logits") == flag] for flag in (True, False))
         return [{"params": updates, "lr_scale": 1.0}, {"params": gates, "lr_scale": self.gate_rate, "weight_decay": 0.0}]
 
     def begin_pass(self, adapters: Iterable[tuple[Any, Any]], seed: int, step: int, number: int) -> None:

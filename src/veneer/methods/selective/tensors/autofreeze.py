@@ -21,15 +21,15 @@ class FreezableAdapter(ReplacementAdapter):
 
     Attributes:
         total: sum of dL/dV over the steps of the interval. `norm`: (), its L1 norm in the last interval, -1 before.
-        frozen, finished: (), whether V is frozen, and the number of finished steps. All four are in checkpoints only.
+        frozen, step: (), whether V is frozen, and the number of finished steps. All four are in checkpoints only.
         has_begun: True after the first `begin_pass`.
     """
 
-    training_buffers: ClassVar[tuple[str, ...]] = ("total", "norm", "frozen", "finished")
+    training_buffers: ClassVar[tuple[str, ...]] = ("total", "norm", "frozen", "step")
     total: Tensor
     norm: Tensor
     frozen: Tensor
-    finished: Tensor
+    step: Tensor
 
     def __init__(self, site: WeightSite | ParamSite) -> None:
         super().__init__(site)
@@ -38,7 +38,7 @@ class FreezableAdapter(ReplacementAdapter):
         self.register_buffer("total", torch.zeros_like(self.value), persistent=False)
         self.register_buffer("norm", torch.full((), -1.0), persistent=False)
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool), persistent=False)
-        self.register_buffer("finished", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def weight(self, weight: Tensor) -> Tensor:
         """V.
@@ -65,7 +65,7 @@ class FreezableAdapter(ReplacementAdapter):
     @torch.no_grad()
     def accumulate(self, step: int) -> None:
         """Adds the gradient of a finished step."""
-        self.finished.fill_(step)
+        self.step.fill_(step)
         if self.value.grad is not None:
             self.total.add_(self.value.grad)
 
@@ -123,13 +123,13 @@ class AutoFreeze(Full):
             StateError: `after_step` was not called after the previous step.
         """
         parts = [adapter for _, adapter in adapters if isinstance(adapter, FreezableAdapter)]
-        finished = step if parts[0].finished.is_meta else int(parts[0].finished)
-        if step > finished:
+        before = step if parts[0].step.is_meta else int(parts[0].step)
+        if step > before:
             message = (
-                f"autofreeze: step {step} begins after {finished} finished steps. Call attachment.after_step(step, steps) "
+                f"autofreeze: step {step} begins after {before} finished steps. Call attachment.after_step(step, steps) "
                 "after each optimizer step, before the gradients are cleared."
             )
-            raise StateError(message, where=parts[0].site.name, given=finished, expected=step)
+            raise StateError(message, where=parts[0].site.name, given=before, expected=step)
         for adapter in parts:
             adapter.begin()
 
