@@ -60,17 +60,20 @@ def _icon(corners: Sequence[tuple[int, int]], outline: bool) -> np.ndarray[Any, 
     return np.asarray(image)
 
 
-def run_all(work: Path, tasks: Mapping[str, str], seeds: Sequence[int], epochs: int, model: str) -> bool:
-    """Trains what is missing in the folder. Returns whether all runs are there: a run that is stopped ends the benchmark."""
+def run_all(work: Path, tasks: Mapping[str, str], seeds: Sequence[int], **options: Any) -> bool:
+    """Trains what is missing in the folder. Returns whether all runs are there: a run that is stopped ends the benchmark.
+
+    Args:
+        options: of `veneer transfer`, for all runs.
+    """
     for seed in seeds:
-        options: dict[str, Any] = {"model": model, "epochs": epochs, "seed": seed, "tracker": "none"}
         first, *others = [f"{name}={data}" for name, data in tasks.items()]
         every = {"data": first, "more_data": tuple(others), "tasks": True}
         runs: list[tuple[str, dict[str, Any]]] = [(f"{method}-{seed}", {"method": method, **every}) for method in SHARED]
         runs += [(f"{SINGLE}-{name}-{seed}", {"method": SINGLE, "data": data}) for name, data in tasks.items()]
         for name, own in runs:
             if not (work / name / "result.json").is_file():
-                transfer(TransferConfig(**options, **own, out=work / name, resume=(work / name).exists()))
+                transfer(TransferConfig(**options, **own, seed=seed, out=work / name, resume=(work / name).exists()))
                 if not (work / name / "result.json").is_file():
                     return False
     return True
@@ -118,13 +121,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--model", default="bundled", help="as for veneer transfer (default: bundled)")
     parser.add_argument("--work", type=Path, default=Path("runs/tasks"), help="folder of the runs (default: runs/tasks)")
-    parser.add_argument("--shots-of-shapes", type=int, default=60, help="rendered images of each shape (default: 60)")
+    parser.add_argument("--shapes", type=int, default=60, help="rendered images of each shape (default: 60)")
+    parser.add_argument("--shots", type=int, help="training images per class (default: all)")
     given = parser.parse_args(arguments)
     shapes = given.work / "shapes"
     if not shapes.is_dir():
-        render_shapes(shapes, given.shots_of_shapes)
+        render_shapes(shapes, given.shapes)
     tasks = {"clothes": given.clothes, "digits": "digits", "shapes": str(shapes)}
-    if run_all(given.work, tasks, given.seeds, given.epochs, given.model):
+    options = {"epochs": given.epochs, "model": given.model, "shots": given.shots, "tracker": "none"}
+    if run_all(given.work, tasks, given.seeds, **options):
         rows = collect(given.work, [*tasks], given.seeds)
         (given.work / "tasks.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         print(table(rows))

@@ -64,7 +64,8 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
 
 def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
     config.build_methods()
-    out = run_folder(config.out, config.resume, None if config.data in (None, "digits") else local_data(config.data))
+    data_of_run = next(iter(config.task_sources().values()), config.data)
+    out = run_folder(config.out, config.resume, None if data_of_run in (None, "digits") else local_data(data_of_run))
     if (out / "result.json").exists():
         print(f"{out}: this run is already finished.")
         return out

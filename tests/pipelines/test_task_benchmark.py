@@ -32,7 +32,7 @@ def test_the_table_has_the_scores_of_each_task(tmp_path: Path) -> None:
             _write(tmp_path / f"{method}-{seed}", {"tasks": tasks, "trainable_parameters": 1000 * (place + 1)})
         for task, accuracy in (("a", 0.2), ("b", 0.4)):
             _write(tmp_path / f"{SINGLE}-{task}-{seed}", {"test_accuracy": accuracy, "trainable_parameters": 30})
-    assert run_all(tmp_path, {"a": "missing", "b": "missing"}, (0, 1), 1, "missing")
+    assert run_all(tmp_path, {"a": "missing", "b": "missing"}, (0, 1), model="missing")
     rows = collect(tmp_path, ("a", "b"), (0, 1))
     assert [row["parameters"] for row in rows] == [1000, 2000, 3000, 60]
     assert [row["a"][:5] for row in rows] == ["0.050", "0.150", "0.250", "0.200"]

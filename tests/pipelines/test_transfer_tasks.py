@@ -45,7 +45,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def config(places: dict[str, Path], out: Path, **options: Any) -> TransferConfig:
     shared: dict[str, Any] = {"method": "hyperformer_plus_plus", "options": {"hyperformer_plus_plus": HYPER}, "epochs": 4}
     shared |= {"batch": 8, "augment": "flip", "workers": 1, "test": 0.25, "validation": 0.2, "learning_rate": 1e-3, "lp_ft": True}
-    data = {"data": str(places["colors"]), "more_data": (str(places["pairs"]),), "tasks": True}
+    data = {"data": f"colors={places['colors']}", "more_data": (str(places["pairs"]),), "tasks": True}
     return TransferConfig(model=str(places["model"]), out=out, **{**shared, **data, **options})
 
 

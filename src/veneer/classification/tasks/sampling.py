@@ -57,7 +57,7 @@ class TaskSchedule:
 
 
 class TaskOrder(SampleOrder):
-    """Order of the samples of a run: those of a step are of one task, whose images are shuffled anew in each of its own epochs.
+    """Order of the samples of a run: those of a step are of one task, whose images are shuffled anew in each epoch.
 
     Args:
         tasks: the tasks. `train`: training images of all tasks.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ..composition.current_task import CurrentTask
+from ..composition.current_task import CurrentTask, example_task
 from ..composition.merge import MergeReport, host_tensors
 from ..conditions import Conditions
 from ..errors import StateError
@@ -262,7 +262,7 @@ class Attachment(TrainingHooks, CurrentTask):
         Raises:
             DeadSite: with the sites whose parameters do not reach the output.
         """
-        with allow_unselected(), self.example_task():
+        with allow_unselected(), example_task(self):
             probe(self, sample)
 
     def __repr__(self) -> str:

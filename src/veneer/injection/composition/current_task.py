@@ -76,17 +76,6 @@ class CurrentTask:
         index = task_index(task, self.tasks, f"'{self.name}'")
         self.method = self.method.materialize(list(self.parts.values()), index)
 
-    @contextlib.contextmanager
-    def example_task(self) -> Iterator[None]:
-        """Selects the first task inside a `with` block if none is selected, for probes, which need no particular one."""
-        before = self.task
-        if self.tasks and before is None:
-            self.task = self.tasks[0]
-        try:
-            yield
-        finally:
-            self._task = before
-
     def require_task(self) -> None:
         """Raises in a forward pass of a method with several tasks while none is selected.
 
@@ -99,3 +88,15 @@ class CurrentTask:
                 f"one of {', '.join(self.tasks)} before the forward pass."
             )
             raise StateError(message, where=self.name, given=None, expected=self.tasks)
+
+
+@contextlib.contextmanager
+def example_task(attachment: CurrentTask) -> Iterator[None]:
+    """Selects the first task inside a `with` block if none is selected, for probes, which need no particular one."""
+    before = attachment.task
+    if attachment.tasks and before is None:
+        attachment.task = attachment.tasks[0]
+    try:
+        yield
+    finally:
+        attachment.task = before
