@@ -140,7 +140,14 @@ def test_aligned_neurons(tmp_path: Path) -> None:
 
 
 def test_alignment_by_activations(tmp_path: Path) -> None:
-    """The order of the neurons whose activations on the same images are nearest, over all permutations."""
+    """The order of the neurons whose activations on the same images are nearest, over all permutations.
+
+    The activations of the first block are those of the bare model's MLP output, GELU(Down(y)).
+    """
+    bare: Any = tiny()
+    b, x = bare.blocks[0], bare.norm_pre(bare._pos_embed(bare.patch_embed(picture())))
+    x = x + b.ls1(b.attn(b.norm1(x)))
+    y = b.ls2(b.mlp(b.norm2(x)))
     paths = [saved(tmp_path, name, seed=i, bottleneck=4) for i, name in enumerate("xy")]
     recorded: list[Any] = []
     for path in paths:
@@ -149,6 +156,9 @@ def test_alignment_by_activations(tmp_path: Path) -> None:
         with torch.no_grad(), record_activations(tuned) as activations:
             model(picture())
         recorded.append(activations)
+        adapter: Any = tuned.parts["blocks.0.mlp.branch"][1]
+        by_hand = torch.nn.functional.gelu(y @ adapter.down.T + adapter.down_bias).movedim(-1, 0).flatten(1)
+        torch.testing.assert_close(activations["blocks.0.mlp.branch"], by_hand)
         with torch.no_grad():
             model(picture())
     site = "blocks.1.mlp.branch"
