@@ -88,13 +88,16 @@ def test_tokens_after_each_step() -> None:
 
 
 def test_an_evaluation_has_the_tokens_and_no_candidate() -> None:
-    images = pictures(count=len(LABELS))
-    model = tiny()
-    tuned, path = train(model, images)
-    tuned.begin_pass(0, STEPS, number=1)
-    expected = logits(tiny(), images, table_of(model)[path[-1]])
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(images), expected)
+    model, images = tiny(), pictures()
+    tuned = attach(model, "autoprompt", words="a photo", candidates=2)
+    adapter = tuned.parts["head.prompts"][1]
+    adapter.place.fill_(1)
+    adapter.choices.fill_(token("red"))
+    tuned.begin_pass(0, 0, number=1)
+    outputs = [model.train()(images).detach(), model.eval()(images).detach()]
+    for words, output in zip((("a", "red"), ("a", "photo")), outputs, strict=True):
+        rows = table_of(model)[[token(word) for word in words]]
+        torch.testing.assert_close(output, logits(tiny(), images, rows).detach())
 
 
 def test_positions_are_uniform() -> None:
