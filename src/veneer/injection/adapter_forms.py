@@ -33,7 +33,19 @@ from torch import Tensor, nn
 from .sites import Port
 
 
-class Blended(Protocol):
+class FormMeta(type(Protocol)):  # type: ignore[misc]
+    """Metaclass of the forms: `isinstance` looks for the attributes of a form, which Python 3.11 collects anew each time."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        if not cls.__dict__.get("_is_protocol"):
+            return bool(super().__instancecheck__(instance))
+        if "_members" not in cls.__dict__:
+            declared = [{*vars(base), *vars(base).get("__annotations__", ())} for base in cls.__mro__ if base is not Protocol]
+            cls._members = tuple(sorted(name for name in set().union(*declared) if not name.startswith("_")))
+        return all(hasattr(instance, name) for name in cls._members)
+
+
+class Blended(Protocol, metaclass=FormMeta):
     """What every seam reads of an adapter; `Adapter` has all of it."""
 
     @property
