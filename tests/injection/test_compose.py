@@ -142,7 +142,7 @@ def test_a_file_has_the_tree(tmp_path: Path) -> None:
     assert found is not None
     assert found.node == node
     again = veneer.load_all(twin, saved, name="second")
-    assert composition_of(again).node.names == tuple(f"second-{n}" for n in NAMES)  # type: ignore[union-attr]
+    assert composition_of(again).node.names == tuple(f"second-{n}" for n in NAMES)
     for attachment in (*again, loaded[1]):
         attachment.detach()
     assert composition_of([loaded[0], loaded[2]]) is None
