@@ -14,8 +14,10 @@ from torch import Tensor, nn
 import veneer
 from tests.methods.bottlenecks import blocks_written_out, picture, random, stirred, tiny
 from tests.raising import raises
-from veneer.injection import UnsupportedSite, attach, hosts
+from veneer.injection import attach, hosts
+from veneer.injection.attachment.plan import supports
 from veneer.injection.errors import OptionError
+from veneer.injection.towers import sites
 from veneer.methods.prompt.soft_prompts.prefix_tuning import PrefixTuning
 
 HEADS = 2
@@ -126,8 +128,7 @@ def test_swin_windows_and_hosts_that_are_not_supported() -> None:
     adapter = adapters["layers.0.blocks.0.attn.proj"]
     expected = attn.proj(attention(*attn.qkv(x).chunk(3, -1), adapter.keys, adapter.values, attn._get_rel_pos_bias()))
     torch.testing.assert_close(attn(x), expected)
-    with raises(UnsupportedSite, method="prefix_tuning", host="timm_swin"):
-        attach(hosts.get("timm_swin")().tiny()["swinv2"](), "prefix_tuning")
+    assert not any(supports(PrefixTuning, site) for site in sites(hosts.get("timm_swin")().tiny()["swinv2"]()))
 
 
 def test_start_dropout_and_counts() -> None:

@@ -150,14 +150,15 @@ class TowerPart:
         fields["d_in"] = d_in if d_in != width else 0
         return StreamSite(name=f"{path}.stream", role=role, path=path, width=width, **fields, **self.labels)
 
-    def features(self, head: str, width: int) -> Iterator[FeatureSite]:
-        """The pooled features, which enter the head at path `head`, and its logits."""
+    def features(self, head: str, width: int, tokens: Port | None = None) -> Iterator[FeatureSite]:
+        """The pooled features, which enter the head at path `head`, and its logits. `tokens`: the features before pooling."""
         read, module = Port(head, "in"), self.module(head)
         classes: int = getattr(module, "out_features", 0) or getattr(module, "out_channels", 0)
         for role, port in (("features", read), ("logits", Port(head, "out"))):
             yield FeatureSite(
-                name=f"{head}.{role}", role=role, port=port, read=read, width=width, classes=classes, head=head, **self.labels
-            )
+                name=f"{head}.{role}", role=role, port=port, read=read, tokens=tokens, width=width, classes=classes, head=head,
+                **self.labels,
+            )  # fmt: skip
 
     def modules_with_parameters(self, path: str) -> Iterator[tuple[str, nn.Module]]:
         """Modules at and below `path` with direct parameters, in registration order."""

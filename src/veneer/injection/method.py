@@ -55,6 +55,7 @@ class Adapter(nn.Module):
     | `prefers_weight` | bool | False | `weight` is cheaper than `output` here: W is parametrized, unless quantized |
     | `input_port` | str | `"read"` | x on a `BranchSite`: the stream; `"normed"` after the norm; `"write"` y (`StreamSite` too) |
     | | | | `"enter"` on a `StreamSite`: x and y are the input of the block, which is changed |
+    | | | | `"tokens"` on a `FeatureSite`: x is the tokens before pooling |
     | `training_buffers` | tuple of str | `()` | non-persistent buffers that training checkpoints keep and saved files do not |
     | `unsaved` | tuple of str | `()` | parameters that checkpoints keep and files do not: saved buffers have their result |
     | `replaces` | bool | False | the adapter replaces its tensor: the result does not depend on the base value |
@@ -71,7 +72,7 @@ class Adapter(nn.Module):
     casts: ClassVar[bool] = True
     overwrites: ClassVar[bool] = False
     prefers_weight: bool = False
-    input_port: ClassVar[Literal["read", "normed", "write", "enter"]] = "read"
+    input_port: ClassVar[Literal["read", "normed", "write", "enter", "tokens"]] = "read"
     training_buffers: ClassVar[tuple[str, ...]] = ()
     unsaved: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False

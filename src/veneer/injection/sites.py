@@ -241,12 +241,13 @@ class FeatureSite(Site):
     """Pooled features, the input of the head (role `features`), or the head's logits (role `logits`).
 
     Args:
-        port: where features enter the head, or logits leave it. `read`: the features, for both.
+        port: where features enter the head, or logits leave it. `read`: the features, for both. `tokens`: before pooling.
         width: of the features. `head`: path of the head. `classes`: its number of classes; 0 if it has none.
     """
 
     port: Port
     read: Port | None = None
+    tokens: Port | None = None
     width: int
     classes: int = 0
     head: str
@@ -256,10 +257,10 @@ class FeatureSite(Site):
 class PromptSite(Site):
     """The prompts of a classifier's classes: the class weights that a text tower computes from them.
 
-    The module at `path` is called with image features (batch, features) and returns the class weights (classes, features), or
-    (batch, classes, features) if an adapter computes them for each image. It offers `embed(ids)`, the embeddings of ids;
-    `bare(ids)`, the same without adapters, and their `table`; `encode(ids, rows, between)`, the normalized features of prompts
-    with these embeddings, changed before block i > 0 by between(i, x); and `alone`, True if at most one adapter changes W.
+    The module at `path` takes image features (batch, features) and returns the class weights ([batch,] classes, features).
+    It offers `embed(ids)`, the embeddings of ids; `bare(ids)`, the same without adapters, and their `table`;
+    `encode(ids, rows, between)`, the normalized features of prompts with these token embeddings, changed before block i > 0 by
+    between(i, x); and `alone`, True if at most one adapter changes the weights.
 
     Args:
         width: of the token embeddings. `features`: width of the class weights.

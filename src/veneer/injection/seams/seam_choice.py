@@ -133,7 +133,8 @@ def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
     if isinstance(site, (StreamSite, PromptSite)):
         return Port(site.path, "in"), Port(site.path, "out")
     if isinstance(site, FeatureSite):
-        return site.read or site.port, site.port
+        tokens = site.tokens if adapter.input_port == "tokens" else None
+        return tokens or site.read or site.port, site.port
     if isinstance(site, PixelSite):
         return site.port, site.port
     raise UnsupportedSite(
