@@ -32,11 +32,11 @@ def batch_of(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(4, 3, 16, 16, generator=generator), torch.randn(4, 3, generator=generator)
 
 
-def trainer(method: Method, folder: Path | None) -> Trainer:
+def trainer(method: Method, folder: Path | None, where: str | None = None) -> Trainer:
     """A run of `STEPS` steps."""
     config = TrainConfig(**{**CONFIG, "steps": STEPS, "checkpoint_every": 0})
     model = vit()
-    attached = [attach(model, method)]
+    attached = [attach(model, method, where=where)]
     passes = ForwardPasses(attached, config.seed)
 
     def loss_step(step: int, rows: list[int]) -> Tensor:
@@ -50,13 +50,13 @@ def trainer(method: Method, folder: Path | None) -> Trainer:
     return Trainer(config, groups, loss, named, folder, after_step=param_groups.after_step(attached))
 
 
-def check_resume(method: Method, folder: Path, stop: int) -> Trainer:
+def check_resume(method: Method, folder: Path, stop: int, where: str | None = None) -> Trainer:
     """A run that is stopped after step `stop` and resumed is bitwise the whole one. Returns the stopped run."""
-    whole, first = trainer(method, None), trainer(method, folder)
+    whole, first = trainer(method, None, where), trainer(method, folder, where)
     whole.fit()
     first.on_step = lambda progress: first.stop() if progress.step == stop - 1 else None
     assert first.fit().stopped
-    second = trainer(method, folder)
+    second = trainer(method, folder, where)
     assert second.fit(resume=True).resumed_from == stop
     assert second.losses == whole.losses
     assert [name for name, tensor in whole.named.items() if not torch.equal(second.named[name], tensor)] == []

@@ -213,7 +213,7 @@ def check_finished_run(tuned: Attachment, model: nn.Module, samples: list[Any], 
 @pytest.mark.parametrize(("stop", "fixed"), [(4, False), (9, True)])
 def test_a_resumed_run_is_bitwise_the_same(stop: int, fixed: bool, tmp_path: Path) -> None:
     """Stopped in each phase."""
-    stopped = check_resume(DiffPruning(keep_ratio=0.1, gate_rate=1.0), tmp_path, stop)
+    stopped = check_resume(DiffPruning(keep_ratio=0.1, gate_rate=1.0), tmp_path, stop, WHERE)
     assert all(bool(t) == fixed for name, t in stopped.named.items() if name.endswith(":fixed"))
 
 
