@@ -11,32 +11,16 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from tests.methods.runs import DEPTH, STEPS, batch_of, check_resume, vit
 from tests.methods.selections import tiny
 from tests.raising import raises
-from tests.training.resume_worker import CONFIG
 from veneer.benchmarks import freezing
 from veneer.injection import Attachment, attach
 from veneer.injection.errors import OptionError, StateError
 from veneer.methods.selective.tensors.autofreeze import AutoFreeze
 from veneer.testing.case import loss
-from veneer.training import param_groups
-from veneer.training.loop.trainer import TrainConfig, Trainer
-from veneer.training.objective.forward_passes import ForwardPasses
 
-DEPTH, STEPS = 5, 12
 METHOD = AutoFreeze(intervals=6, percentile=60)
-
-
-def vit() -> nn.Module:
-    torch.manual_seed(0)
-    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": DEPTH, "num_heads": 2, "num_classes": 3}
-    model: nn.Module = timm.create_model("vit_tiny_patch16_224", pretrained=False, **shape).train()
-    return model
-
-
-def batch_of(step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(4, 3, 16, 16, generator=generator), torch.randn(4, 3, generator=generator)
 
 
 def depth_of(name: str) -> int:
@@ -109,34 +93,10 @@ def test_a_run_freezes_the_blocks_of_the_rule() -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def trainer(folder: Path | None, config: TrainConfig) -> Trainer:
-    model = vit()
-    attached = [attach(model, METHOD)]
-    passes = ForwardPasses(attached, config.seed)
-
-    def loss_step(step: int, rows: list[int]) -> Tensor:
-        images, targets = batch_of(step)
-        output, _ = passes(step, lambda: model(images[rows]), nn.functional.mse_loss)
-        return nn.functional.mse_loss(output, targets[rows])
-
-    groups = param_groups.parameter_groups(attached, {"autofreeze": 1.0}, 0.0, 1.0)
-    named = param_groups.named_state(attached)
-    return Trainer(config, groups, loss_step, named, folder, after_step=param_groups.after_step(attached))
-
-
 def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path) -> None:
     """Stopped within an interval, with some blocks frozen already."""
-    settings = {**CONFIG, "steps": STEPS, "checkpoint_every": 0}
-    config = TrainConfig(**settings)
-    whole, first = trainer(None, config), trainer(tmp_path, config)
-    whole.fit()
-    first.on_step = lambda progress: first.stop() if progress.step == 8 else None
-    assert first.fit().stopped
-    assert any(bool(t) for name, t in first.named.items() if name.endswith(":frozen"))
-    second = trainer(tmp_path, config)
-    assert second.fit(resume=True).resumed_from == 9
-    assert second.losses == whole.losses
-    assert [name for name, tensor in whole.named.items() if not torch.equal(second.named[name], tensor)] == []
+    stopped = check_resume(METHOD, tmp_path, stop=9)
+    assert any(bool(t) for name, t in stopped.named.items() if name.endswith(":frozen"))
 
 
 @pytest.mark.parametrize(("percentile", "first"), [(0, 0), (50, 2), (70, 3), (100, 4)])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import veneer
+from tests.methods.runs import check_resume
 from tests.methods.selections import MODELS, explicit, tiny
 from tests.raising import raises
 from veneer.injection import Attachment, attach
@@ -207,6 +208,13 @@ def check_finished_run(tuned: Attachment, model: nn.Module, samples: list[Any], 
     assert next(iter(loaded.parameters())).grad is not None
     loaded.merge()
     torch.testing.assert_close(loss(other, samples[0]), before)
+
+
+@pytest.mark.parametrize(("stop", "fixed"), [(4, False), (9, True)])
+def test_a_resumed_run_is_bitwise_the_same(stop: int, fixed: bool, tmp_path: Path) -> None:
+    """Stopped in each phase."""
+    stopped = check_resume(DiffPruning(keep_ratio=0.1, gate_rate=1.0), tmp_path, stop, WHERE)
+    assert all(bool(t) == fixed for name, t in stopped.named.items() if name.endswith(":fixed"))
 
 
 def test_averaged_updates_are_stored_at_the_kept_entries_only() -> None:
