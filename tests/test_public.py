@@ -22,8 +22,8 @@ MODULES = [
 ]  # fmt: skip
 REGISTRY = ["get", "names", "register", "source", "table", "unregister"]
 ATTACHMENT = [
-    "after_step", "begin_pass", "check", "condition", "consistency_loss", "detach", "enabled", "finalize", "groups",
-    "host_state_dict", "is_selected", "load_state_dict", "materialize", "merge", "named_parameters", "parameters",
+    "after_step", "begin_pass", "check", "compare_passes", "condition", "consistency_loss", "detach", "enabled", "finalize",
+    "groups", "host_state_dict", "is_selected", "load_state_dict", "materialize", "merge", "named_parameters", "parameters",
     "penalty", "prepare", "probe", "report", "require_selection", "require_task", "save", "scale", "select", "state_dict",
     "swap", "task", "tasks", "unmerge",
 ]  # fmt: skip

@@ -244,18 +244,6 @@ class Method(TrainingProtocol, ABC):
         """Deterministic conditions of one image for sample inputs of a tower."""
         return {}
 
-    def penalty(self, adapters: Iterable[tuple[Site, Adapter]]) -> Tensor | None:
-        """A differentiable penalty that is added to the loss, or None. See `Attachment.penalty`."""
-        return None
-
-    def after_step(self, adapters: Iterable[tuple[Site, Adapter]], step: int, steps: int) -> None:
-        """Runs after each optimizer step: a schedule, pruning. See `Attachment.after_step`.
-
-        A pure function of the adapters' tensors, their gradients, `step` and `steps`, so that a resumed run is the same: state is
-        kept in buffers that are saved, or that `Adapter.training_buffers` names. Uses no random numbers.
-        """
-        return None
-
     def summary(self, adapters: Iterable[tuple[Site, Adapter]]) -> str:
         """A line for `Attachment.report` about the current state of the adapters, or an empty string."""
         return ""

@@ -257,10 +257,9 @@ class FeatureSite(Site):
 class PromptSite(Site):
     """The prompts of a classifier's classes: the class weights that a text tower computes from them.
 
-    The module at `path` takes image features (batch, features) and returns the class weights ([batch,] classes, features).
-    It offers `embed(ids)`, the embeddings of ids; `bare(ids)`, the same without adapters, and their `table`;
-    `encode(ids, rows, between)`, the normalized features of prompts with these token embeddings, changed before block i > 0 by
-    between(i, x); and `alone`, True if at most one adapter changes the weights.
+    The module at `path` takes image features (batch, features) and returns the class weights ([batch,] classes, features). It
+    offers `embed(ids)`, `bare(ids)` without adapters, and their `table`; `encode(ids, rows, between)`: normalized features of
+    prompts with these embeddings, changed by between(i, x) before block i > 0; `alone`: at most one adapter changes the weights.
 
     Args:
         width: of the token embeddings. `features`: width of the class weights.

@@ -1,4 +1,4 @@
-"""What a method may ask of a training loop besides a penalty: forward passes, a schedule, the task, and a change at the end."""
+"""What a method may ask of a training loop: a penalty, forward passes, a schedule, the task, a change at the end."""
 
 from __future__ import annotations
 
@@ -98,3 +98,15 @@ class TrainingProtocol:
             The config with which `build` makes such adapters.
         """
         return self
+
+    def penalty(self, adapters: Iterable[tuple[Site, Any]]) -> Tensor | None:
+        """A differentiable penalty that is added to the loss, or None. See `Attachment.penalty`."""
+        return None
+
+    def after_step(self, adapters: Iterable[tuple[Site, Any]], step: int, steps: int) -> None:
+        """Runs after each optimizer step: a schedule, pruning. See `Attachment.after_step`.
+
+        A pure function of the adapters' tensors, their gradients, `step` and `steps`, so that a resumed run is the same: state is
+        kept in buffers that are saved, or that `Adapter.training_buffers` names. Uses no random numbers.
+        """
+        return None

@@ -78,8 +78,8 @@ class YTuning(Method):
     width of the model 9,529,344.
     Source: Liu, An, Qiu, Y-Tuning: An Efficient Tuning Paradigm for Large-Scale Pre-Trained Models via Label Representation
     Learning, 2022. The authors have published no code. Chosen here: Y ~ N(0, 0.02²), layers as torch's. Deviations: scores are
-    added to the logits of the head, which a classifier trains anyway, and w is zero; the loss is that of the training, usually
-    the cross-entropy, where the authors use a margin between the correct and the best other label.
+    added to the logits of the head, which a classifier trains anyway, and w is zero; the training's loss applies, usually the
+    cross-entropy; the authors use a margin between the correct and the best other label.
     """
 
     name: ClassVar[str] = "y_tuning"

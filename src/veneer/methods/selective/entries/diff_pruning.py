@@ -38,7 +38,7 @@ class DiffPruning(Method):
         search: part of the steps with gates, above 0, at most 1; 1 leaves no step for the fixed entries.
         sparsity_penalty: weight of the expected number of open gates, at least 0.
         initial_logit: initial a and a_g; 5 opens a gate with probability 0.993.
-        lower, upper: ends of the interval of a gate before it is clamped, below 0 and above 1.
+        lower: lower end of the interval of a gate before it is clamped, below 0. `upper`: its upper end, above 1.
         gate_rate: ratio of the gates' learning rate to that of w, above 0.
         phase: `search` to train; `fixed` of the file of a finished run, whose entries can be trained further.
     Training needs w, a, their noise, their gradients and their optimizer states, each of W's size. A custom training loop calls
