@@ -77,9 +77,9 @@ class YTuning(Method):
     Counts: K·width + width + layers·(14·width² + 2·width·features + 19·width); ViT-B/16 with 100 classes 1,341,440, with the
     width of the model 9,529,344.
     Source: Liu, An, Qiu, Y-Tuning: An Efficient Tuning Paradigm for Large-Scale Pre-Trained Models via Label Representation
-    Learning, 2022. The authors have published no code. Chosen here: Y ~ N(0, 0.02²), layers as torch's. Deviations: scores are
-    added to the logits of the head, which a classifier trains anyway, and w is zero; the training's loss applies, usually the
-    cross-entropy; the authors use a margin between the correct and the best other label.
+    Learning, 2022. The authors have published no code. Chosen here: Y ~ N(0, 0.02²), layers of torch, w zero. Deviations: scores
+    are added to the logits of the head, which a classifier trains anyway; the loss is the cross-entropy of the classifier, not a
+    margin between the correct label and the best other one.
     """
 
     name: ClassVar[str] = "y_tuning"
