@@ -91,14 +91,16 @@ def test_predictions_of_a_task_are_those_of_the_run(whole: Path, places: dict[st
 
 
 def test_the_task_changes_the_generated_adapters_and_detaching_restores_the_model(whole: Path, places: dict[str, Path]) -> None:
-    predictor = open_predictor(whole, task="colors")
+    predictor = open_predictor(whole, task="pairs")
     model, pixels = predictor.classifier.model, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     hyper, head = attachments(model)
     with torch.no_grad():
         outputs = [predictor.logits(pixels)]
-        hyper.task = "pairs"
-        outputs.append(predictor.logits(pixels))
+        for name in ("colors", "pairs"):
+            hyper.task = name
+            outputs.append(predictor.logits(pixels))
     assert (outputs[0] - outputs[1]).abs().max() > 1e-4
+    assert torch.equal(outputs[0], outputs[2]), "the adapters of the task that was asked for"
     for attachment in (head, hyper):
         attachment.detach()
     fresh = open_classifier(str(places["model"]), ["x"] * 5, seed=0).model
