@@ -257,9 +257,9 @@ class PromptSite(Site):
     """The prompts of a classifier's classes: the class weights that a text tower computes from them.
 
     The module at `path` is called with image features (batch, features) and returns the class weights (classes, features), or
-    (batch, classes, features) if an adapter computes them for each image. It offers `embed(ids)`, the embeddings of ids;
-    `bare(ids)`, the same without adapters, and their `table`; `encode(ids, rows, between)`, the normalized features of prompts
-    with these embeddings, changed before block i > 0 by between(i, x); and `alone`, True if at most one adapter changes W.
+    (batch, classes, features) if an adapter computes them for each image. It offers `embed(ids)`, the embeddings of ids,
+    and the `table` of all; `bare(ids)`, the same without adapters; `encode(ids, rows, between)`, the normalized features of
+    prompts with these, changed before block i > 0 by between(i, x); and `alone`, True if at most one adapter changes W.
 
     Args:
         width: of the token embeddings. `features`: width of the class weights.

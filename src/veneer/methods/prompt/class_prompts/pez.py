@@ -28,10 +28,9 @@ class PEZAdapter(ContextAdapter):
         """Finds the text tower, and initializes the context with the rows of `words`, or of random tokens."""
         super().enter(tower)
         if not self.words and not is_init_deferred() and not self.context.is_meta:
-            table = self.texts.table
-            tokens = random_rows(len(self.context), len(table), self.special)
             with torch.no_grad():
-                self.context.copy_(table[tokens.to(table.device)])
+                tokens = random_rows(len(self.context), len(self.texts.table), self.special)
+                self.context.copy_(self.texts.bare(tokens.to(self.context.device)))
 
     @torch.no_grad()
     def nearest(self) -> tuple[Tensor, Tensor]:
