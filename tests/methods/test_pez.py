@@ -128,3 +128,16 @@ def test_incompatible_arguments_are_named() -> None:
     with raises(UnsupportedSite, method="pez", site="head.prompts") as caught:
         attach(tiny(), "pez", tokens=17)
     assert isinstance(caught.value.__cause__, TextError)
+
+
+def test_tokens_are_those_of_an_adapted_table() -> None:
+    """An adapter on the token embeddings acts as if its update were in the table."""
+    model, by_hand, image = tiny(), tiny(), pictures()
+    lora = attach(model, "lora", where="embed.token")
+    perturb(lora, size=0.5)
+    ((_, adapter),) = lora.parts.values()
+    with torch.no_grad():
+        by_hand.clip.token_embedding.weight.copy_(adapter.weight(table_of(tiny())))
+    pair = [attach(m, "pez", words="a photo of") for m in (model, by_hand)]
+    pair[1].load_state_dict(pair[0].state_dict())
+    torch.testing.assert_close(model(image), by_hand(image))

@@ -84,12 +84,17 @@ class ClassEmbeddings(nn.Module):
 
     def bare(self, ids: Tensor) -> Tensor:
         """Token embeddings of ids without the adapters on the embedding table."""
-        return self.table[ids]
+        return base_tensor(text_tower(self.clip), "token_embedding", "weight")[ids]
 
     @property
     def table(self) -> Tensor:
-        """The token embeddings (ids, width) without the adapters on them, if `encode` accepts token embeddings."""
-        return base_tensor(text_tower(self.clip), "token_embedding", "weight")
+        """The token embeddings (ids, width) of all ids, with the adapters on them, if `encode` accepts token embeddings."""
+        module = text_tower(self.clip).token_embedding
+        weight: Tensor = module.weight
+        if not module._forward_hooks:
+            return weight
+        rows: Tensor = module(torch.arange(len(weight), device=weight.device))
+        return rows
 
     @property
     def layers(self) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from veneer.functional.nearest_rows import nearest_rows, random_rows
 from veneer.injection.attachment.deferred_init import is_init_deferred
@@ -28,10 +29,9 @@ class PEZAdapter(ContextAdapter):
         """Finds the text tower, and initializes the context with the rows of `words`, or of random tokens."""
         super().enter(tower)
         if not self.words and not is_init_deferred() and not self.context.is_meta:
-            table = self.texts.table
-            tokens = random_rows(len(self.context), len(table), self.special)
             with torch.no_grad():
-                self.context.copy_(table[tokens.to(table.device)])
+                tokens = random_rows(len(self.context), len(self.texts.table), self.special)
+                self.context.copy_(self.texts.bare(tokens.to(self.context.device)))
 
     @torch.no_grad()
     def nearest(self) -> tuple[Tensor, Tensor]:

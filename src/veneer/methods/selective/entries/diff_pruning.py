@@ -6,10 +6,11 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from veneer.injection.errors import NotSelected, OptionError
 from veneer.injection.method import Adapter, Method, Need
