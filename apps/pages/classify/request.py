@@ -208,8 +208,7 @@ def unpack(workspace: Workspace, file: str | None) -> tuple[str, str, list[str]]
         raise OptionError(message, option="file", given=None)
     path, left_out = Path(file), list[str]()
     name = safe_name(path.stem, "images")
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:12]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     target = workspace.datasets / f"{name}-{digest}"
     if not target.is_dir():
         scratch = workspace.new_dataset()
