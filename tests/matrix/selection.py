@@ -1,44 +1,45 @@
 """Which checks of the conformance suite the matrix runs on which small models: by axis, not the full product.
 
-A check depends on the method's adapter, on the kind of site that it adapts, and on how the host's model is built. So each method
-runs on every host, and wherever it meets a kind of site for the first time; and each model of each host runs with
-`REPRESENTATIVES`, which adapt every site that any method can use.
+A check depends on the method's adapter, on the kind of site that it adapts, and on how the host's model is built. So there are
+three axes: each method meets each kind of site that it can use, each host runs each check, and each small model runs the checks
+of its record. `test_together` is the product: it attaches every method on every host.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+from veneer.injection.sites import Site
 from veneer.testing import Check
-from veneer.testing.case import Case
+from veneer.testing.case import Case, merges_at
 from veneer.testing.checks_run import site_kind
 from veneer.testing.suite import METHOD_AXIS
 from veneer.testing.suite import REPRESENTATIVES as ON_EVERY_MODEL
 
-EVERYWHERE = frozenset({"every_site_live", "detach_restores", "merge_equals_explicit_change"})
-"""Checked on every host, at every kind of site, and on every small model with `REPRESENTATIVES`."""
+Place = tuple[str, str]
+"""Names of a host and of its small model."""
 
-OF_EVERY_SITE = "every_site_live"
-"""Checked with the representatives of the suite as well, where it has no other methods: they reach biases and fused weights."""
-
-EVERY_HOST = frozenset(
+EVERY_KIND = frozenset(
     {
-        *("identity_at_start", "only_the_adapter_trains", "count_equals_built"),
-        *("weight_form_equals_output_form", "merge_is_refused_without_a_weight_form"),
+        *("every_site_live", "detach_restores", "merge_equals_explicit_change", "identity_at_start", "only_the_adapter_trains"),
+        *("count_equals_built", "weight_form_equals_output_form", "merge_is_refused_without_a_weight_form"),
     }
 )
-"""Checked on one model of every host."""
+"""Checked for a method at every kind of site; other checks on one model."""
+
+OF_EVERY_SITE = "every_site_live"
+"""Checked on every small model with all representatives: they adapt every site."""
+
+OF_EVERY_MODEL = ("detach_restores", "merge_equals_explicit_change")
+"""Checked on every small model with one representative."""
 
 SLOW = frozenset({"compiles_to_one_graph", "two_adapters_compose"})
-"""Checks that take seconds; `test_together` pairs every method with LoRA on every host."""
+"""Checks that take seconds: on one host for each method, on two for a representative."""
 
-SLOW_HOSTS = {True: 2, False: 1}
-"""On how many hosts a check in `SLOW` runs, by whether the method is one of `REPRESENTATIVES`."""
-
-FEW_HOSTS = 2
-"""On how many hosts a method runs a check not named here; `REPRESENTATIVES` run it on every host."""
+METHODS_OF_A_HOST = 3
+"""With how many representatives each check runs on each host."""
 
 REPRESENTATIVES = frozenset(
     {
@@ -51,66 +52,81 @@ REPRESENTATIVES = frozenset(
 )
 
 
-def select(checks: Iterable[Check]) -> list[Check]:
+def select(checks: Sequence[Check]) -> list[Check]:
     """The checks of the matrix, in order."""
-    by_method: dict[str, list[Check]] = {}
-    without_library = []
-    for check in checks:
-        (without_library if check.name == "library" else by_method.setdefault(check.method, [])).append(check)
-    return without_library + [check for method, several in by_method.items() for check in _of_method(method, several)]
+    runnable = [check for check in checks if check.name != "library"]
+    chosen = {id(check) for axis in (of_methods, of_hosts, of_models) for check in axis(runnable)}
+    return [check for check in checks if check.name == "library" or id(check) in chosen]
 
 
-def _of_method(method: str, checks: list[Check]) -> Iterator[Check]:
-    models = list(dict.fromkeys((c.host, c.model) for c in checks))
-    seed = zlib.crc32(method.encode())
-    one_each = _one_model_per_host(models, seed)
-    enough = _with_every_kind_of_site(one_each, {(c.host, c.model): c for c in checks})
-    hosts = [host for host, _ in one_each]
-    for check in checks:
-        place = check.host, check.model
-        if check.name in METHOD_AXIS:
-            yield check
-        elif check.name in EVERYWHERE:
-            if (
-                place in enough
-                or method in REPRESENTATIVES
-                or (check.name == OF_EVERY_SITE and _is_only_of(check, ON_EVERY_MODEL))
-            ):
+def of_methods(checks: Iterable[Check]) -> Iterator[Check]:
+    """For each method: on models with every kind of site that it can use, or on one model."""
+    for several in _groups(checks, lambda check: check.method).values():
+        places = one_model_per_host(several)
+        kinds = {place_of(check): {kind(site) for site in case_of(check).sites} for check in several}
+        every_kind = cover([*places, *kinds], kinds)
+        for check in several:
+            among = every_kind if check.name in EVERY_KIND else places[: 2 if _is_slow_for_representative(check) else 1]
+            if check.name in METHOD_AXIS or place_of(check) in among:
                 yield check
-        elif place in one_each and (hosts.index(check.host) + seed) % len(hosts) < hosts_of(check, len(hosts)):
-            yield check
 
 
-def _is_only_of(check: Check, methods: frozenset[str]) -> bool:
-    """Whether the suite checks only these methods on the model, beside the core of its host."""
-    return check.method in methods and check.model not in case_of(check).host.core()
+def of_hosts(checks: Iterable[Check]) -> Iterator[Check]:
+    """For each host: each check with several representatives in turn, each on one of its models."""
+    core = [check for check in checks if check.method in REPRESENTATIVES and check.name not in METHOD_AXIS | SLOW]
+    places = {method: one_model_per_host(several) for method, several in _groups(core, lambda check: check.method).items()}
+    on_places = (check for check in core if place_of(check) in places[check.method])
+    for (host, name), several in _groups(on_places, lambda check: (check.host, check.name)).items():
+        yield from turned(several, f"{host} {name}")[:METHODS_OF_A_HOST]
 
 
-def hosts_of(check: Check, among: int) -> int:
-    """On how many hosts a check of a method runs that supports `among` hosts."""
-    representative = check.method in REPRESENTATIVES
-    if check.name in SLOW:
-        return min(SLOW_HOSTS[representative], among)
-    return among if check.name in EVERY_HOST or representative else min(FEW_HOSTS, among)
+def of_models(checks: Iterable[Check]) -> Iterator[Check]:
+    """For each small model: every site with the representatives, and other checks with one of them in turn."""
+    for place, several in _groups(checks, place_of).items():
+        for check in with_names(several, [OF_EVERY_SITE]):
+            if check.method in REPRESENTATIVES or (check.method in ON_EVERY_MODEL and not _is_core(check)):
+                yield check
+        for name in OF_EVERY_MODEL:
+            able = [check for check in with_names(several, [name]) if check.method in REPRESENTATIVES and _applies(check)]
+            yield from turned(able, f"{place} {name}")[:1]
 
 
-def _one_model_per_host(models: list[tuple[str, str]], seed: int) -> list[tuple[str, str]]:
-    by_host: dict[str, list[tuple[str, str]]] = {}
-    for host, model in models:
-        by_host.setdefault(host, []).append((host, model))
-    return [several[seed % len(several)] for several in by_host.values()]
+def one_model_per_host(checks: Iterable[Check]) -> list[Place]:
+    """One small model of each host of a method, the hosts in another order for another method."""
+    several = [*checks]
+    by_host: dict[str, list[Place]] = {}
+    for place in dict.fromkeys(map(place_of, several)):
+        by_host.setdefault(place[0], []).append(place)
+    start = zlib.crc32(several[0].method.encode())
+    places = [models[start % len(models)] for models in by_host.values()]
+    first = -start % len(places)
+    return [*places[first:], *places[:first]]
 
 
-def _with_every_kind_of_site(first: list[tuple[str, str]], checks: dict[tuple[str, str], Check]) -> set[tuple[str, str]]:
-    """The models in `first`, and each further one with a kind of site that those before it lack."""
-    chosen: set[tuple[str, str]] = set()
-    kinds: set[tuple[Any, ...]] = set()
-    for place in (*first, *checks):
-        of_model = {site_kind(site) for site in case_of(checks[place]).sites}
-        if place in first or not of_model <= kinds:
-            chosen.add(place)
-            kinds |= of_model
+def cover(places: Sequence[Place], kinds: dict[Place, set[Any]]) -> list[Place]:
+    """The first place, and further ones until every kind of site is in one of them; those with the most kinds first."""
+    chosen, rest = [places[0]], set().union(*kinds.values()) - kinds[places[0]]
+    while rest:
+        chosen.append(max(places, key=lambda place: len(kinds[place] & rest)))
+        rest -= kinds[chosen[-1]]
     return chosen
+
+
+def kind(site: Site) -> tuple[Any, ...]:
+    """What a seam or an adapter may treat differently, and the order of dimensions, prefix tokens and patch grid."""
+    present = [bool(getattr(site, name, None)) for name in ("prefix_tokens", "grid")]
+    return (*site_kind(site), getattr(site, "layout", None), *present)
+
+
+def turned(several: Sequence[Any], word: str) -> list[Any]:
+    """The same in another order for another word: the beginning moves to the end."""
+    start = zlib.crc32(word.encode()) % len(several) if several else 0
+    return [*several[start:], *several[:start]]
+
+
+def place_of(check: Check) -> Place:
+    """The host and the small model of a check."""
+    return check.host, check.model
 
 
 def case_of(check: Check) -> Case:
@@ -118,3 +134,30 @@ def case_of(check: Check) -> Case:
     body: Any = check.body
     case: Case = body.args[0]
     return case
+
+
+def _is_core(check: Check) -> bool:
+    """True if every method is checked on the model."""
+    return check.model in case_of(check).host.core()
+
+
+def _is_slow_for_representative(check: Check) -> bool:
+    return check.name in SLOW and check.method in REPRESENTATIVES
+
+
+def _applies(check: Check) -> bool:
+    """False if the check would be skipped: most adapters have no weight form."""
+    case = case_of(check)
+    return check.name != "merge_equals_explicit_change" or all(merges_at(site, case.method.build(site)) for site in case.sites)
+
+
+def _groups(checks: Iterable[Check], key: Callable[[Check], Any]) -> dict[Any, list[Check]]:
+    groups: dict[Any, list[Check]] = {}
+    for check in checks:
+        groups.setdefault(key(check), []).append(check)
+    return groups
+
+
+def with_names(checks: Iterable[Check], names: Collection[str]) -> list[Check]:
+    """The checks that have one of these names."""
+    return [check for check in checks if check.name in names]

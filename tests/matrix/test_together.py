@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.matrix.selection import REPRESENTATIVES
 from veneer.injection import Attachment, attachments
 from veneer.injection.host import Host
 from veneer.injection.method import Method
@@ -44,12 +45,14 @@ together = pytest.mark.parametrize(("first", "second"), _pairs())
 
 
 def _in_turn() -> Iterator[Any]:
-    """Pairs with the index of the one that leaves first: the other one on a method's next host, both for methods of one host."""
+    """Pairs with the index of the one that leaves first: two for each method, and one for each host and representative."""
     hosts_of: dict[str, list[Any]] = {}
     for pair in _pairs():
         hosts_of.setdefault(pair.values[1].method.name, []).append(pair)
-    for place, several in enumerate(hosts_of.values()):
-        for turn, pair in enumerate(several if len(several) > 1 else several * 2):
+    for place, (method, several) in enumerate(hosts_of.items()):
+        turns = [*enumerate(several if len(several) > 1 else several * 2)]
+        start = place % (len(turns) - 1)
+        for turn, pair in turns if method in REPRESENTATIVES else turns[start : start + 2]:
             leaving = (place + turn) % 2
             yield pytest.param(*pair.values, leaving, id=f"{pair.id}-{('first', 'second')[leaving]} leaves first")
 
