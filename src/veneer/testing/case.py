@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection import Attachment, attach
-from veneer.injection.adapter_forms import BiasAdapter, WeightAdapter
+from veneer.injection.adapter_forms import BiasAdapter, KeyValueAdapter, TokenAdapter, WeightAdapter
 from veneer.injection.attachment.condition_scope import example_conditions
 from veneer.injection.attachment.plan import supports
 from veneer.injection.attachment.probe import tensors
@@ -137,7 +137,8 @@ class Case:
     @property
     def switches(self) -> bool:
         """True if the adapters can only be on or off, such as inserted tokens."""
-        return any(isinstance(site, TokenSite) for site in self.sites)
+        forms = (TokenAdapter, KeyValueAdapter)
+        return any(isinstance(s, TokenSite) or isinstance(self.method.at(s).build(s), forms) for s in self.sites)
 
     def merging(self) -> None:
         """Raises `Skip` if the adapters have no weight form, or the weights are quantized."""

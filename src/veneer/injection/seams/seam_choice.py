@@ -11,12 +11,14 @@ from ..adapter_forms import (
     AttentionAdapter,
     BiasAdapter,
     InputAdapter,
+    KeyValueAdapter,
     OutputAdapter,
     ResidualAdapter,
     TokenAdapter,
     VocabularyAdapter,
     WeightAdapter,
 )
+from ..attention_sites import SelfAttentionSite
 from ..errors import UnsupportedSite
 from ..method import Adapter
 from ..quantized_weight import is_ordinary
@@ -40,8 +42,10 @@ from .adapter_calls import base_tensor
 from .attention_seam import ProcessorSeam
 from .call_seam import CallSeam, SwitchSeam
 from .effective_weight import BiasForm, EffectiveWeight, bias_site
+from .key_value_seam import KeyValueSeam
 from .residual_seam import ResidualSeam
 from .seam import Seam
+from .self_attention_seam import SelfAttentionSeam
 from .sequence_seams import TokenSeam, VocabularySeam
 from .weight_seam import WeightSeam
 
@@ -83,12 +87,19 @@ def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
             return (CallSeam, Port(site.path, "in"), Port(site.path, "in"))
         _require(site, adapter, WeightAdapter, "weight")
         return (WeightSeam, site.path, site.param)
+    if isinstance(site, StreamSite) and isinstance(adapter, TokenAdapter):
+        return (TokenSeam, site.name)
     if isinstance(site, TokenSite):
         _require(site, adapter, TokenAdapter, "insert")
         return (TokenSeam, site.name)
     if isinstance(site, AttentionSite):
         _require(site, adapter, AttentionAdapter, "attend")
         return (ProcessorSeam, site.name)
+    if isinstance(site, SelfAttentionSite) and isinstance(adapter, KeyValueAdapter):
+        return (KeyValueSeam, site.name)
+    if isinstance(site, SelfAttentionSite):
+        _require(site, adapter, AttentionAdapter, "attend")
+        return (SelfAttentionSeam, site.name)
     if isinstance(site, ResidualSite):
         _require(site, adapter, ResidualAdapter, "residuals")
         return (ResidualSeam, site.name)
@@ -132,7 +143,7 @@ def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
     )
 
 
-FORMS = ("output", "input", "weight", "insert", "attend", "residuals")
+FORMS = ("output", "input", "weight", "insert", "attend", "keys_values", "residuals")
 
 
 def _require(site: Site, adapter: Adapter, protocol: type, form: str) -> None:

@@ -1,0 +1,95 @@
+"""The seam of added keys and values: a self-attention whose tokens read more than each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..adapter_forms import KeyValueAdapter
+from ..attention_sites import SelfAttentionSite
+from ..method import Adapter
+from ..sites import WeightSite
+from .adapter_calls import first_argument, main_output
+from .sequence_seams import UnblendedSeam
+
+
+class KeyValueSeam(UnblendedSeam):
+    """Adds keys and values (`KeyValueAdapter`) to a self-attention, whose queries and outputs are those of its tokens.
+
+    For n more keys, the module receives n tokens of zeros at the end; the outputs of its layers there are replaced by the keys
+    and values, and the last n of its outputs are left out. torch's `MultiheadAttention` calls no layers, but appends `bias_k` and
+    `bias_v`, which may have n rows.
+    """
+
+    adapters: Sequence[KeyValueAdapter]
+    _pair: tuple[Tensor, Tensor] | None
+
+    def __init__(self, tower: nn.Module, parts: Sequence[tuple[SelfAttentionSite, Adapter]]) -> None:
+        super().__init__(tower, parts)
+        site = self.sites[0]
+        self.home, self._pair = site.path, None
+        self.packed = isinstance(self.module(site.path), nn.MultiheadAttention)
+
+    def hooks(self) -> list[RemovableHandle]:
+        site: SelfAttentionSite = self.sites[0]
+        attention: Any = self.module(site.path)
+        enter, leave = (self._set_bias, self._clear_bias) if self.packed else (self._extend, self._shorten)
+        handles = [
+            attention.register_forward_pre_hook(enter, with_kwargs=True),
+            attention.register_forward_hook(leave, prepend=True, always_call=True),
+        ]
+        layers = {} if self.packed else dict.fromkeys((site.key.path, site.value.path))
+        return [*handles, *(self.module(path).register_forward_hook(self._write) for path in layers)]
+
+    def _new_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (n, channels) in the dtype of x."""
+        key, value = self.adapters[0].keys_values()
+        return key.to(x.dtype), value.to(x.dtype)
+
+    def _extend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.active:
+            return None
+        x = first_argument(args, kwargs)
+        self._pair = self._new_rows(x)
+        x = torch.cat([x, x.new_zeros(len(x), len(self._pair[0]), x.shape[-1])], 1)
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
+
+    def _write(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+        """Writes the keys and values into the rows of the added tokens."""
+        if self._pair is None:
+            return None
+        site: SelfAttentionSite = self.sites[0]
+        own, rows = y.tensor_split([y.shape[1] - len(self._pair[0])], 1)
+        for layer, new in zip((site.key, site.value), self._pair, strict=True):
+            if self.module(layer.path) is module:
+                rows = _replace(rows, layer, new)
+        return torch.cat([own, rows], 1)
+
+    def _shorten(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        pair, self._pair = self._pair, None
+        if pair is None or output is None:
+            return None
+        after = main_output(output)[:, : -len(pair[0])]
+        return (after, *output[1:]) if isinstance(output, tuple) else after
+
+    def _set_bias(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.active:
+            attention: Any = module
+            attention.bias_k, attention.bias_v = (rows[:, None] for rows in self._new_rows(first_argument(args, kwargs)))
+
+    def _clear_bias(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        attention: Any = module
+        attention.bias_k = attention.bias_v = None
+
+
+def _replace(y: Tensor, layer: WeightSite, rows: Tensor) -> Tensor:
+    """y (batch, n, channels of the module) with `rows` (n, channels) as the output of a layer, or of rows of a fused one."""
+    rows = rows.expand(len(y), -1, -1)
+    if layer.rows is None:
+        return rows
+    start, stop = layer.rows
+    return torch.cat([y[..., :start], rows, y[..., stop:]], -1)
