@@ -98,6 +98,21 @@ def test_keys_and_values_are_switched_and_seen_by_other_adapters() -> None:
         tuned.scale = 0.5
 
 
+@pytest.mark.parametrize(("host", "key"), [("timm_vit", "vit"), ("open_clip", "vit"), ("transformers_vit", "dinov2")])
+def test_several_add_up(host: str, key: str) -> None:
+    """Two attachments are one with the keys and values of both."""
+    (model, inputs), (joint, _) = small_model(host, key), small_model(host, key)
+    first, second = (attach(model, "e2vpt", name=name, key_values=n, where="attn.module") for name, n in (("a", 2), ("b", 3)))
+    whole = attach(joint, "e2vpt", key_values=5, where="attn.module")
+    stirred(first)
+    with torch.no_grad():
+        for name, (_, adapter) in whole.parts.items():
+            both = [tuned.parts[name][1].prompt for tuned in (first, second)]
+            adapter.prompt.copy_(torch.cat(both, 1))
+        for a, b in zip(tensors(model(**inputs)), tensors(joint(**inputs)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def token_site(width: int = 8) -> TokenSite:
     return TokenSite(name="t", role="tokens.block", enter=Port("b", "in"), leave=Port("b", "out"), width=width)
 

@@ -75,8 +75,8 @@ def _branch_end(part: TowerPart, path: str, i: int, inner: str, kind: str, width
 
 
 def _is_standard(attn: Any) -> bool:
-    """True for torch's attention, without a norm or scale of its own, that is called with the batch first."""
-    return isinstance(attn, nn.MultiheadAttention) and attn.batch_first
+    """True for torch's attention without further keys that is called with the batch first."""
+    return isinstance(attn, nn.MultiheadAttention) and attn.batch_first and attn.bias_k is None
 
 
 def attention(part: TowerPart, path: str, kind: str) -> Iterator[Site]:

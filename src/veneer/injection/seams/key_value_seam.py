@@ -21,12 +21,13 @@ class KeyValueSeam(UnblendedSeam):
     """Adds keys and values (`KeyValueAdapter`) to a self-attention, whose queries and outputs are those of its tokens.
 
     For n more keys, the module receives n tokens of zeros at the end; the outputs of its layers there are replaced by the keys
-    and values, and the last n of its outputs are left out. torch's `MultiheadAttention` calls no layers, but appends `bias_k` and
-    `bias_v`, which may have n rows.
+    and values, and its outputs there are left out. Of several such seams, the last one leaves out its tokens first. torch's
+    `MultiheadAttention` calls no layers, but appends `bias_k` and `bias_v`, which may have n rows.
     """
 
     adapters: Sequence[KeyValueAdapter]
     _pair: tuple[Tensor, Tensor] | None
+    _start: int  # position of the first of the new tokens
 
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[SelfAttentionSite, Adapter]]) -> None:
         super().__init__(tower, parts)
@@ -54,7 +55,7 @@ class KeyValueSeam(UnblendedSeam):
         if not self.active:
             return None
         x = first_argument(args, kwargs)
-        self._pair = self._new_rows(x)
+        self._pair, self._start = self._new_rows(x), x.shape[1]
         x = torch.cat([x, x.new_zeros(len(x), len(self._pair[0]), x.shape[-1])], 1)
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
@@ -63,23 +64,26 @@ class KeyValueSeam(UnblendedSeam):
         if self._pair is None:
             return None
         site: SelfAttentionSite = self.sites[0]
-        own, rows = y.tensor_split([y.shape[1] - len(self._pair[0])], 1)
+        before, rows, after = y.tensor_split([self._start, self._start + len(self._pair[0])], 1)
         for layer, new in zip((site.key, site.value), self._pair, strict=True):
             if self.module(layer.path) is module:
                 rows = _replace(rows, layer, new)
-        return torch.cat([own, rows], 1)
+        return torch.cat([before, rows, after], 1)
 
     def _shorten(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         pair, self._pair = self._pair, None
         if pair is None or output is None:
             return None
-        after = main_output(output)[:, : -len(pair[0])]
+        after = main_output(output)[:, : self._start]
         return (after, *output[1:]) if isinstance(output, tuple) else after
 
     def _set_bias(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.active:
-            attention: Any = module
-            attention.bias_k, attention.bias_v = (rows[:, None] for rows in self._new_rows(first_argument(args, kwargs)))
+        if not self.active:
+            return
+        attention: Any = module
+        for name, rows in zip(("bias_k", "bias_v"), self._new_rows(first_argument(args, kwargs)), strict=True):
+            earlier = getattr(attention, name)
+            setattr(attention, name, rows[:, None] if earlier is None else torch.cat([earlier, rows[:, None]]))
 
     def _clear_bias(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         attention: Any = module
