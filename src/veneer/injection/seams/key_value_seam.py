@@ -26,13 +26,12 @@ class KeyValueSeam(UnblendedSeam):
     """
 
     adapters: Sequence[KeyValueAdapter]
-    _pair: tuple[Tensor, Tensor] | None
-    _start: int  # position of the first of the new tokens
+    _current: tuple[Tensor, Tensor, int] | None  # keys, values, and the position of the first new token
 
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[SelfAttentionSite, Adapter]]) -> None:
         super().__init__(tower, parts)
         site = self.sites[0]
-        self.home, self._pair = site.path, None
+        self.home, self._current = site.path, None
         self.packed = isinstance(self.module(site.path), nn.MultiheadAttention)
 
     def hooks(self) -> list[RemovableHandle]:
@@ -55,26 +54,28 @@ class KeyValueSeam(UnblendedSeam):
         if not self.active:
             return None
         x = first_argument(args, kwargs)
-        self._pair, self._start = self._new_rows(x), x.shape[1]
-        x = torch.cat([x, x.new_zeros(len(x), len(self._pair[0]), x.shape[-1])], 1)
+        key, value = self._new_rows(x)
+        self._current = (key, value, x.shape[1])
+        x = torch.cat([x, x.new_zeros(len(x), len(key), x.shape[-1])], 1)
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
     def _write(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
         """Writes the keys and values into the rows of the added tokens."""
-        if self._pair is None:
+        if self._current is None:
             return None
+        key, value, start = self._current
         site: SelfAttentionSite = self.sites[0]
-        before, rows, after = y.tensor_split([self._start, self._start + len(self._pair[0])], 1)
-        for layer, new in zip((site.key, site.value), self._pair, strict=True):
+        before, rows, after = y.tensor_split([start, start + len(key)], 1)
+        for layer, new in ((site.key, key), (site.value, value)):
             if self.module(layer.path) is module:
                 rows = _replace(rows, layer, new)
         return torch.cat([before, rows, after], 1)
 
     def _shorten(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        pair, self._pair = self._pair, None
-        if pair is None or output is None:
+        current, self._current = self._current, None
+        if current is None or output is None:
             return None
-        after = main_output(output)[:, : self._start]
+        after = main_output(output)[:, : current[2]]
         return (after, *output[1:]) if isinstance(output, tuple) else after
 
     def _set_bias(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
