@@ -23,6 +23,7 @@ from veneer.benchmarks import (
     conditional,
     denoiser,
     family,
+    freezing,
     loading,
     merging,
     peers,
@@ -52,8 +53,8 @@ class BenchConfig:
             SD 1.5 at 32×32 latents).
         latent: side of the UNet's input in latents (an eighth of the pixels), divisible by 8 (default: that of `size`).
         rows: benchmarks to run: `denoiser` (training step of a LoRA), `family` (of its variants), `side-networks` (of image
-            models), `conditional` (blocks on some tokens only), `attach`, `start` (attaching DoRA), `load`, `merge`, `switch`
-            (between adapters) or `few-photos` (a whole job) (default: all).
+            models), `conditional` (blocks on some tokens only), `freezing` (of leading blocks), `attach`, `start` (attaching
+            DoRA), `load`, `merge`, `switch` (between adapters) or `few-photos` (a whole job) (default: all).
         rounds: timings of each implementation, interleaved.
         clock: `wall` time, or `cpu` time of all threads of this process, for one thread on a shared machine.
         rank: rank of every LoRA.
@@ -71,8 +72,9 @@ class BenchConfig:
     size: Literal["tiny", "small", "sd15"] = "small"
     latent: int | None = None
     rows: tuple[str, ...] = (
-        "denoiser", "family", "side-networks", "conditional", "attach", "start", "load", "merge", "switch", "few-photos",
-    )  # fmt: skip
+        *("denoiser", "family", "side-networks", "conditional", "freezing"),
+        *("attach", "start", "load", "merge", "switch", "few-photos"),
+    )
     rounds: int = 7
     clock: Literal["wall", "cpu"] = "wall"
     rank: int = 16
@@ -177,6 +179,10 @@ def _conditional(config: BenchConfig, shape: Shape, scratch: Path) -> list[Conte
     return conditional.contests(shape, BOTTLENECK, DTYPES[config.dtype], config.seed)
 
 
+def _freezing(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
+    return freezing.contests(shape, DTYPES[config.dtype], config.seed)
+
+
 def _start(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
     return starting.contests(shape, config.rank, DTYPES[config.dtype], config.seed)
 
@@ -202,6 +208,7 @@ ROWS: dict[str, Callable[[BenchConfig, Shape, Path], list[Contest]]] = {
     "family": _family,
     "side-networks": _side_networks,
     "conditional": _conditional,
+    "freezing": _freezing,
     "attach": _attach,
     "start": _start,
     "load": _load,

@@ -16,6 +16,7 @@ from veneer.base_models.schedulers import Scheduler, other_scheduler
 from veneer.formats import load_all
 from veneer.injection import Attachment
 from veneer.training import prepare_base
+from veneer.training.attach_methods import skip_lower_layers
 from veneer.training.families import Family, family
 from veneer.training.fixed_adapters import missing_adapters, parse_adapter, split_strength
 from veneer.training.report.image_grid import GridRow, make_grid
@@ -36,6 +37,7 @@ class GenerateConfig:
             (default: none, the base model alone).
         base: base model: `bundled`, a diffusers folder, a .safetensors file or a hub name (default: that of the first adapter).
         negative_prompt: what the images should not show (default: the preset's, else empty).
+        skip_layers: layers without adapters, from the first, for faster inference with `adapter_drop` (default: as saved).
         images_per_prompt: images to generate per prompt; their seeds count up from `seed`.
         seed: seed of the first image.
         steps: denoising steps (default: the base model's).
@@ -56,6 +58,7 @@ class GenerateConfig:
     adapter: tuple[str, ...] = ()
     base: str | None = None
     negative_prompt: str | None = None
+    skip_layers: int = 0
     images_per_prompt: int = 1
     seed: int = 0
     steps: int | None = None
@@ -92,6 +95,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     pipe.scheduler = other_scheduler(pipe.scheduler, config.scheduler)
     prepare_base.freeze(pipe)
     attached = [a for path, scale in adapters for a in load_all(pipe, path, scale=scale)]
+    skip_lower_layers(attached, config.skip_layers)
     offload_pipeline(pipe, config.offload, device)
     prompts = [_truncated(family(pipe), prompt) for prompt in config.prompt]
 

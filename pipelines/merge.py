@@ -1,16 +1,32 @@
-"""Merge several adapter files into one LoRA file."""
+"""Merge several adapter files into one: a LoRA, the mean of their parameters, or all of them in a composition."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
-from veneer import adapter_merging, formats
+import torch
+from torch import Tensor
+
+from veneer import adapter_merging, base_models, formats
+from veneer.adapter_merging.combine import How
+from veneer.classification.data.labeled_images import LIMITS
+from veneer.classification.image_paths import find_images
 from veneer.injection import OptionError
+from veneer.training.data.image_io import decode
 
 from .convert import To, open_base
+
+FROM_FILES = ("parameters", "aligned", "stack", "average", "parallel")
+"""Values of `method` that need native files and no base model."""
+LORA_OPTIONS = ("rank", "energy", "error", "cumulative", "ratio", "density", "base", "to", "dtype")
+"""Options of the methods that write a LoRA."""
+SOUP_OPTIONS = ("images", "domains", "select", "most", "clip")
+"""Options of the methods that average parameters."""
+MOST_IMAGES = 100
+"""Images of a folder whose features are computed."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +36,14 @@ class MergeConfig:
     Args:
         files: adapters of any methods that change weights: safetensors files of any format, folders or hub names. Trained token
             embeddings, as of `pivotal`, are kept: in the same file, or beside it if the format cannot contain them.
-        weights: one number per file, also negative (default: 1), or `'PATTERN=NUMBER;…'` with patterns of sites, such as
-            `'attn=0.5;text/attn=0'`, and 1 for the rest. Token embeddings are not scaled.
+        weights: one number per file, also negative (default: 1; equal shares with `parameters`, `aligned` and `average`), or for
+            a LoRA `'PATTERN=NUMBER;…'` with patterns of sites, such as `'attn=0.5;text/attn=0'`, and 1 for the rest. Token
+            embeddings are not scaled.
         method: `sum` (exact, ranks add up; LoRA only), `svd` (the sum, reduced to a rank), `ties` (largest entries, by sign),
-            `dare` (random entries, rescaled) or `dare_ties`.
+            `dare` (random entries, rescaled) or `dare_ties` write one LoRA; `parameters` (AdapterSoup) and `aligned` (MerA: with
+            the neurons of bottlenecks matched by optimal transport) write the mean of native files of one method; `stack`,
+            `average` and `parallel` write all adapters of native files, which then act one after the other, by the mean of their
+            outputs, or each on a copy of the batch.
         rank: rank of the result, not for `sum`, with one of the next four the upper limit (default: the largest rank of the
             files).
         energy: smallest rank of each weight that keeps this share of the squared singular values, 0 to 1; the square of
@@ -32,7 +52,14 @@ class MergeConfig:
         cumulative: smallest rank that keeps this share of the sum of singular values, 0 to 1; sd-scripts' `sv_cumulative`.
         ratio: keep singular values above the largest one divided by this number, above 1; sd-scripts' `sv_ratio`.
         density: share of the entries of each ΔW that `ties` (default: 0.2) or `dare` (default: 0.1) keeps, 0 to 1.
-        seed: seed of `dare` and `dare_ties`.
+        seed: seed of `dare` and `dare_ties`, and of the clusters of `select`.
+        images: with `parameters` or `aligned`, folder of images of a new domain: only the files whose domains are most similar to
+            it are averaged; needs `domains`.
+        domains: for each file, a folder of images that it was trained on.
+        select: selection of the files by `clusters`, those that the new images fall into when the images of all domains are
+            clustered, or by `similarity` of the mean images; both by features of a CLIP.
+        most: most files that are selected, at least 1.
+        clip: CLIP for `select`: the bundled one, or an open_clip folder.
         base: base model: `bundled`, a folder, a file, a hub name, or an architecture without weights such as `sdxl` or `flux`
             (default: that of a native file, else the architecture that fits the files).
         to: format to write, as in `veneer convert` (default: that of the first file).
@@ -42,7 +69,9 @@ class MergeConfig:
 
     files: tuple[Path, ...]
     weights: tuple[str, ...] = ()
-    method: Literal["sum", "svd", "ties", "dare", "dare_ties"] = "sum"
+    method: Literal[
+        "sum", "svd", "ties", "dare", "dare_ties", "parameters", "aligned", "stack", "average", "parallel"
+    ] = "sum"  # fmt: skip
     rank: int | None = None
     energy: float | None = None
     error: float | None = None
@@ -50,6 +79,11 @@ class MergeConfig:
     ratio: float | None = None
     density: float | None = None
     seed: int = 0
+    images: Path | None = None
+    domains: tuple[Path, ...] = ()
+    select: Literal["clusters", "similarity"] = "clusters"
+    most: int = 5
+    clip: str = "bundled_clip"
     base: str | None = None
     to: To | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -57,11 +91,11 @@ class MergeConfig:
 
 
 def merge(config: MergeConfig) -> list[str]:
-    """Loads all adapters on the base, merges them and writes the LoRA.
+    """Loads all adapters on the base, merges them and writes the LoRA; or writes a mean or a composition of native files.
 
     Returns:
-        Lines with the files, the ranks and the error relative to the exact result, the weights with the largest errors, and the
-        tokens.
+        Lines with the files, and the weights of a mean, the tree of a composition, or of a LoRA the ranks, the error relative to
+        the exact result, the weights with the largest errors, and the tokens.
     Raises:
         VeneerError: base or `out` is missing, a file is incompatible with the base, two files have different embeddings of a
             token, or the adapters cannot be merged or saved in the format.
@@ -71,6 +105,9 @@ def merge(config: MergeConfig) -> list[str]:
         message = f"merge: {missing} is missing; expected the files to merge, and --out for the new file."
         raise OptionError(message, option=missing, method="merge")
     files = [formats.local_path(file) for file in config.files]
+    _reject_ignored(config)
+    if config.method in FROM_FILES:
+        return _merge_native(config, files, config.out)
     form = config.to or adapter_merging.common_format(files)
     adapter_merging.new_file(config.out, form)
     weights = [_weight(text) for text in config.weights] or None
@@ -84,7 +121,14 @@ def merge(config: MergeConfig) -> list[str]:
     result = None
     if sources:
         result = adapter_merging.combine(
-            model, sources, weights, how=config.method, keep=keep, density=config.density, seed=config.seed, dtype=dtype
+            model,
+            sources,
+            weights,
+            how=cast(How, config.method),
+            keep=keep,
+            density=config.density,
+            seed=config.seed,
+            dtype=dtype,
         )
     record = {
         **provenance,
@@ -94,6 +138,64 @@ def merge(config: MergeConfig) -> list[str]:
     }
     written = adapter_merging.write_all(model, result, tokens, config.out, form, dtype, record)
     return [*map(str, written), *(str(result).splitlines() if result else []), *(f"token {each.token}" for each in tokens)]
+
+
+def _reject_ignored(config: MergeConfig) -> None:
+    """Raises `OptionError` for an option that the method does not have."""
+    ignored = LORA_OPTIONS if config.method in FROM_FILES else ()
+    for option in (*ignored, *(() if config.method in ("parameters", "aligned") else SOUP_OPTIONS)):
+        given, default = getattr(config, option), MergeConfig.__dataclass_fields__[option].default
+        if given != default and (option, given) != ("to", "native"):
+            message = f"merge: {option} has no effect with --method {config.method}; leave it out."
+            raise OptionError(message, option=option, method="merge", given=given, expected=default)
+
+
+def _merge_native(config: MergeConfig, files: Sequence[Path], out: Path) -> list[str]:
+    """A mean or a composition of native files, which needs no base model."""
+    weights = [_number(text) for text in config.weights] or None
+    if config.method in adapter_merging.NODES:
+        path, tree = adapter_merging.compose_files(files, out, config.method, weights)
+        return [str(path), str(tree)]
+    weights = weights if config.images is None and not config.domains else _select(config, weights)
+    path = adapter_merging.average_files(files, out, weights, aligned=config.method == "aligned")
+    numbers = weights or [1.0] * len(files)
+    shares = zip(config.files, numbers, strict=True)
+    return [str(path), *(f"{file.name}: {number / sum(numbers):.3g}" for file, number in shares)]
+
+
+def _number(text: str) -> float:
+    weight = _weight(text)
+    if isinstance(weight, Mapping):
+        message = f"merge: weight {text!r}; a mean and a composition have one number for each file."
+        raise OptionError(message, option="weights", method="merge", given=text, expected="a number")
+    return weight
+
+
+def _select(config: MergeConfig, weights: Sequence[float] | None) -> list[float]:
+    """Weights of the files whose domains are most similar to the images."""
+    if config.images is None or len(config.domains) != len(config.files) or weights is not None:
+        option = "images" if config.images is None else "weights" if weights is not None else "domains"
+        given = getattr(config, option)
+        message = (
+            f"merge: {option} is {given!r}; a selection needs --images, --domains with one folder for each of the "
+            f"{len(config.files)} files, and no --weights."
+        )
+        raise OptionError(message, option=option, method="merge", given=given, expected=len(config.files))
+    clip = base_models.load_clip(config.clip)
+    features = [clip_features(clip, folder) for folder in (*config.domains, config.images)]
+    selection = adapter_merging.select_adapters(
+        features[:-1], features[-1], config.select, most=config.most, seed=config.seed
+    )  # fmt: skip
+    return list(selection)
+
+
+@torch.no_grad()
+def clip_features(clip: base_models.BaseClip, folder: Path) -> Tensor:
+    """Features (n, width) of at most 100 evenly spaced images of a folder."""
+    paths = find_images([folder])
+    paths = paths[:: max(1, len(paths) // MOST_IMAGES)][:MOST_IMAGES]
+    images = [decode(path.read_bytes(), path.name, LIMITS, remarks=False).rgb for path in paths]
+    return torch.cat([clip.encode_image(clip.preprocess(image)[None]) for image in images])
 
 
 def _weight(text: str) -> float | Mapping[str, float]:

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from veneer.base_models.schedulers import other_scheduler
 from veneer.config_file import CONFIG, ConfigWriter
 from veneer.injection import Attachment
+from veneer.prompt_search import photo_prompt
 from veneer.training import attach_methods, param_groups, prepare_base
 from veneer.training.adapter_trainer import adapter_trainer
 from veneer.training.base_sharding import is_sharding, load_base, shard_base, sharding_note
@@ -59,7 +61,8 @@ __all__ = ["PersonalizeConfig", "personalize"]
 
 def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = None) -> Path:
     """Trains, and writes `adapter.safetensors`, `pytorch_lora_weights.safetensors` and `learned_embeds.safetensors` (if the
-    methods have such weights), `before_after.png` and `result.json`.
+    methods have such weights), `before_after.png` and `result.json`. With the method `pez` it searches a prompt instead, and
+    writes `prompt.txt`.
 
     Returns:
         The folder with the results.
@@ -67,6 +70,8 @@ def personalize(config: PersonalizeConfig, accelerator: Accelerator | None = Non
         VeneerError: invalid options or photos, or with `check` too little memory; nothing has been trained.
         Diverged: the loss is no longer finite; the last weights with a finite loss are in the folder.
     """
+    if config.method == photo_prompt.METHOD:
+        return photo_prompt.search_photo_prompt(config, partial(print, flush=True))
     if config.check is not None:
         return _check(config)
     cpu = not torch.accelerator.is_available()  # without it, accelerate ignores the other torchrun processes on a CPU

@@ -15,7 +15,8 @@ from veneer.classification.image_paths import find_images
 from veneer.classification.objectives.objective import MultiLabelPrediction, Prediction
 from veneer.classification.predict import open_predictor
 from veneer.formats import local_path
-from veneer.injection import OptionError, VeneerError
+from veneer.injection import OptionError, VeneerError, attachments
+from veneer.training.attach_methods import skip_lower_layers
 
 __all__ = ["PredictConfig", "predict"]
 
@@ -27,19 +28,26 @@ class PredictConfig:
     Args:
         folder: run folder of `veneer transfer`, or a hub name such as `user/pets`.
         images: images, folders of images, `.txt` files with one path per line, or `-` for such a list from stdin.
+        task: name of the task of a run with several (`veneer transfer --tasks`), which has its classes.
         top: classes to list per image; after training with `--multi-label` the text lists the labels of at least 50 % instead.
         format: lines on stdout: `text`, `json` (one object per image, unlike `--json`) or `csv` (one row per image, with a
             header).
         batch: images per forward pass.
         device: device such as `cuda` (default: a GPU if there is one).
+        exchange: adapters of the run to exchange for those of other runs or files with equal options, NAME=FILE, such as
+            `mad_x=runs/sketches` for the adapter of another domain.
+        skip_layers: layers without adapters, from the first, for faster inference with `adapter_drop` (default: as saved).
     """
 
     folder: Path
     images: tuple[Path, ...] = ()
+    task: str | None = None
     top: int = 3
     format: Literal["text", "json", "csv"] = "text"
     batch: int = 32
     device: str | None = None
+    exchange: tuple[str, ...] = ()
+    skip_layers: int = 0
 
     def __post_init__(self) -> None:
         if self.format not in FORMS:
@@ -48,6 +56,11 @@ class PredictConfig:
         for name, given in (("top", self.top), ("batch", self.batch)):
             if given < 1:
                 raise OptionError(f"{name} is {given}; expected at least 1.", option=name, given=given, expected=1)
+        for text in self.exchange:
+            if not all(text.partition("=")):
+                raise OptionError(
+                    f"exchange is {text!r}; expected NAME=FILE.", option="exchange", given=text, expected="NAME=FILE"
+                )
 
 
 def predict(config: PredictConfig) -> Iterator[str]:
@@ -64,7 +77,10 @@ def predict(config: PredictConfig) -> Iterator[str]:
         raise OptionError(message, option="images", given=())
     folder = local_path(config.folder)
     folder = folder if folder.is_dir() or folder == config.folder else folder.parent  # of a hub name, the adapter file
-    predictor = open_predictor(folder, resolve_device(config.device))
+    pairs = (text.partition("=") for text in config.exchange)
+    exchange = {name: local_path(file) for name, _, file in pairs}
+    predictor = open_predictor(folder, resolve_device(config.device), exchange, config.task)
+    skip_lower_layers(attachments(predictor.classifier.model), config.skip_layers)
     top = min(config.top, len(predictor.classifier.classes))
     if config.format == "csv":
         yield _row(_columns(top, predictor.objective.multiple))

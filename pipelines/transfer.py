@@ -19,12 +19,15 @@ from veneer.classification.models.classifier import Classifier
 from veneer.classification.models.loading import open_classifier
 from veneer.classification.objectives.objective import Objective
 from veneer.classification.report.artifacts import tidy, write_files, write_results
+from veneer.classification.tasks.merged_data import open_task_data
+from veneer.classification.tasks.results import task_plan, task_summary, write_task_results
+from veneer.classification.tasks.trainer import TaskTrainer
 from veneer.classification.train.attach_methods import attach_methods
 from veneer.classification.train.hyperparameter_search import search_hyperparameters
-from veneer.classification.train.train import ClassifierTrainer
+from veneer.classification.train.train import ClassifierTrainer, TransferResult
 from veneer.config_file import CONFIG, ConfigWriter
 from veneer.injection import Attachment
-from veneer.training.fixed_adapters import source_identity
+from veneer.training.fixed_adapters import attach_fixed, read_fixed, source_identity
 from veneer.training.loop.distributed import on_main
 from veneer.training.loop.optimizer_step import AUTOCAST
 from veneer.training.preflight.estimates import written_bytes
@@ -43,7 +46,8 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
 
     The folder then has `adapter.safetensors`, `result.json`, `confusion.png` (with several labels `average_precision.png`),
     `curves.png` and `mistakes.png`; `veneer predict` also reads its `model.json`, and a resumed run its `splits.json`. A stopped
-    run leaves the best epoch so far, which `veneer predict` can open, and continues with `resume`.
+    run leaves the best epoch so far, which `veneer predict` can open, and continues with `resume`. With `tasks`, the scores
+    of each task and their mean are in `result.json`, and the plots of a task in `tasks/NAME`.
 
     Returns:
         The folder with the results.
@@ -60,11 +64,13 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
 
 def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
     config.build_methods()
-    out = run_folder(config.out, config.resume, None if config.data in (None, "digits") else local_data(config.data))
+    data_of_run = next(iter(config.task_sources().values()), config.data)
+    out = run_folder(config.out, config.resume, None if data_of_run in (None, "digits") else local_data(data_of_run))
     if (out / "result.json").exists():
         print(f"{out}: this run is already finished.")
         return out
-    data = on_main(accelerator, lambda: open_data(config, out, _progress("checking images")))
+    open_images = open_task_data if config.tasks else open_data
+    data = on_main(accelerator, lambda: open_images(config, out, _progress("checking images")))
     for note in data.notes if accelerator.is_main_process else ():
         print(f"note: {note}", flush=True)
     report = report_of_run(out, accelerator.is_main_process, config.dry_run)
@@ -74,14 +80,17 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
         config.model, data.classes, weights=config.weights, keep_head=config.keeps_head(), size=config.size, seed=config.seed,
         templates=config.templates,
     )  # fmt: skip
+    fixed = read_fixed(config.with_)
+    attach_fixed(classifier.model, fixed)
     report.close()
     with Views(data, classifier.data, config.augment, squash=config.squash, seed=config.seed, workers=config.workers) as views:
         features = CachedFeatures(classifier, views, config.batch, AUTOCAST[config.mixed_precision])
         config = search_hyperparameters(config, classifier, views, out, accelerator, features)
         attached = attach_methods(classifier, config, data)
-        sources = source_identity(config.init_from)
+        sources = source_identity(config.init_from, fixed)
         identity = {**config.identity(), **sources, "splits": data.splits.digest, "weights": classifier.weights}
-        trainer = ClassifierTrainer(classifier, attached, views, config, out, accelerator, identity, on_step, features)
+        kind = TaskTrainer if config.tasks else ClassifierTrainer
+        trainer = kind(classifier, attached, views, config, out, accelerator, identity, on_step, features)
         if accelerator.is_main_process:
             print(_plan(config, data, classifier, attached, trainer), flush=True)
         if config.dry_run:
@@ -95,11 +104,27 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
                 print(stopped_message(result.loop, trainer.steps, out))
             else:
                 report("evaluating")
-                record = write_results(config, data, classifier, attached, trainer, result)
-                tidy(out)
-                print(_summary(record, data.objective, out))
+                print(_write(config, data, classifier, attached, trainer, result))
     accelerator.wait_for_everyone()
     return out
+
+
+def _write(
+    config: TransferConfig,
+    data: Data,
+    classifier: Classifier,
+    attached: list[Attachment],
+    trainer: ClassifierTrainer,
+    result: TransferResult,
+) -> str:
+    """Writes the results of a finished run, and returns their summary."""
+    out = trainer.folder
+    if isinstance(trainer, TaskTrainer):
+        summary = task_summary(write_task_results(config, data, classifier, attached, trainer, result), data, out)
+    else:
+        summary = _summary(write_results(config, data, classifier, attached, trainer, result), data.objective, out)
+    tidy(out)
+    return summary
 
 
 def _progress(label: str) -> Callable[[int, int], None]:
@@ -146,6 +171,7 @@ def _plan(
     lines = [
         f"{data.source.where}: {len(data.classes)} classes; {len(splits.train):,} training, {len(splits.validation):,} "
         f"validation and {len(splits.test):,} test images",
+        *(task_plan(trainer) if isinstance(trainer, TaskTrainer) else ()),
         f"{classifier.name}: input size {classifier.data['input_size'][1]} pixels, weights {classifier.weights[:16]}",
     ]
     for a in attached:

@@ -41,13 +41,18 @@ TIERS = {
         "formats/test_transformer_files.py", "hosts/", "hub/test_card.py", "hub/test_push", "classification/test_base_to_new.py",
         "classification/test_multi_label.py", "classification/test_protocols.py", "classification/test_successive_halving.py",
         "classification/test_transformers_loading.py", "control/test_maps.py",
-        "training/flow_families/", "training/language_model_families/",
+        "training/flow_families/", "training/language_model_families/", "training/transformer_families/",
+        "training/video_families/",
         "injection/test_accelerator.py", "injection/test_activation.py", "injection/test_layer_order.py",
         "injection/test_quantized_weights.py", "injection/test_swap.py",
         "methods/test_chain.py", "methods/test_control", "methods/test_lora_inits.py",
         "methods/test_output_rotation.py", "training/test_preflight.py",
         "training/test_families.py", "training/test_memory", "training/test_resume.py", "training/test_scheduled.py",
-        "training/test_sharded_base.py",
+        "training/test_sharded_base.py", "training/test_initial_adapter.py", "training/test_optimizer_names.py",
+        "training/test_option_conflicts.py", "training/test_param_groups.py", "training/test_previews.py",
+        "training/test_selected.py", "test_families_page.py", "test_method_search.py", "hub/test_download.py",
+        "injection/test_ordering_stacks.py", "formats/test_controlnext.py", "formats/test_t2i_adapter.py",
+        "methods/test_ip_adapter.py",
     ),
 }  # fmt: skip
 """Marker to the beginnings of paths below `tests`, beside tests that have the marker themselves."""
@@ -62,11 +67,24 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return path.startswith(beginnings) or None
 
 
+LONG = ("training/test_sharded_base.py", "test_readme.py", "pipelines/", "apps/", "benchmarks/", "training/")
+"""Beginnings of paths of files with fixtures and tests that take the longest: they run first."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Adds the marker of its tier to each test."""
+    """Adds the marker of its tier to each test, and moves the longest to the front.
+
+    Two processes take tests from the end of the list of each other: a long test at the end would run alone, and a file that is
+    divided between them has its fixtures twice.
+    """
     root = Path(__file__).parent
     for item in items:
         path = item.path.relative_to(root).as_posix()
         for tier, beginnings in TIERS.items():
             if path.startswith(beginnings):
                 item.add_marker(tier)
+    items.sort(key=lambda item: _rank(item.path.relative_to(root).as_posix()))
+
+
+def _rank(path: str) -> int:
+    return next((rank for rank, beginning in enumerate(LONG) if path.startswith(beginning)), len(LONG))

@@ -23,7 +23,7 @@ ALLOWED = {
     "plot_file": {"atomic_files"},
     "discovery": set(),
     "config_file": {"atomic_files", "extras", "injection"},
-    "command_line": set(),
+    "command_line": {"listing"},
     "flags": {"command_line"},
     "version": set(),
     "functional": set(),
@@ -36,7 +36,7 @@ ALLOWED = {
     "transformer_records": {"hosts"},
     "methods": {"functional", "injection"},
     "formats": {"atomic_files", "functional", "hub", "injection", "version"},
-    "adapter_merging": {"formats", "functional", "injection"},
+    "adapter_merging": {"extras", "formats", "functional", "injection"},
     "testing": {"base_models", "formats", "functional", "injection"},
     "attention_heads": {"plot_file", "injection"},
     "base_models": {"extras", "hub", "injection"},
@@ -50,18 +50,19 @@ ALLOWED = {
     },
     "classification": JOBS,
     "publishing": {*JOBS, "version"},
+    "prompt_search": {"atomic_files", "base_models", "functional", "injection", "methods", "models", "training"},
     "control": JOBS,
     "captioning": {"extras", "hub", "injection"},
     "config_conversion": {"base_models", "config_file", "injection", "training"},
     "benchmarks": {*JOBS, "testing"},
     "commands": {
-        *JOBS, "classification", "command_line", "config_file", "discovery", "flags", "hosts", "listing", "methods",
+        *JOBS, "classification", "command_line", "config_file", "discovery", "flags", "hosts", "methods",
         "static_source",
     },
     "cli": {"allocator", "command_line", "commands", "extras", "version"},
     "pipelines": {
         *JOBS, "adapter_merging", "attention_heads", "benchmarks", "captioning", "classification", "cli", "config_conversion",
-        "config_file", "control", "flags", "methods", "publishing",
+        "config_file", "control", "flags", "methods", "prompt_search", "publishing",
     },
     "apps": {
         *JOBS, "adapter_merging", "allocator", "classification", "cli", "config_file", "control", "flags", "full_size_models",
@@ -133,7 +134,7 @@ def test_no_import_circles() -> None:
 
 
 def test_injection_knows_torch_and_nothing_else() -> None:
-    known = {*sys.stdlib_module_names, "torch", "veneer"}
+    known = {*sys.stdlib_module_names, "torch", "typing_extensions", "veneer"}
     for path, package in files(SOURCE / "injection", "veneer.injection"):
         for line, name in imported(path, package):
             assert name.split(".")[0] in known, f"{path.name}:{line} imports {name}"
@@ -184,7 +185,7 @@ def test_importing_veneer_imports_torch_only() -> None:
 
 
 def test_the_library_logs_instead_of_printing() -> None:
-    command_line = {"cli.py", "command_line/output.py", "commands.py", "testing/matrix.py"}
+    command_line = {"cli.py", "command_line/output.py", "command_line/registry_listing.py", "commands.py", "testing/matrix.py"}
     printing = []
     for path in sorted(SOURCE.rglob("*.py")):
         calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))

@@ -12,16 +12,20 @@ import pytest
 import veneer
 from veneer import injection
 
-OBJECTS = ["Attachment", "activate", "attach", "attachments", "load", "load_all", "merges", "mixed", "sites"]
+OBJECTS = [
+    "Attachment", "Average", "Parallel", "Stack", "activate", "attach", "attachments", "compose", "load", "load_all", "merges",
+    "mixed", "sites",
+]  # fmt: skip
 MODULES = [
     "adapter_merging", "base_models", "classification", "control", "formats", "functional", "hosts", "injection", "methods",
     "models", "testing", "training",
 ]  # fmt: skip
 REGISTRY = ["get", "names", "register", "source", "table", "unregister"]
 ATTACHMENT = [
-    "after_step", "begin_pass", "check", "condition", "consistency_loss", "detach", "enabled", "finalize", "groups",
-    "host_state_dict", "is_selected", "load_state_dict", "merge", "named_parameters", "parameters", "penalty", "prepare", "probe",
-    "report", "require_selection", "save", "scale", "select", "state_dict", "swap", "unmerge",
+    "after_step", "begin_pass", "check", "compare_passes", "condition", "consistency_loss", "detach", "enabled", "finalize",
+    "groups", "host_state_dict", "is_selected", "load_state_dict", "materialize", "merge", "named_parameters", "parameters",
+    "penalty", "prepare", "probe", "report", "require_selection", "require_task", "save", "scale", "select", "state_dict",
+    "swap", "task", "tasks", "unmerge",
 ]  # fmt: skip
 ROOT = Path(veneer.__file__).parent.parent.parent
 

@@ -48,6 +48,7 @@ CAPTIONS = {
     "src/veneer/base_models/pretraining/data/captions.py",
     "src/veneer/base_models/pretraining/data/mixture.py",
     "src/veneer/base_models/pretraining/data/photo_words.py",
+    "src/veneer/methods/prompt/class_prompts/_templates.py",
     "src/veneer/testing/tokenizers.py",
     "src/veneer/training/data/captions.py",
 }
@@ -130,9 +131,10 @@ def files(pattern: str) -> list[Path]:
     return sorted(path.relative_to(ROOT) for path in ROOT.glob(pattern))
 
 
-@pytest.mark.parametrize("text", [pytest.param(text, id=f"{kind}-{name}") for kind, name, text in texts()])
-def test_text_has_no_left_out_terms(text: Callable[[], str]) -> None:
-    assert left_out(text()) == []
+@pytest.mark.parametrize("kind", ["page", "messages", "docstrings", "help"])
+def test_text_has_no_left_out_terms(kind: str) -> None:
+    errors = {name: terms for each, name, text in texts() if each == kind and (terms := left_out(text()))}
+    assert errors == {}
 
 
 def test_left_out_terms_are_found_as_whole_words() -> None:

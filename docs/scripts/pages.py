@@ -15,7 +15,7 @@ from veneer.commands import COMMANDS
 from veneer.hosts._diffusion_transformers import records as diffusion_transformers
 from veneer.hosts._transformers_vision import records as vision_models
 from veneer.injection import methods as registry
-from veneer.listing import support_matrix
+from veneer.listing import support_matrix, survey
 from veneer.method_catalog import MethodEntry, Option, catalog
 
 KINDS = {
@@ -31,7 +31,7 @@ HEADINGS = {"Counts": "Trainable parameters"}
 """Section of a docstring to its heading, where they differ."""
 VALUES = {"n": "int", "x": "float", "read": "key=value"}
 """Placeholder in the help of a flag to the type of its values."""
-SINGLE = {"VocabularySite", "PixelSite", "FeatureSite", "PromptSite", "ResidualSite"}
+SINGLE = {"VocabularySite", "PixelSite", "FeatureSite", "PromptSite", "MultimodalPromptSite", "ResidualSite"}
 """Types of sites of which a model has one, so that options by site are of no use."""
 BY_SITE = """## Options by site
 
@@ -58,7 +58,20 @@ def generated_pages() -> dict[str, str]:
     methods = [method for method in catalog() if method.source == "veneer"]
     pages = {f"methods/{method.name}.md": method_page(method) for method in methods}
     pages |= {"methods/index.md": index_page(methods), "methods/SUMMARY.md": navigation(methods)}
-    return {**pages, "support-matrix.md": matrix_page(), "cli.md": command_page()}
+    return {
+        **pages,
+        "support-matrix.md": matrix_page(),
+        "survey.md": survey_page([m.name for m in methods]),
+        "cli.md": command_page(),
+    }
+
+
+def survey_page(methods: Sequence[str]) -> str:
+    """The survey's systems over the whole width, with links to the methods and to the papers on arXiv."""
+    names = "|".join(methods)
+    text = re.sub(rf"`({names})`", r"[`\1`](methods/\1.md)", survey())
+    text = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+    return f"---\nhide: [toc, navigation]\n---\n\n{text}\n"
 
 
 def matrix_page() -> str:

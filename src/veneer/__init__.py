@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from veneer.classification.models.classifier import ModelError
     from veneer.formats import load, load_all
     from veneer.hub.errors import HubError
-    from veneer.injection import Attachment, activate, attach, attachments, merges, mixed
+    from veneer.injection import Attachment, Average, Parallel, Stack, activate, attach, attachments, compose, merges, mixed
     from veneer.injection.errors import (
         BaseModelError,
         BlockedGradient,
@@ -72,15 +72,14 @@ if TYPE_CHECKING:
     from veneer.training.preflight.preflight import PreflightError
 
 __all__ = [
-    "Attachment", "BaseModelError", "BenchError", "BlockedGradient", "CacheWarning", "CaptionError", "CheckpointError",
-    "CheckpointWarning", "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite", "DiskFull", "Diverged",
-    "EmptySelection", "ExportError", "HeadsError", "HostChanged", "HubError", "LoadError", "MissingExtra", "ModelError",
-    "NotSelected", "OptimizerWarning", "OptionError", "PhotoError", "PreflightError", "PromptError", "PromptWarning",
-    "SaveError", "SelectionError", "StateError", "TextError", "TipAdapterError", "TrainError", "UnknownName", "UnknownOption",
-    "UnsupportedSite", "VeneerError", "VeneerWarning", "ViewError", "activate", "adapter_merging", "attach", "attachments",
-    "base_models", "classification", "control", "formats",
-    "functional", "hosts", "injection", "load", "load_all", "merges", "methods", "mixed", "models", "sites", "testing",
-    "training",
+    "Attachment", "Average", "BaseModelError", "BenchError", "BlockedGradient", "CacheWarning", "CaptionError",
+    "CheckpointError", "CheckpointWarning", "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite",
+    "DiskFull", "Diverged", "EmptySelection", "ExportError", "HeadsError", "HostChanged", "HubError", "LoadError",
+    "MissingExtra", "ModelError", "NotSelected", "OptimizerWarning", "OptionError", "Parallel", "PhotoError", "PreflightError",
+    "PromptError", "PromptWarning", "SaveError", "SelectionError", "Stack", "StateError", "TextError", "TipAdapterError",
+    "TrainError", "UnknownName", "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning", "ViewError", "activate",
+    "adapter_merging", "attach", "attachments", "base_models", "classification", "compose", "control", "formats", "functional",
+    "hosts", "injection", "load", "load_all", "merges", "methods", "mixed", "models", "sites", "testing", "training",
 ]  # fmt: skip
 
 _MODULES = {
@@ -93,7 +92,9 @@ _MODULES = {
     "classification.models.classifier": ("ModelError",),
     "formats": ("load", "load_all"),
     "hub.errors": ("HubError",),
-    "injection": ("Attachment", "activate", "attach", "attachments", "merges", "mixed"),
+    "injection": (
+        "Attachment", "Average", "Parallel", "Stack", "activate", "attach", "attachments", "compose", "merges", "mixed",
+    ),
     "injection.errors": (
         "BaseModelError", "BlockedGradient", "ConditionError", "DeadSite", "EmptySelection", "HostChanged", "LoadError",
         "MissingExtra", "NotSelected", "OptionError", "SaveError", "SelectionError", "StateError", "UnknownName",

@@ -13,14 +13,12 @@ from veneer.command_line.examples import examples_text
 from veneer.command_line.flag_groups import add_method_group
 from veneer.command_line.notes import description_of
 from veneer.command_line.output import add_output_flags, print_lines
+from veneer.command_line.registry_listing import AddFlags, registry_command
 from veneer.config_file import add_config_flags, entries_of, method_of, read_config, to_toml
 from veneer.discovery import find_entries
 from veneer.flags import about_of, add_flags, required_fields, values
 from veneer.static_source import class_named, class_of
 from veneer.training.method_names import split_methods
-
-AddFlags = Callable[[argparse.ArgumentParser, Sequence[str]], None]
-"""Adds the flags of a command to its parser; the second argument is the whole command line."""
 
 
 def check_command(parser: argparse.ArgumentParser, name: str, commands: Mapping[str, object]) -> None:
@@ -30,7 +28,7 @@ def check_command(parser: argparse.ArgumentParser, name: str, commands: Mapping[
         parser.error(f"no command {name!r}{f'; did you mean {close[0]!r}?' if close else ''}")
 
 
-def _training_command(function: str, config_name: str, positional: str) -> AddFlags:
+def _training_command(function: str, config_name: str, *positional: str) -> AddFlags:
     """A command that trains methods, with the methods' options as flags."""
 
     def add(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -38,7 +36,7 @@ def _training_command(function: str, config_name: str, positional: str) -> AddFl
         config_class = class_of(module, config_name)
         file = read_config(arguments)
         names = _method_names(arguments, method_of(file, config_class.method))
-        taken = add_flags(parser, config_class, positional=(positional,), skip=("options",), grouped=True)
+        taken = add_flags(parser, config_class, positional=positional, skip=("options",), grouped=True)
         add_config_flags(parser)
         for name in names:
             method = _method_class(name)
@@ -188,23 +186,6 @@ def _sites(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     parser.set_defaults(run=run)
 
 
-def _registry_command(kind: str) -> AddFlags:
-    def add(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-        def run(namespace: argparse.Namespace) -> object:
-            from veneer.listing import rows, support_matrix
-
-            table = list(rows(kind))
-            for name, source, about in table:
-                print(f"{name:22}{source:12}{about}")
-            if kind == "methods":
-                print(f"\nSupported hosts:\n\n{support_matrix()}")
-            return {kind: [{"name": name, "source": source, "about": about} for name, source, about in table]}
-
-        parser.set_defaults(run=run)
-
-    return add
-
-
 COMMANDS: dict[str, tuple[str, AddFlags]] = {
     "personalize": (
         "fine-tune a diffusion model on a subject or style from a few photos",
@@ -212,7 +193,7 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
     ),
     "transfer": (
         "fine-tune a timm, open_clip or transformers model for image classification",
-        _training_command("transfer", "TransferConfig", "data"),
+        _training_command("transfer", "TransferConfig", "data", "more_data"),
     ),
     "caption": (
         "write captions of photos by a captioning model or tagger",
@@ -268,7 +249,7 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
         "convert a config of kohya's sd-scripts or ai-toolkit to one of personalize",
         _config_command("convert_config", "convert_config", "ConvertConfigConfig", ("file",), True),
     ),
-    "merge": ("merge several adapter files into one LoRA", _config_command("merge", "merge", "MergeConfig", ("files",), True)),
+    "merge": ("merge several adapter files into one", _config_command("merge", "merge", "MergeConfig", ("files",), True)),
     "extract": (
         "extract a LoRA from a fine-tuned model",
         _config_command("extract", "extract", "ExtractConfig", ("tuned",), True),
@@ -279,8 +260,8 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
         _config_command("push", "push", "PushConfig", ("folder", "repo"), True),
     ),
     "sites": ("list the sites of a model, which are the layers that methods can adapt", _sites),
-    "methods": ("list the methods, and the hosts (model families) that they support", _registry_command("methods")),
-    "hosts": ("list the hosts, which are the supported model families", _registry_command("hosts")),
+    "methods": ("list the methods, and the hosts (model families) that they support", registry_command("methods")),
+    "hosts": ("list the hosts, which are the supported model families", registry_command("hosts")),
     "examples": (
         "write the example photos to a folder",
         _config_command("examples", "examples", "ExamplesConfig", ("folder",), True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from veneer.discovery import Entry, find_entries
@@ -12,6 +12,7 @@ from veneer.static_source import first_line
 
 MATRIX = Path(__file__).parent / "support_matrix.md"
 """Output of `python -m veneer.testing.matrix`; a test compares them."""
+SURVEY = Path(__file__).parent / "survey.md"
 
 
 def rows(kind: str) -> Iterator[tuple[str, str, str]]:
@@ -39,6 +40,32 @@ def support_matrix() -> str:
     from veneer.testing import matrix
 
     return matrix.support_matrix()
+
+
+def survey() -> str:
+    """The systems of the literature as Markdown: tables with the hosts of methods from the support matrix."""
+    header, _, *lines = (_cells(line) for line in support_matrix().splitlines())
+    hosts = {name.strip("`"): dict(zip((host.strip("`") for host in header[1:]), cells, strict=True)) for name, *cells in lines}
+    return "\n".join(_with_hosts(line, hosts) for line in SURVEY.read_text("utf-8").strip().splitlines())
+
+
+def _with_hosts(line: str, hosts: Mapping[str, Mapping[str, str]]) -> str:
+    """A line of the survey's tables with a column before the last one."""
+    if not line.startswith("|"):
+        return line
+    *cells, paper = _cells(line)
+    if paper in ("paper", "---"):
+        column = {"paper": "hosts"}.get(paper, paper)
+    else:
+        here = re.match(r"(`[^`]+`(, )?)*", cells[-1])  # before the sentence
+        several = [hosts[name] for name in re.findall(r"`(\w+)`", here[0] if here else "") if name in hosts]
+        names = [host for host in next(iter(hosts.values())) if any(support[host] != "–" for support in several)]
+        column = "all" if len(names) == len(next(iter(hosts.values()))) else ", ".join(f"`{name}`" for name in names)
+    return f"| {' | '.join((*cells, column, paper))} |"
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def _entries(kind: str) -> list[Entry]:

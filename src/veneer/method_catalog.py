@@ -32,6 +32,7 @@ SITES = {
     "PixelSite": "the input image",
     "FeatureSite": "image features, or logits",
     "PromptSite": "class prompts of a CLIP",
+    "MultimodalPromptSite": "class prompts of a CLIP with a vision transformer",
     "ResidualSite": "skip connections of a UNet",
 }
 """Types of sites as phrases."""

@@ -38,7 +38,7 @@ def test_every_method_is_listed_with_its_docstring() -> None:
     rank, init = (next(o for o in lora.options if o.name == name) for name in ("rank", "init"))
     assert (rank.type, rank.default) == ("int", "8")
     assert "at least 1" in rank.about
-    assert (init.type, init.default) == ("'kaiming' | 'gaussian' | 'pissa' | 'olora'", "'kaiming'")
+    assert (init.type, init.default) == ("'kaiming' | 'gaussian' | 'pissa' | 'olora' | 'eva' | 'loftq'", "'kaiming'")
     assert all(m.about and m.paper and m.needs for m in catalog())
 
 

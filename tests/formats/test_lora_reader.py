@@ -17,6 +17,12 @@ from veneer.formats import convert, formats, load_all
 from veneer.injection import Attachment, SaveError, attach
 from veneer.testing.pipelines import tiny_pipeline
 
+
+def in_turn(several: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Each format with the next one, the last one with the first."""
+    return [*zip(several, (*several[1:], several[0]), strict=True)]
+
+
 LORA = ("native", "kohya", "diffusers", "comfyui", "onetrainer")
 # what LoRA is put on, and the formats that have names for it
 WHERE: dict[str, tuple[list[str], tuple[str, ...]]] = {
@@ -27,8 +33,9 @@ WHERE: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "pixart": (["attn.q", "xattn.{k,v}", "mlp"], ("native", "diffusers", "comfyui", "onetrainer", "peft_folder")),
     "dit": (["attn", "mlp"], ("native", "diffusers", "peft_folder")),
 }
-# every pair of formats that can hold a family
-PAIRS = [(family, *pair) for family, (_, some) in WHERE.items() for pair in permutations(some, 2)]
+# every pair of formats that can hold a UNet; other families are read from and written to each of their formats once
+PAIRS = [("sd", *pair) for pair in permutations(LORA, 2)]
+PAIRS += [(family, *pair) for family, (_, some) in WHERE.items() if family != "sd" for pair in in_turn(some)]
 # of other methods, where they are the same function in two formats
 OTHERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "dora": ({"rank": 2, "alpha": 3.0}, ("native", "lycoris", "diffusers", "peft_folder")),
@@ -39,7 +46,7 @@ OTHERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "lokr": ({"factor": 4, "rank": 1, "alpha": 3.0}, ("native", "lycoris", "peft_folder")),
     "ia3": ({}, ("native", "lycoris", "peft_folder")),
 }
-OTHER_PAIRS = [(method, *pair) for method, (_, some) in OTHERS.items() for pair in permutations(some, 2)]
+OTHER_PAIRS = [(method, *pair) for method, (_, some) in OTHERS.items() for pair in in_turn(some)]
 
 
 def changes(before: dict[str, torch.Tensor], attached: list[Attachment]) -> dict[str, torch.Tensor]:

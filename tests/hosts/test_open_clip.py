@@ -15,13 +15,14 @@ from tests.hosts import clips
 from veneer.base_models import load_clip, path, quick_gelu_mismatch
 from veneer.injection import attach
 from veneer.injection.attachment.attachment import Attachment
-from veneer.injection.registry import host_of, hosts, methods
+from veneer.injection.registry import host_of, hosts
 from veneer.injection.sites import NormSite, ParamSite, TokenSite, WeightSite
 from veneer.injection.towers import sites
 from veneer.testing.case import perturb
 
 WHERE = "attn.{q,k,v,out}"
-METHODS = [name for name in ("lora", "dora", "loha", "lokr", "ia3", "ssf") if name in methods.names()]
+METHODS = ("lora", "dora", "ssf")
+"""A method that adds to the weight, one that depends on it, and one with biases; `tests/matrix` has all on small models."""
 
 
 @pytest.fixture(scope="module")

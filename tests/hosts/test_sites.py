@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.hosts.cases import ALL, TINY, Case, build, case, outputs
+from tests.hosts.cases import ALL, TINY, UNCOMMON, Case, build, case, outputs
 from veneer.injection.attention_sites import SelfAttentionSite
 from veneer.injection.registry import host_of
 from veneer.injection.sites import (
@@ -29,9 +29,11 @@ from veneer.testing.checks_host import is_product
 from veneer.testing.roles import ROLES
 
 every = pytest.mark.parametrize(("host", "key"), ALL, ids=[f"{h}-{k}" for h, k in ALL])
+uncommon = pytest.mark.parametrize(("host", "key"), [*UNCOMMON], ids=[f"{h}-{k}" for h, k in UNCOMMON])
+"""For what the conformance suite checks on the small models of each host, see `tests/matrix`."""
 
 
-@every
+@uncommon
 def test_exactly_one_host_matches(host: str, key: str) -> None:
     assert host_of(case(host, key).model).name == host
 
@@ -73,7 +75,7 @@ def test_weights_resolve_with_their_shapes(host: str, key: str) -> None:
             assert geometry == (site.kernel, site.stride, site.dilation, site.groups)
 
 
-@every
+@uncommon
 def test_called_is_what_tracing_shows(host: str, key: str) -> None:
     found = case(host, key)
     weights = [s for s in found.sites if isinstance(s, WeightSite)]
@@ -210,7 +212,7 @@ def test_fused_weights_are_offered_whole_and_in_slices(host: str, key: str) -> N
     assert max(Counter((s.path, s.param) for s in weights if s.rows is None).values()) == 1
 
 
-@every
+@uncommon
 def test_ports_fire_in_order_and_carry_the_width(host: str, key: str) -> None:
     found = case(host, key)
     for site in found.sites:
@@ -257,7 +259,7 @@ def _silence(module: nn.Module, args: object, output: object) -> object:
     return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
 
 
-@every
+@uncommon
 def test_inert_is_what_gradients_show(host: str, key: str) -> None:
     model = build(host, key)
     found = case(host, key)
@@ -305,7 +307,7 @@ def test_self_attention_receives_tokens_and_keeps_their_shape(host: str, key: st
             assert site.out.d_out == site.width == tokens.shape[-1], site.name
 
 
-@every
+@uncommon
 def test_sample_is_fixed_and_leaves_the_global_generator_alone(host: str, key: str) -> None:
     found = case(host, key)
     torch.manual_seed(3)
@@ -319,7 +321,7 @@ def test_sample_is_fixed_and_leaves_the_global_generator_alone(host: str, key: s
             assert name in ("img_ids", "txt_ids", "position_ids") or value.shape[0] == 2
 
 
-@pytest.mark.parametrize(("host", "key"), TINY)
+@uncommon
 def test_sample_fits_a_model_in_half_precision(host: str, key: str) -> None:
     model = build(host, key).to(torch.bfloat16)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach
 from veneer.injection.seams.call_seam import CallSeam
 from veneer.injection.seams.weight_seam import WeightSeam
-from veneer.methods.selective.bitfit import BitFit
+from veneer.methods.selective.tensors.bitfit import BitFit
 
 
 def output_with(model: Net, path: str, param: str, delta: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:

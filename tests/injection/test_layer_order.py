@@ -31,6 +31,8 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 """Options for layers of 6 inputs, for methods whose example needs wider layers."""
 DECOMPOSED = [kind(rank=2, norm_axis=axis) for kind, axis in ((LoHa, "input"), (LoKr, "output"), (DoRA, "input"))]
+PARTNERS = frozenset({"lora", "dora", "ssf", "norm_tuning"})
+"""A method that adds to the weight, one that depends on it, one that scales the output and its bias, and one of norms."""
 SELECTIONS = {
     "plain": ("head", "bias.head"),
     "sliced": ("attn.q", "attn.v"),
@@ -114,13 +116,15 @@ def largest_difference(actual: list[Tensor], expected: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_all_ordered_pairs_equal_their_composition(selection: str) -> None:
-    """Outputs, gradients and merged outputs of every ordered pair of methods against changed tensors."""
+def test_ordered_pairs_equal_their_composition(selection: str) -> None:
+    """Outputs, gradients and merged outputs of each method before and after each of `PARTNERS` against changed tensors."""
     where = SELECTIONS[selection]
     errors = {}
     supported = methods_with_weight_form(where)
     assert selection == "norm" or {"lora", "dora", "ia3", "glora", "full"} <= {*supported}
     for names in itertools.permutations(supported, 2):
+        if PARTNERS.isdisjoint(names):
+            continue
         model = net().double()
         pair = tuple(a for name in names if (a := attach_with_noise(model, name, where)) is not None)
         assert len(pair) == 2, names

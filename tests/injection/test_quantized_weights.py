@@ -28,8 +28,8 @@ from veneer.testing.snapshot import assert_same, snapshot
 WHERE = ("attn.{q,k,v,out}", "mlp.{in,out}")
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in (
-        "adalora", "dora", "fact", "full", "glora", "ia3", "loha", "lokr", "lora", "lora_fa", "oft", "repadapter", "ssf",
-        "svdiff", "vera",
+        "adalora", "bi_lora", "delta_lora", "dora", "fact", "full", "glora", "ia3", "loha", "lokr", "lora", "lora_fa", "mlae",
+        "mpo", "oft", "repadapter", "ssf", "svdiff", "vera",
     )},
     "boft": ("boft", {}),
     "boft output": ("boft", {"side": "output"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import timm
 import torch
 from torch import Tensor
 
+import veneer
 from tests.methods.bottlenecks import blocks_written_out, branch, picture, stirred
 from tests.raising import raises
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
 from veneer.methods.additive.bottleneck.adapter_drop import AdapterDrop, DroppedBottleneck, sample_layers, skip_layers
+from veneer.training.attach_methods import skip_lower_layers
 
 STEPS = 40
 
@@ -54,7 +57,7 @@ def test_layers_below_n_have_no_adapter(n: int, training: bool) -> None:
         step = next(s for s in range(2, 100) if sample_layers(0, s, 3) == n)
         tuned.after_step(step - 1, 100)
     else:
-        skip_layers(tuned.parts.values(), n)
+        skip_layers(tuned, n)
     want, got = expected(bare, adapters, n, leaves), model(picture(16))
     torch.testing.assert_close(got, want)
     want.square().sum().backward()
@@ -64,6 +67,34 @@ def test_layers_below_n_have_no_adapter(n: int, training: bool) -> None:
             assert (p.grad is None) == (int(name.split(".")[1]) < n)
             if p.grad is not None:
                 torch.testing.assert_close(p.grad, leaves[name][k].grad)
+
+
+def test_skipped_layers_are_saved(tmp_path: Path) -> None:
+    """Set by option or after training; the loaded adapters act from layer n on in evaluation mode only."""
+    model = deep()
+    tuned = attach(model, "adapter_drop", reduction=4)
+    stirred(tuned)
+    every = model(picture(16))
+    skip_layers(tuned, 2)
+    upper = model(picture(16))
+    twin, drops = deep(), [tuned]
+    drops.append(veneer.load(twin, tuned.save(tmp_path / "upper")))
+    assert drops[1].method.config()["skip"] == 2
+    torch.testing.assert_close(twin(picture(16)), upper, rtol=0, atol=0)
+    skip_lower_layers(drops, 0)
+    torch.testing.assert_close(model(picture(16)), upper, rtol=0, atol=0)
+    skip_layers(drops[1], 0)
+    torch.testing.assert_close(twin(picture(16)), every, rtol=0, atol=0)
+    assert (every - upper).abs().max() > 1e-3
+    skip_lower_layers(drops, 3)
+    assert [drop.method.config()["skip"] for drop in drops] == [3, 3]
+    with raises(OptionError, option="skip", given=-1):
+        skip_layers(tuned, -1)
+    lora = attach(deep(), "lora", rank=1)
+    with raises(OptionError, option="layers", where="lora", given="lora", expected="adapter_drop"):
+        skip_layers(lora, 1)
+    with raises(OptionError, option="skip_layers", given=("lora",), expected="adapter_drop"):
+        skip_lower_layers([lora], 1)
 
 
 def test_the_backward_pass_stops_at_layer_n() -> None:
@@ -153,9 +184,7 @@ def test_initial_values() -> None:
     assert not any(p.any() for name, p in adapter.named_parameters() if "bias" in name)
 
 
-@pytest.mark.parametrize(("option", "given"), [("reduction", 0), ("most", -2)])
+@pytest.mark.parametrize(("option", "given"), [("reduction", 0), ("most", -2), ("skip", -1)])
 def test_wrong_options(option: str, given: Any) -> None:
     with raises(OptionError, method="adapter_drop", option=option, given=given):
         AdapterDrop(**{option: given})
-    with raises(OptionError, option="layers", given=-1):
-        skip_layers((), -1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import veneer
 from tests.methods.bottlenecks import blocks_written_out, branch, change, check_layouts, picture, stirred, tiny
 from tests.raising import raises
-from veneer.injection import LoadError, UnsupportedSite, attach
+from veneer.injection import LoadError, StateError, UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.methods.additive.experts.adapter_fusion import AdapterFusion
 
@@ -154,6 +154,52 @@ def test_the_frozen_adapters_have_no_dropout(tmp_path: Path) -> None:
     torch.testing.assert_close(model.train()(picture()), expected)
 
 
+def test_adapters_with_little_attention_are_removed(tmp_path: Path) -> None:
+    """Each site keeps the two with the highest mean attention in training passes, moving average 0.99; files have no others."""
+    paths, model = files(tmp_path, 4), tiny()
+    tuned = attach(model, "adapter_fusion", adapters=paths, keep=2)
+    adapters: dict[str, Any] = stirred(tuned)
+    with raises(StateError, where="blocks.0.mlp.branch", given="untrained"):
+        tuned.finalize()
+    seen: dict[str, list[Tensor]] = {name: [] for name in adapters}
+
+    def recorded(name: str, fusion: Any, output: Any) -> Any:
+        def run(x: Tensor, y: Tensor) -> Tensor:
+            a = torch.stack([each.output(x, y) - y for each in fusion.adapters], 2)
+            scores = torch.einsum("bld,blnd->bln", x @ fusion.query.T + fusion.query_bias, a @ fusion.key.T)
+            seen[name].append(scores.softmax(-1).mean((0, 1)).detach())
+            return output(x, y)
+
+        return run
+
+    for name, fusion in adapters.items():
+        fusion.output = recorded(name, fusion, fusion.output)
+    for seed in (1, 2):
+        model.train()(picture() * seed)
+    model.eval()(picture())
+    for fusion in adapters.values():
+        del fusion.output
+    before = {name: [id(a) for a in fusion.adapters] for name, fusion in adapters.items()}
+    means = {name: 0.99 * 0.01 * first + 0.01 * second for name, (first, second, _) in seen.items()}
+    for name, fusion in adapters.items():
+        torch.testing.assert_close(fusion.attention, means[name], rtol=1e-5, atol=0, check_dtype=False)
+    tuned.finalize()
+    names = {}
+    for name, fusion in adapters.items():
+        mean = means[name]
+        best = sorted(sorted(range(4), key=lambda i: -float(mean[i]))[:2])
+        assert [id(a) for a in fusion.adapters] == [before[name][i] for i in best]
+        names[name] = [f"task{i}" for i in best]
+    assert tuned.method.config()["kept"] == names
+    twin, method = tiny(), tuned.method
+    tuned.finalize()
+    assert tuned.method is method
+    again = veneer.load(twin, tuned.save(tmp_path / "pruned"))
+    assert torch.equal(twin(picture()), model(picture()))
+    assert again.method.config()["kept"] == names
+    assert sum("adapters.2" in key for key in again.state_dict()) == 0
+
+
 def test_the_penalty() -> None:
     fused = {"method": "houlsby", "options": {"bottleneck": 3}}
     tuned = attach(tiny(), "adapter_fusion", adapters=("a", "b"), fused=fused, regularization=0.3)
@@ -221,6 +267,9 @@ def test_bad_input(tmp_path: Path) -> None:
         AdapterFusion(("a",))
     with raises(OptionError, option="regularization", given=-1.0):
         AdapterFusion(regularization=-1.0)
+    for keep in (-1, 3):
+        with raises(OptionError, option="keep", given=keep):
+            AdapterFusion(("a", "b"), keep=keep, fused={"method": "houlsby"})
     with raises(UnsupportedSite, option="adapters", given=()):
         attach(tiny(), "adapter_fusion")
     with raises(UnsupportedSite, option="fused", given="lst"):

@@ -13,7 +13,7 @@ from tests.methods.selections import MODELS, at_sites, explicit, losses, plain_g
 from tests.raising import raises
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
-from veneer.methods.selective.child_tuning import ChildTuning
+from veneer.methods.selective.entries.child_tuning import ChildTuning
 from veneer.testing.case import loss
 
 

@@ -7,7 +7,7 @@ from tests.methods.classifiers import encode, large, pictures, row, tiny, token
 from tests.methods.test_coop import END, NAMES, SIDES, START
 from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach
-from veneer.methods.prompt.cocoop import CoCoOp
+from veneer.methods.prompt.class_prompts.cocoop import CoCoOp
 
 
 @pytest.mark.parametrize("key", list(SIDES))

@@ -8,7 +8,7 @@ from tests.methods.classifiers import cosines, encode, large, pictures, prompt_s
 from tests.raising import raises
 from veneer.injection import LoadError, UnsupportedSite, attach
 from veneer.injection.errors import OptionError
-from veneer.methods.prompt.coop import CoOp
+from veneer.methods.prompt.class_prompts.coop import CoOp
 from veneer.models.tokenizer import TextError
 
 START, END = 62, 63

@@ -14,8 +14,8 @@ from tests.raising import raises
 from veneer.injection import StateError, UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import PixelSite, Port
-from veneer.methods.prompt._clusters import Clusters, cluster_labels
-from veneer.methods.prompt.dam_vp import DAMVP
+from veneer.methods.prompt.pixels._clusters import Clusters, cluster_labels
+from veneer.methods.prompt.pixels.dam_vp import DAMVP
 
 STEM = "patch_embed.proj"
 INNER = (24, 36)

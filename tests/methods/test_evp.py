@@ -17,8 +17,8 @@ from tests.raising import raises
 from veneer.injection import HostChanged, StateError, UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import FeatureSite, PixelSite, Port
-from veneer.methods.prompt._label_map import most_frequent
-from veneer.methods.prompt.evp import EVP
+from veneer.methods.prompt.pixels._label_map import most_frequent
+from veneer.methods.prompt.pixels.evp import EVP
 
 STEM = "patch_embed.proj"
 INNER = (24, 36)  # 30 of 224 are 4 of 32 and 6 of 48

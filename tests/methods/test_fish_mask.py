@@ -14,7 +14,7 @@ from tests.methods.selections import MODELS, at_sites, explicit, losses, plain_g
 from tests.raising import raises
 from veneer.injection import LoadError, attach
 from veneer.injection.errors import EmptySelection, NotSelected, OptionError
-from veneer.methods.selective.fish_mask import FishMask
+from veneer.methods.selective.entries.fish_mask import FishMask
 from veneer.testing.case import loss
 
 
@@ -148,6 +148,22 @@ def test_a_selection_without_usable_gradients_is_an_error() -> None:
     with raises(EmptySelection, where="fish_mask", given="not finite"):
         tuned.select(float("nan") * each for each in losses(model, samples))
     assert not tuned.is_selected
+
+
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**14])
+@pytest.mark.parametrize("place", ["autocast", "weights"])
+def test_a_selection_in_float16_neither_underflows_nor_overflows(place: str, factor: float) -> None:
+    """Gradients of a loss this small are zero in float16, and of one this large infinite."""
+    chosen = []
+    for dtype, times in ((torch.float32, 1.0), (torch.float16, factor)):
+        model, samples = tiny("timm_vit", "vit")
+        base = dtype if place == "weights" else torch.float32
+        inputs = [{k: t.to(base) for k, t in sample.items()} for sample in samples]
+        tuned = attach(model.to(base), "fish_mask", keep_ratio=0.01)
+        with torch.autocast("cpu", torch.float16, enabled=place == "autocast" and dtype == torch.float16):
+            tuned.select(times * each for each in losses(model, inputs))
+        chosen.append({*next(iter(tuned.parts.values()))[1].own.indices.tolist()})
+    assert len(chosen[0] & chosen[1]) > 0.95 * len(chosen[0])
 
 
 def test_at_most_so_many_samples_are_read() -> None:

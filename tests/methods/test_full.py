@@ -16,7 +16,7 @@ import veneer
 from tests.raising import raises
 from veneer.injection import attach, hosts
 from veneer.injection.errors import OptionError
-from veneer.methods.selective.full import Full
+from veneer.methods.selective.tensors.full import Full
 from veneer.testing.snapshot import assert_same, snapshot
 
 HOSTS = ("timm_vit", "timm_swin", "timm_convnext", "timm_conv", "open_clip")

@@ -13,7 +13,7 @@ from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach
 from veneer.injection.errors import EmptySelection, OptionError
 from veneer.injection.sites import ParamSite
-from veneer.methods.selective.gps import GPS
+from veneer.methods.selective.entries.gps import GPS
 from veneer.testing.case import loss
 
 

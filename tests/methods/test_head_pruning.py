@@ -11,7 +11,7 @@ from tests.raising import raises
 from veneer.formats import load, save
 from veneer.injection import OptionError, UnsupportedSite, attach
 from veneer.injection.errors import VeneerError
-from veneer.methods.selective.head_pruning import HeadGates, HeadPruning
+from veneer.methods.selective.structures.head_pruning import HeadGates, HeadPruning
 from veneer.training.loop.ema import EMA
 
 

@@ -14,8 +14,8 @@ from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import PixelSite, Port
-from veneer.methods.prompt._label_map import one_to_one
-from veneer.methods.prompt.ilm_vp import ILMVP
+from veneer.methods.prompt.pixels._label_map import one_to_one
+from veneer.methods.prompt.pixels.ilm_vp import ILMVP
 
 STEM = "patch_embed.proj"
 

@@ -12,9 +12,10 @@ import torch
 import veneer
 from tests.methods.selections import MODELS, at_sites, explicit, plain_gradients, tiny
 from tests.raising import raises
+from veneer.functional.packed_bits import pack_bits, unpack_bits
 from veneer.injection import attach
 from veneer.injection.errors import OptionError
-from veneer.methods.selective.mask import Mask, pack_bits, unpack_bits
+from veneer.methods.selective.entries.mask import Mask
 from veneer.testing.case import loss
 
 

@@ -23,7 +23,7 @@ from tests.methods.bottlenecks import (
 from tests.raising import raises
 from veneer.injection import LoadError, attach
 from veneer.injection.errors import OptionError
-from veneer.methods.selective.sct import SCT
+from veneer.methods.selective.structures.sct import SCT
 
 CHANNELS = [4, 1, 3]
 

@@ -15,7 +15,7 @@ from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import StreamSite
-from veneer.methods.selective.special_tokens import SpecialTokens
+from veneer.methods.selective.structures.special_tokens import SpecialTokens
 
 
 def added(h: Tensor, vectors: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from veneer.classification.predict import Predictor, open_predictor
 from veneer.classification.train.epoch_selection import read_epochs
 from veneer.injection import VeneerError
 from veneer.injection.errors import OptionError, SelectionError, UnknownName, UnknownOption, UnsupportedSite
-from veneer.methods.selective.head_pruning import HeadPruning
+from veneer.methods.selective.structures.head_pruning import HeadPruning
 from veneer.training.data.image_io import DataError
 from veneer.training.preflight.preflight import PreflightError
 

@@ -19,12 +19,14 @@ STEPS = 12  # pruned after steps 4, 6 and 8
 
 
 def tuned(dropout: float = 0.0) -> tuple[nn.Module, list[Attachment]]:
-    """AdaLoRA, and a LoRA initialized from the weights, on a small ViT."""
+    """AdaLoRA, a LoRA initialized from the weights, Delta-LoRA and Bi-LoRA on a small ViT."""
     torch.manual_seed(0)
     model = hosts.get("timm_vit")().tiny()["vit"]()
     attached = [
         attach(model, METHOD, where="attn.{q,v} mlp.out", name="ranks"),
         attach(model, "lora", rank=2, init="pissa", dropout=dropout, where="mlp.in", name="part"),
+        attach(model, "delta_lora", rank=2, warmup=0.25, where="attn.out", name="moved"),  # from step 4 on
+        attach(model, "bi_lora", rank=2, dropout=0.0, where="attn.k", name="bits"),
     ]
     return model.train(), attached
 
@@ -43,6 +45,6 @@ def scheduled_trainer(
         return nn.functional.mse_loss(model(images), wanted)
 
     named = param_groups.named_state(attached)
-    groups = param_groups.parameter_groups(attached, {"adalora": 1.0, "lora": 0.5}, 0.0, 1.0)
+    groups = param_groups.parameter_groups(attached, {"adalora": 1.0, "lora": 0.5, "delta_lora": 0.5, "bi_lora": 0.5}, 0.0, 1.0)
     loss = param_groups.add_penalties(loss_step, attached)
     return Trainer(config, groups, loss, named, folder, after_step=param_groups.after_step(attached))

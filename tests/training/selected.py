@@ -17,13 +17,14 @@ from veneer.training.loop.trainer import TrainConfig, Trainer
 
 
 def tuned() -> tuple[nn.Module, list[Attachment]]:
-    """FISH mask and both modes of Child-Tuning on parts of a small ViT."""
+    """FISH mask, both modes of Child-Tuning and a LoRA initialized from inputs on parts of a small ViT."""
     torch.manual_seed(0)
     model = hosts.get("timm_vit")().tiny()["vit"]()
     attached = [
         attach(model, "fish_mask", keep_ratio=0.1, samples=6, where="attn.{q,v}"),
         attach(model, "child_tuning", keep_ratio=0.2, samples=4, batch=2, where="mlp.out", name="d"),
         attach(model, "child_tuning", mode="F", where="mlp.in", name="f"),
+        attach(model, "lora", init="eva", rank=2, eva_samples=3, where="attn.out", name="eva"),
     ]
     return model.train(), attached
 
@@ -47,7 +48,7 @@ def selected_trainer(
         wanted = torch.stack([torch.randn(10, generator=draw) for draw in draws])
         return nn.functional.mse_loss(model(images), wanted)
 
-    rates = {"fish_mask": 1.0, "child_tuning": 0.5}
+    rates = {"fish_mask": 1.0, "child_tuning": 0.5, "lora": 0.5}
     return adapter_trainer(
         attached, loss_step, config, param_groups.parameter_groups(attached, rates, 0.0, 1.0), folder, identity={},
         accelerator=Accelerator(), on_preview=lambda step: None, on_step=None,

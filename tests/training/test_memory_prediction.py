@@ -78,9 +78,13 @@ def test_text_shapes_are_those_of_encoded_text(name):
     assert all(t.is_meta for t in shapes.values())
 
 
+STEPS = [(name, False, "no") for name in FAMILIES]
+STEPS += [(name, *options) for name in ("sd", "flux") for options in ((True, "no"), (False, "bf16"))]
+"""Every family, and checkpointing and autocast of a UNet and of a transformer."""
+
+
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # FLUX's norms under autocast
-@pytest.mark.parametrize(("checkpointing", "precision"), [(False, "no"), (True, "no"), (False, "bf16")])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "checkpointing", "precision"), STEPS)
 def test_counted_activations_are_those_of_a_real_step(name, checkpointing, precision):
     """By the tensors of the step; without autocast also by torch's records, which include workspaces and random states."""
     pipe = tiny_pipeline(name)

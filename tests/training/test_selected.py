@@ -17,8 +17,8 @@ from veneer.training.loop.trainer import TrainConfig
 
 STEPS = 8
 SETTINGS: dict[str, Any] = {"steps": STEPS, "checkpoint_every": 3}
-SCORED = 6 + 4
-"""Losses of single samples before the first step, of both selections."""
+SCORED = 6 + 4 + 3
+"""Losses of single samples before the first step, of all selections."""
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the worker forks its processes, which this system cannot")
@@ -42,7 +42,7 @@ def test_a_resumed_run_does_not_select_again(tmp_path: Path) -> None:
     assert not any(bool(t) for key, t in whole.named.items() if key.endswith("selected"))
     whole.fit()
     per_step = config.samples
-    expected = [divmod(n, per_step) for n in (*range(6), *range(4))]
+    expected = [divmod(n, per_step) for n in (*range(6), *range(4), *range(3))]
     assert of_whole[:SCORED] == [(step, [row]) for step, row in expected]
     assert all(len(rows) == config.batch for _, rows in of_whole[SCORED:])
     first = selected_trainer(tmp_path, config, seen=of_first)
@@ -57,3 +57,4 @@ def test_a_resumed_run_does_not_select_again(tmp_path: Path) -> None:
     chosen = [t for key, t in second.named.items() if key.endswith("selected")]
     assert len(chosen) == 2
     assert all(chosen)
+    assert all(bool(t.any()) for key, t in second.named.items() if key.startswith("eva/") and key.endswith(":down"))

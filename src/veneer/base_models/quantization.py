@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ Quantize = str | Path | Mapping[str, str | Path] | Sequence[str]
 """A kind or a GGUF file for the denoiser, a mapping of components to them, or a list of `KIND` and `COMPONENT=KIND`."""
 DENOISERS = ("transformer", "unet")
 GGUF = ".gguf"
+LOFTQ, LOFTQ_ITERATIONS = re.compile(r"loftq([1-9]\d{0,4})(?:x([1-9]\d?))?"), 5
 KEPT = re.compile(r"^(norm|ada|time|mod$)|emb|modulation|_mod$")
 """Names of modules in a block that are not quantized: norms, embeddings, modulation and timestep projections."""
 
@@ -91,12 +92,20 @@ def _kind_or_file(value: str) -> Kind | Path:
 
 
 def _kind(name: str, alternative: str = "") -> Kind:
-    """The kind of this name, whose library is installed. `alternative`: for the error: accepted values other than kinds."""
-    if name not in KINDS:
-        message = f"quantize: no kind {name!r}; expected one of {', '.join(KINDS)}{alternative}."
+    """The kind of this name, whose library is installed. `alternative`: for the error: accepted values other than kinds.
+
+    A name such as `nf4+loftq16x5` is a kind with a low-rank correction: its rank, and the number of iterations (default: 5).
+    """
+    plain, plus, suffix = name.partition("+")
+    loftq = LOFTQ.fullmatch(suffix)
+    if plain not in KINDS or (plus and not loftq):
+        message = (
+            f"quantize: no kind {name!r}; expected one of {', '.join(KINDS)}{alternative}. A rank (nf4+loftq16), or rank and "
+            "iterations (nf4+loftq16x5), add the correction of LoftQ."
+        )
         raise OptionError(message, option="quantize", given=name, expected=tuple(KINDS))
-    require(KINDS[name].library)
-    return KINDS[name]
+    require(KINDS[plain].library)
+    return KINDS[plain] if not loftq else replace(KINDS[plain], loftq=(int(loftq[1]), int(loftq[2] or LOFTQ_ITERATIONS)))
 
 
 def resolve_components(parsed: Mapping[str, Kind | Path], components: Sequence[str]) -> dict[str, Kind | Path]:

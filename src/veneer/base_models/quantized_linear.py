@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection.attachment.fingerprint import sign_bits
-from veneer.injection.quantized_weight import RECORD, QuantizationRecord
+from veneer.injection.quantized_weight import RECORD, QuantizationRecord, float_weight
 
 Convert = Callable[[nn.Linear, torch.dtype], nn.Linear]
 
@@ -32,6 +32,7 @@ class Kind:
         bits: size of a weight without its scales.
         convert: quantizes a layer for a compute dtype. `options`: what else identifies the quantization, as JSON values.
         autocast: whether layers work under autocast.
+        loftq: rank and iterations of the low-rank correction that is computed with each layer, or None; see `decompose`.
     """
 
     name: str
@@ -41,10 +42,12 @@ class Kind:
     convert: Convert
     options: Mapping[str, Any] = field(default_factory=dict)
     autocast: bool = True
+    loftq: tuple[int, int] | None = None
 
     def recipe(self, dtype: torch.dtype) -> dict[str, Any]:
         """JSON values that identify the quantization."""
-        return {"kind": self.name, **self.options, "compute_dtype": str(dtype).removeprefix("torch.")}
+        correction = {"loftq": list(self.loftq)} if self.loftq else {}
+        return {"kind": self.name, **self.options, **correction, "compute_dtype": str(dtype).removeprefix("torch.")}
 
 
 def quantize_linear(linear: nn.Linear, kind: Kind) -> nn.Linear:
@@ -53,7 +56,8 @@ def quantize_linear(linear: nn.Linear, kind: Kind) -> nn.Linear:
     The new layer has a record of its quantization, from which the fingerprint of the float base model is computed.
     """
     weight = linear.weight.detach()
-    made = kind.convert(linear, weight.dtype).requires_grad_(False).train(linear.training)
+    made, correction = (kind.convert(linear, weight.dtype), None) if kind.loftq is None else decompose(linear, kind)
+    made.requires_grad_(False).train(linear.training)
 
     def requantize(changed: Tensor) -> nn.Parameter:
         layer = nn.Linear(linear_shape[1], linear_shape[0], bias=False, device="meta")
@@ -63,8 +67,35 @@ def quantize_linear(linear: nn.Linear, kind: Kind) -> nn.Linear:
         return cast(nn.Parameter, parameter)
 
     linear_shape, dtype = tuple(weight.shape), weight.dtype
-    made.__dict__[RECORD] = QuantizationRecord(kind.recipe(dtype), linear_shape, sign_bits(weight), requantize)
+    made.__dict__[RECORD] = QuantizationRecord(kind.recipe(dtype), linear_shape, sign_bits(weight), requantize, correction)
     return made
+
+
+@torch.no_grad()
+def decompose(linear: nn.Linear, kind: Kind) -> tuple[nn.Linear, tuple[Tensor, Tensor]]:
+    """LoftQ: W ≈ Ŵ + B A, by alternately quantizing W − B A, from B A = 0 on, and decomposing W − Ŵ.
+
+    Args:
+        kind: with `loftq`, the rank r of B A, at most that of W, and the number of iterations.
+    Returns:
+        The quantized layer, A = √Σ_r V_rᵀ (r, d_in) and B = U_r √Σ_r (d_out, r) for W − Ŵ = U Σ Vᵀ, in float32 or better.
+
+    Source: Li et al., LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models, ICLR 2024, algorithm 1.
+    """
+    assert kind.loftq is not None
+    (rank, iterations), dtype = kind.loftq, linear.weight.dtype
+    whole = linear.weight.detach().to(torch.promote_types(dtype, torch.float32))
+    source, rest = linear, whole
+    for iteration in range(iterations):
+        if iteration:
+            source = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+            source.weight, source.bias = nn.Parameter(rest.to(dtype), requires_grad=False), linear.bias
+        made = kind.convert(source, dtype)
+        U, S, Vh = torch.linalg.svd(whole - float_weight(made).to(whole), full_matrices=False)
+        root = S[:rank].sqrt()
+        down, up = root[:, None] * Vh[:rank], U[:, :rank] * root
+        rest = whole - up @ down
+    return made, (down, up)
 
 
 def four_bits(linear: nn.Linear, dtype: torch.dtype, kind: str, double: bool) -> nn.Linear:

@@ -21,8 +21,10 @@ from veneer.training.training_options import BY_CONTENT, SiteOptions, TrainingOp
 
 from .data.transforms import Augmentation
 from .objectives.support import check_support
+from .tasks.options import check_task_options
+from .tasks.task import task_sources
 
-WITHOUT_EFFECT = (*BY_CONTENT, "data", "model", "weights", "cache", "resume", "dry_run", "out", "workers", "search")
+WITHOUT_EFFECT = (*BY_CONTENT, "data", "more_data", "model", "weights", "cache", "resume", "dry_run", "out", "workers", "search")
 """Options that a resumed run may change, or that are compared by content."""
 
 SOLVED_HEAD_RATE = 1e-3
@@ -36,6 +38,11 @@ class TransferConfig(TrainingOptions, SiteOptions):
     Args:
         data: image folder (`CLASS/IMAGE`, or `train/CLASS/IMAGE` and so on), a CSV of path, label and optionally split, a
             dataset of Hugging Face (folder or hub name) with such files, or `digits` of scikit-learn (default: digits).
+        more_data: data of the further tasks, with `tasks`.
+        tasks: several tasks in one run: each data set is one, named as its folder or by `NAME=DATA`, and has a separate head on
+            the same model; the mean validation score selects the epoch.
+        task_temperature: T, above 0: the probability of a task in a step is proportional to its number of training images to the
+            power of 1/T; 1 samples in proportion to the images, a high T all tasks equally.
         multi_label: images may have several labels, separated by `;` or `|` in the label column of a table or in a JSON list; one
             sigmoid per class, selection by mean average precision.
         model: a timm name or folder, `hf:` and a folder or hub name of a vision model of transformers, such as
@@ -45,6 +52,8 @@ class TransferConfig(TrainingOptions, SiteOptions):
         method: a method of `veneer methods`, several joined by `+`, or `zero_shot` for a CLIP without training; `linear_probe`
             trains the head only, `full` all weights; `--method NAME --help` shows its options.
         options: method name to its options.
+        with_: adapter files or run folders, FILE or FILE:STRENGTH, that the run trains on top of; they stay fixed, without their
+            heads, and are saved with it.
         head: `fresh` for a new linear head that is trained, `kept` for the model's own head (default: what the method needs).
         lp_ft: LP-FT: initialize a new head with a logistic regression on the frozen features, then fine-tune; best in short
             runs.
@@ -99,11 +108,15 @@ class TransferConfig(TrainingOptions, SiteOptions):
     """
 
     data: str | None = None
+    more_data: tuple[str, ...] = ()
+    tasks: bool = False
+    task_temperature: float = 10.0
     multi_label: bool = False
     model: str = "bundled"
     weights: str | None = None
     method: str = "lora"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    with_: tuple[str, ...] = ()
     head: Literal["fresh", "kept"] | None = None
     lp_ft: bool = False
     templates: tuple[str, ...] = ("a photo of a {}.",)
@@ -158,6 +171,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("mixup", "cutmix"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0, or a finite alpha above 0")
+        self._check("task_temperature", 0 < self.task_temperature < math.inf, "finite and above 0")
         self._check("ema", 0 <= self.ema < 1, "0, or a decay below 1")
         self._check("layer_decay", 0 < self.layer_decay <= 1, "above 0, at most 1")
         self._check("class_weights", self.class_weights in ("none", "balanced"), "none or balanced")
@@ -184,10 +198,11 @@ class TransferConfig(TrainingOptions, SiteOptions):
         self.check_training_options()
         self.selection()  # rejects two selections
         self.check_multi_label()
+        self.check_tasks()
         if self.lp_ft and self.init_from is not None:
             message = "lp_ft and init_from both initialize the head; leave out one of --lp-ft and --init-from."
             raise OptionError(message, option="init_from", given=str(self.init_from), expected=None)
-        dataset = Path(self.data).name if self.data else "digits"
+        dataset = "+".join(self.task_sources()) if self.tasks else Path(self.data).name if self.data else "digits"
         out = self.out or new_folder(Path("runs"), f"{dataset}-{self.method}", self.resume)
         return dataclasses.replace(self, out=out)
 
@@ -195,6 +210,18 @@ class TransferConfig(TrainingOptions, SiteOptions):
         """Raises the errors of `check_support`, if images may have several labels."""
         if self.multi_label:
             check_support(self.model, self.names(), self.keeps_head(), self.shots)
+
+    def check_tasks(self) -> None:
+        """Raises the errors of `check_task_options`, and of `task_sources` for a run with several tasks."""
+        classes = [methods.get(name) for name in self.names()]
+        class_names = self.keeps_head() or self.model == "bundled_clip" or self.model.startswith("open_clip:")
+        others = {"multi_label": self.multi_label, "search": self.search}
+        check_task_options(self.tasks, self.more_data, classes, class_names, others)
+        self.task_sources()
+
+    def task_sources(self) -> dict[str, str]:
+        """Name to data of each task; empty for a run with one data set without `tasks`."""
+        return task_sources([self.data or "digits", *self.more_data]) if self.tasks else {}
 
     def build_methods(self, classes: int = 0, shots: int = 0) -> list[Method]:
         """Configs of the methods, in order.
@@ -210,9 +237,10 @@ class TransferConfig(TrainingOptions, SiteOptions):
         if stray:
             message = f"options for {', '.join(stray)}, but the run trains {', '.join(names)}."
             raise OptionError(message, option="options", given=tuple(stray), expected=tuple(names))
-        return [methods.get(name).from_config(self._method_options(name, classes=classes, shots=shots)) for name in names]
+        data = {"classes": classes, "shots": shots, "tasks": tuple(self.task_sources())}
+        return [methods.get(name).from_config(self._method_options(name, **data)) for name in names]
 
-    def _method_options(self, name: str, **data: int) -> dict[str, Any]:
+    def _method_options(self, name: str, **data: Any) -> dict[str, Any]:
         """A method's options, completed with the properties of the data that it has options for."""
         method, options = methods.get(name), self.options.get(name, {})
         known = {f.name for f in dataclasses.fields(method)}
@@ -253,4 +281,4 @@ class TransferConfig(TrainingOptions, SiteOptions):
 
     def identity(self) -> dict[str, Any]:
         """Options that a resumed run must share, beyond those of the training loop and the hashes of the images."""
-        return run_identity(self, WITHOUT_EFFECT)
+        return run_identity(self, WITHOUT_EFFECT if self.tasks else (*WITHOUT_EFFECT, "tasks", "task_temperature"))

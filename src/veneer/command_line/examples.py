@@ -17,6 +17,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "veneer transfer photos/ --model vit_small_patch16_224.augreg_in21k --epochs 10",
         "veneer transfer photos/ --method vpt+lora --rank 4 --search 6",
         "veneer transfer photos/ --model bundled_clip --method coop --shots 16",
+        "veneer transfer pets/ clothes/ --tasks --method hyperformer_plus_plus",
     ),
     "compare": (
         "veneer compare photos/ --methods 'lora, ssf, vpt' --seeds 3",
@@ -25,6 +26,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "predict": (
         "veneer predict runs/clothes new-photos/",
         "veneer predict runs/clothes new-photos/ --top 1 --format csv",
+        "veneer predict runs/pets+clothes new-photos/ --task pets",
     ),
     "caption": (
         "veneer caption photos/ --model Salesforce/blip-image-captioning-base --prefix 'a photo of <toy>, '",
@@ -62,6 +64,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "merge": (
         "veneer merge toy.safetensors ink.safetensors --weights 1 0.5 --out both.safetensors",
         "veneer merge runs/toy-lora user/style --method ties --rank 16 --out both.safetensors",
+        "veneer merge runs/photos runs/sketches --method average --out both.safetensors",
     ),
     "extract": (
         "veneer extract tuned/ --base original/ --rank 32 --out tuned.safetensors",

@@ -12,8 +12,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "data": (
         "concept", "class_word", "class_images", "prior_loss_weight", "condition", "generated_images", "template",
         "caption_dropout", "image_dropout", "tag_dropout", "shuffle_tags", "keep_tokens", "truncate", "resolution", "crop",
-        "flip", "buckets", "masks", "datasets", "multi_label", "protocol", "base_to_new", "shots", "validation",
-        "validation_share", "validation_every", "test", "split_seed", "augment", "squash", "size", "workers",
+        "flip", "buckets", "masks", "datasets", "multi_label", "more_data", "tasks", "task_temperature", "protocol",
+        "base_to_new", "shots", "validation", "validation_share", "validation_every", "test", "split_seed", "augment", "squash",
+        "size", "workers",
     ),
     "method": (
         "method", "methods", "baseline", "where", "target_modules", "text_encoder", "head", "lp_ft", "templates", "batch_norm",
@@ -50,7 +51,7 @@ GENERATION: dict[str, tuple[str, ...]] = {
     "images": (
         "images_per_prompt", "seed", "size", "steps", "guidance_scale", "negative_prompt", "scheduler", "side_by_side", "out",
     ),
-    "memory and speed": ("device", "dtype", "quantize", "offload"),
+    "memory and speed": ("device", "dtype", "quantize", "offload", "skip_layers"),
 }  # fmt: skip
 """The groups of commands that generate images."""
 

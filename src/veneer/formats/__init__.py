@@ -105,14 +105,16 @@ def load_all(
     strict: bool = True,
     base: Literal["same", "any"] = "same",
     token: str | None = None,
+    heads: bool = True,
 ) -> list[Attachment]:
     """Attaches everything in a saved file to a model or a pipeline. All or nothing.
 
     Args:
         model, path, scale, strict, base, token: as for `load`.
         name: name of the attachment; of several, the first part of their names (default: the saved names).
+        heads: also load the head of a classifier; without it, adapters of a run with other classes fit.
     Returns:
-        The attachments, in the order of the file.
+        The attachments, in the order of the file. They run in the file's composition, if it has one.
     Raises:
         LoadError: the file does not match the model; nothing is attached then.
     """
@@ -120,7 +122,8 @@ def load_all(
         raise OptionError.of("load", "base", base, "'same' or 'any'")
     file = read(path)
     with cache_towers():
-        found = known_format(file).load(model, file, Options(name=name, strict=strict, same_base=base == "same", token=token))
+        options = Options(name=name, strict=strict, same_base=base == "same", token=token, heads=heads)
+        found = known_format(file).load(model, file, options)
     _log_left_out(path, found)
     try:
         for attachment in found:

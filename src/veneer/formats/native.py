@@ -19,9 +19,10 @@ from veneer.version import __version__
 from ._core.attach import AttachmentSpec, attach_all, migrate_config, reject_merged
 from ._core.component_map import ComponentMap, base_mismatch, quantization_remark
 from ._core.format import Format, LayerInfo, Options, parameters_by_prefix
+from ._io.composition_header import composition_entry, restore_composition
 from ._io.header import first_duplicate
 from ._io.reader import File
-from ._io.writer import write
+from ._io.writer import add_state, write
 
 VERSION = 1
 KEY = "veneer"
@@ -36,7 +37,7 @@ class Native(Format):
                                                                "without": [names of tensors that are in the file]}},
          "attachments": [{"name", "method", "revision" (1 if absent), "config", "where", "train", "sites", "trained",
                           "shared": {tensor: tensor}}],
-         "provenance": {…}}
+         "composition": tree of nodes over the attachments, if they run in one, "provenance": {…}}
     """
 
     name: ClassVar[str] = "native"
@@ -62,14 +63,10 @@ class Native(Format):
             "veneer": __version__,
             "base": _bases(attachments),
             "attachments": entries,
+            **composition_entry(attachments, target),
             "provenance": origin,
         }
-        try:
-            text = json.dumps(header, ensure_ascii=False)
-        except (TypeError, ValueError) as error:
-            message = f"{target}: a config or the provenance holds a value that JSON cannot represent: {error}."
-            raise SaveError(message, file=target, where="header", expected="JSON") from error
-        return write(target, tensors, {KEY: text})
+        return write_header(target, tensors, header)
 
     def layers(self, file: File) -> list[LayerInfo]:
         entries = header_of(file)["attachments"]
@@ -96,14 +93,11 @@ class Native(Format):
             specs.append(_spec(file, entry, {move.name(k): t for k, t in state.items()}, move, here, options, header, notes))
         unused = [k for k in tensors if k not in used]
         if unused and options.strict:
-            raise LoadError(
-                f"{file.path}: unused {len(unused)}: {', '.join(unused[:8])}. They belong to no attachment of the file. "
-                "Pass strict=False to load the rest.",
-                file=file.path,
-                unused=unused,
-            )
+            listing = f"{file.path}: unused {len(unused)}: {', '.join(unused[:8])}"
+            message = f"{listing}. They belong to no attachment of the file. Pass strict=False to load the rest."
+            raise LoadError(message, file=file.path, unused=unused)
         specs[0] = dataclasses.replace(specs[0], unused=unused)
-        return attach_all(model, file, specs, options)
+        return restore_composition(model, file, header, attach_all(model, file, specs, options))
 
 
 def _site_names(entry: Mapping[str, Any]) -> list[str]:
@@ -130,15 +124,7 @@ def _alphas_by_site(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _entry(attachment: Attachment, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
     """Header entry of one attachment; adds its tensors to `tensors`."""
-    first = {_storage(t): key for key, t in tensors.items() if t.numel()}
-    shared: dict[str, str] = {}
-    for key, tensor in attachment.state_dict().items():
-        place = _storage(tensor)
-        if tensor.numel() and not tensor.is_meta and place in first:
-            shared[key] = first[place]
-        else:
-            first[place] = prefix + key
-            tensors[prefix + key] = tensor
+    shared = add_state(attachment.state_dict(), tensors, prefix)
     return {
         "name": attachment.name,
         "method": attachment.method.name,
@@ -152,8 +138,14 @@ def _entry(attachment: Attachment, tensors: dict[str, Tensor], prefix: str) -> d
     }
 
 
-def _storage(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), str(tensor.device), tensor.dtype, tuple(tensor.shape), tensor.stride()
+def write_header(target: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
+    """Writes a file. Raises `SaveError` for a header that is not JSON."""
+    try:
+        text = json.dumps(header, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        message = f"{target}: a config or the provenance holds a value that JSON cannot represent: {error}."
+        raise SaveError(message, file=target, where="header", expected="JSON") from error
+    return write(target, tensors, {KEY: text})
 
 
 def _bases(attachments: Sequence[Attachment]) -> dict[str, Any]:

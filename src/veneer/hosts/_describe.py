@@ -146,11 +146,11 @@ class TowerPart:
         """A residual branch. `fields`: other fields of a `BranchSite`."""
         return BranchSite(name=f"{name}.branch", role=role, read=read, write=write, width=width, **fields, **self.labels)
 
-    def self_attention(self, path: str, layers: Iterable[Site], **fields: Any) -> Iterator[Site]:
+    def self_attention(self, path: str, layers: Iterable[Site], *, can_extend: bool = False, **fields: Any) -> Iterator[Site]:
         """The sites `layers`, then the self-attention at `path` if they have its queries, keys, values and output layer.
 
         Args:
-            fields: further fields of a `SelfAttentionSite`.
+            can_extend: nothing fixes the number of tokens. `fields`: further fields of a `SelfAttentionSite`.
         """
         roles: dict[str, WeightSite] = {}
         for site in layers:
@@ -162,7 +162,7 @@ class TowerPart:
             query, key, value = (roles[f"attn.{x}"] for x in "qkv")
             yield SelfAttentionSite(
                 name=f"{path}.module", role="attn.module", path=path, width=query.d_in, heads=out.heads, query=query, key=key,
-                value=value, out=out, guard=self.guard, **fields, **self.labels,
+                value=value, out=out, can_extend=can_extend and out.sdpa, guard=self.guard, **fields, **self.labels,
             )  # fmt: skip
 
     def stream(self, path: str, width: int, *, role: str = "block", d_in: int = 0, **fields: Any) -> StreamSite:
@@ -170,14 +170,15 @@ class TowerPart:
         fields["d_in"] = d_in if d_in != width else 0
         return StreamSite(name=f"{path}.stream", role=role, path=path, width=width, **fields, **self.labels)
 
-    def features(self, head: str, width: int) -> Iterator[FeatureSite]:
-        """The pooled features, which enter the head at path `head`, and its logits."""
+    def features(self, head: str, width: int, tokens: Port | None = None) -> Iterator[FeatureSite]:
+        """The pooled features, which enter the head at path `head`, and its logits. `tokens`: the features before pooling."""
         read, module = Port(head, "in"), self.module(head)
         classes: int = getattr(module, "out_features", 0) or getattr(module, "out_channels", 0)
         for role, port in (("features", read), ("logits", Port(head, "out"))):
             yield FeatureSite(
-                name=f"{head}.{role}", role=role, port=port, read=read, width=width, classes=classes, head=head, **self.labels
-            )
+                name=f"{head}.{role}", role=role, port=port, read=read, tokens=tokens, width=width, classes=classes, head=head,
+                **self.labels,
+            )  # fmt: skip
 
     def modules_with_parameters(self, path: str) -> Iterator[tuple[str, nn.Module]]:
         """Modules at and below `path` with direct parameters, in registration order."""
@@ -227,11 +228,20 @@ def attention_fields(model: nn.Module, path: str) -> dict[str, Any]:
         for name, module in (("", owner), *owner.named_children()):
             heads = next((value for each in HEADS if isinstance(value := getattr(module, each, None), int)), None)
             if heads is not None:
-                return {"heads": heads, "attention": f"{parent}.{name}" if name else parent}
+                return {"heads": heads, "attention": f"{parent}.{name}" if name else parent, "sdpa": calls_sdpa(module)}
         if parent.rpartition(".")[2].isdigit() and not isinstance(owner, (nn.ModuleList, nn.Sequential)):
             break  # a whole block
         parent = parent.rpartition(".")[0]
     return {}
+
+
+def calls_sdpa(attn: Any) -> bool:
+    """True if an attention module calls `F.scaled_dot_product_attention` once, or does so if timm's `fused_attn` is set."""
+    if isinstance(attn, nn.MultiheadAttention) or "fused_attn" in vars(attn):
+        return not any(hasattr(attn, name) for name in ("lambda_q1", "temperature"))  # two softmaxes; attention of channels
+    if hasattr(attn, "processor"):
+        return not any(kind in type(attn.processor).__name__ for kind in ("Linear", "XFormers", "Flash", "Sliced"))
+    return getattr(getattr(attn, "config", None), "_attn_implementation", None) == "sdpa"
 
 
 def channel_dim(module: nn.Module) -> int:

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection.host import Host, module_names
+from veneer.injection.multimodal_prompt_site import MultimodalPromptSite
 from veneer.injection.registry import host_of
-from veneer.injection.sites import FeatureSite, PromptSite, Site, VocabularySite
+from veneer.injection.sites import FeatureSite, PromptSite, Site, TokenSite, VocabularySite
 
 from ._describe import TowerPart
 from ._within import nested_sites
 
 FAMILY = "veneer.models.clip_classifier.CLIPClassifier"
 LENGTH, LAST = 20, 63
+NORMS = ("clip.visual.ln_pre", "clip.visual.trunk.norm_pre")
+"""Norms between the position embedding and the first block of an image tower."""
 
 
 class ClipClassifier(Host):
@@ -44,10 +47,8 @@ class ClipClassifier(Host):
         texts = head.module("head.texts")
         width = head.module("head").in_features
         if texts is not None and texts.accepts_embeddings:
-            yield PromptSite(
-                name="head.prompts", role="prompts", path="head.texts", width=texts.width, features=width, classes=texts.names,
-                tokenizer=texts.tokenizer, **head.at(tower="text").labels,
-            )  # fmt: skip
+            fields = {"width": texts.width, "features": width, "classes": texts.names, "tokenizer": texts.tokenizer}
+            yield _prompts(head.at(tower="text"), texts.layers, fields)
         yield from head.features("head", width)
         yield from head.layer("head", "head")
 
@@ -66,6 +67,17 @@ class ClipClassifier(Host):
             "timm": lambda: _build("CustomTextCLIP", trunk),
             "linear": lambda: _build("CLIP", head="linear"),
         }
+
+
+def _prompts(part: TowerPart, layers: int, fields: dict[str, Any]) -> PromptSite:
+    """The prompts, with the tokens of the image tower if all of its blocks accept more."""
+    facts: dict[str, Any] = {"name": "head.prompts", "role": "prompts", "path": "head.texts", **fields, **part.labels}
+    sites = nested_sites(part.model, "clip", component=part.component)
+    images = tuple(s for s in sites if isinstance(s, TokenSite) and s.role == "tokens.block" and s.tower == "vision")
+    if not images or not all(site.can_insert for site in images):
+        return PromptSite(**facts)
+    norm = next((path for path in NORMS if part.module(path) is not None), "")
+    return MultimodalPromptSite(**facts, layers=layers, images=images, image_norm=norm)
 
 
 def _build(cls: str, vision: Mapping[str, Any] | None = None, head: Any = "text") -> nn.Module:

@@ -259,7 +259,7 @@ def _head(part: TowerPart) -> Iterator[Site]:
     yield from part.norm("fc_norm")
     for name in ("head", "head_dist"):
         if part.module(name) is not None:
-            yield from part.features(name, vit.num_features)
+            yield from part.features(name, vit.num_features, Port("norm", "out"))
             yield from part.layer(name, "head")
 
 

@@ -3,7 +3,9 @@
 from .attachment.attach import attach, attachments, merges
 from .attachment.attachment import Attachment
 from .composition.activation import activate
+from .composition.compose import compose
 from .composition.mixed_batch import mixed
+from .composition.nodes import Average, Parallel, Stack
 from .errors import (
     BlockedGradient,
     ConditionError,
@@ -27,6 +29,7 @@ from .towers import sites
 __all__ = [
     "Adapter",
     "Attachment",
+    "Average",
     "BlockedGradient",
     "ConditionError",
     "DeadSite",
@@ -36,8 +39,10 @@ __all__ = [
     "Method",
     "Need",
     "OptionError",
+    "Parallel",
     "SaveError",
     "SelectionError",
+    "Stack",
     "StateError",
     "UnknownName",
     "UnknownOption",
@@ -46,6 +51,7 @@ __all__ = [
     "activate",
     "attach",
     "attachments",
+    "compose",
     "hosts",
     "merges",
     "methods",

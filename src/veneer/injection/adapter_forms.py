@@ -12,10 +12,12 @@ the forms are protocols, checked once, when the adapter is attached.
 | `BiasAdapter` | and `bias(b, W)` | weights followed by a bias | `WeightSeam` |
 | `LowRankAdapter` | and `factors()` | merging and combining | `composition.merge` |
 | `TokenAdapter` | `insert(tokens)`, `remove(tokens)` | `TokenSite`; `StreamSite` to leave out tokens | `TokenSeam` |
+| `ImagePromptAdapter` | `output(x, y)`, `append(i, tokens)`, `remove(i, tokens)` | `MultimodalPromptSite` | `PromptSeam` |
 | `VocabularyAdapter` | `ids(ids)`, `output(ids, rows)` | `VocabularySite` | `VocabularySeam` |
 | `AttentionAdapter` | `attend(inner, attn, hidden_states, **kwargs)` | `AttentionSite` | `ProcessorSeam` |
 | | the same | `SelfAttentionSite` | `SelfAttentionSeam` |
-| `KeyValueAdapter` | `keys_values()` | `SelfAttentionSite` with `can_extend` | `KeyValueSeam` |
+| `KeyValueAdapter` | `keys_values()` | weights of output projections with `sdpa` | `KeyValueSeam` |
+| | the same | `SelfAttentionSite` with `can_extend` | `KeyValueSeam` |
 | `ResidualAdapter` | `residuals(call)` | `ResidualSite` | `ResidualSeam` |
 | `FeatureAdapter` | and `change(features)` at `place` | `ResidualSite` | `ResidualSeam` |
 
@@ -33,7 +35,19 @@ from torch import Tensor
 from .sites import Port
 
 
-class Blended(Protocol):
+class FormMeta(type(Protocol)):  # type: ignore[misc]
+    """Metaclass of the forms: `isinstance` looks for the attributes of a form, which Python 3.11 collects anew each time."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        if not cls.__dict__.get("_is_protocol"):
+            return bool(super().__instancecheck__(instance))
+        if "_members" not in cls.__dict__:
+            declared = [{*vars(base), *vars(base).get("__annotations__", ())} for base in cls.__mro__ if base is not Protocol]
+            cls._members = tuple(sorted(name for name in set().union(*declared) if not name.startswith("_")))
+        return all(hasattr(instance, name) for name in cls._members)
+
+
+class Blended(Protocol, metaclass=FormMeta):
     """What every seam reads of an adapter; `Adapter` has all of it."""
 
     @property
@@ -120,6 +134,21 @@ class TokenAdapter(Blended, Protocol):
 
 
 @runtime_checkable
+class ImagePromptAdapter(OutputAdapter, Protocol):
+    """Changes class weights, and appends tokens to the sequence of an image tower."""
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks of the image tower before which tokens are appended, from the first."""
+
+    def append(self, index: int, tokens: Tensor, /) -> Tensor:
+        """The sequence with more tokens at its end, before a block."""
+
+    def remove(self, index: int, tokens: Tensor, /) -> Tensor:
+        """The sequence without the tokens that were appended before block `index`."""
+
+
+@runtime_checkable
 class VocabularyAdapter(Blended, Protocol):
     """Embeds new token ids."""
 
@@ -140,10 +169,10 @@ class AttentionAdapter(Blended, Protocol):
 
 @runtime_checkable
 class KeyValueAdapter(Blended, Protocol):
-    """Adds keys and values to a self-attention."""
+    """Adds keys and values to an attention module, to which all of its queries attend."""
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
-        """Keys and values (n, channels of all heads), as the layers of the host compute them from tokens."""
+        """Keys and values, both (heads, added tokens, channels of a head), as they enter the softmax attention."""
 
 
 @dataclass(frozen=True)

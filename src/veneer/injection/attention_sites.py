@@ -16,8 +16,7 @@ class SelfAttentionSite(Site):
             first if it returns a tuple. `width`: of the tokens. `heads`: number of heads.
         query, key, value, out: its layers, each a whole weight or rows of a fused one.
         query_norm, key_norm: paths of norms over the channels of one head, or "" for none.
-        can_extend: True if keys and values may be added: the layers are called, or the module is torch's `MultiheadAttention`,
-            and nothing fixes the number of keys.
+        can_extend: True if tokens, keys and values may be added: `out.sdpa`, and nothing fixes the number of tokens.
     """
 
     path: str

@@ -55,6 +55,7 @@ class Adapter(nn.Module):
     | `prefers_weight` | bool | False | `weight` is cheaper than `output` here: W is parametrized, unless quantized |
     | `input_port` | str | `"read"` | x on a `BranchSite`: the stream; `"normed"` after the norm; `"write"` y (`StreamSite` too) |
     | | | | `"enter"` on a `StreamSite`: x and y are the input of the block, which is changed |
+    | | | | `"tokens"` on a `FeatureSite`: x is the tokens before pooling |
     | `training_buffers` | tuple of str | `()` | non-persistent buffers that training checkpoints keep and saved files do not |
     | `unsaved` | tuple of str | `()` | parameters that checkpoints keep and files do not: saved buffers have their result |
     | `replaces` | bool | False | the adapter replaces its tensor: the result does not depend on the base value |
@@ -71,7 +72,7 @@ class Adapter(nn.Module):
     casts: ClassVar[bool] = True
     overwrites: ClassVar[bool] = False
     prefers_weight: bool = False
-    input_port: ClassVar[Literal["read", "normed", "write", "enter"]] = "read"
+    input_port: ClassVar[Literal["read", "normed", "write", "enter", "tokens"]] = "read"
     training_buffers: ClassVar[tuple[str, ...]] = ()
     unsaved: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
@@ -129,6 +130,7 @@ class Method(TrainingProtocol, ABC):
         keeps_head: True if a classifier keeps its head, because the method maps the head's labels to new ones.
         conditions: names of the conditions that `Attachment.condition` takes, such as `("image",)`; empty for none.
         prepares: `once` if `prepare` runs before training, `epoch` if before every epoch.
+        needs_tasks: True if it has the option `tasks` and another function for each task; see `Attachment.task`.
         selects: True if `select` must run before the first step; adapters have `is_selected`, True after it.
         revision: incremented when the same saved options and tensors compute another function. See `migrate`.
         shared_options: options of all sites together, such as those that `build_shared` reads; `by_site` cannot change them.
@@ -203,7 +205,10 @@ class Method(TrainingProtocol, ABC):
         return sum(p.numel() for p in self.build(site).parameters())
 
     def groups(self, adapters: Iterable[tuple[Site, Adapter]]) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer. `lr_scale` multiplies the learning rate; one group by default."""
+        """Parameter groups for an optimizer; one group by default.
+
+        `lr_scale` multiplies the learning rate; `weight_decay` replaces that of the run, such as 0 for gates.
+        """
         return [{"params": list({id(p): p for _, a in adapters for p in a.parameters()}.values()), "lr_scale": 1.0}]
 
     def prepare(
@@ -238,18 +243,6 @@ class Method(TrainingProtocol, ABC):
     def example(self, adapters: Sequence[tuple[Site, Adapter]], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Deterministic conditions of one image for sample inputs of a tower."""
         return {}
-
-    def penalty(self, adapters: Iterable[tuple[Site, Adapter]]) -> Tensor | None:
-        """A differentiable penalty that is added to the loss, or None. See `Attachment.penalty`."""
-        return None
-
-    def after_step(self, adapters: Iterable[tuple[Site, Adapter]], step: int, steps: int) -> None:
-        """Runs after each optimizer step: a schedule, pruning. See `Attachment.after_step`.
-
-        A pure function of the adapters' tensors, their gradients, `step` and `steps`, so that a resumed run is the same: state is
-        kept in buffers that are saved, or that `Adapter.training_buffers` names. Uses no random numbers.
-        """
-        return None
 
     def summary(self, adapters: Iterable[tuple[Site, Adapter]]) -> str:
         """A line for `Attachment.report` about the current state of the adapters, or an empty string."""

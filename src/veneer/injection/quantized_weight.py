@@ -38,12 +38,14 @@ class QuantizationRecord:
         recipe: JSON values that identify the quantization, such as `{"kind": "nf4"}`.
         shape, signs: of the float weight, for the fingerprint of the base model.
         requantize: returns a parameter for this layer with the quantized values of a float weight.
+        correction: A (r, d_in) and B (d_out, r) such that Ŵ + B A is nearer to W, in descending order, or None.
     """
 
     recipe: Mapping[str, Any]
     shape: tuple[int, ...]
     signs: Tensor
     requantize: Callable[[Tensor], nn.Parameter]
+    correction: tuple[Tensor, Tensor] | None = None
 
     def __deepcopy__(self, memo: Any) -> QuantizationRecord:
         """Itself: nothing in it changes."""

@@ -32,6 +32,7 @@ class Registry(Generic[T]):
         self.base: type[T] = base
         self.package, self.group = package, group
         self._registered: dict[str, type[T]] = {}
+        self._imported: dict[str, type[T]] = {}
 
     @cached_property
     def _entries(self) -> dict[str, Entry]:
@@ -69,7 +70,9 @@ class Registry(Generic[T]):
             message = f"{self.group}: no '{name}'.{hint} There are: {', '.join(self.names())}."
             kind = self.group.removeprefix("veneer.").removesuffix("s")
             raise UnknownName(message, name, kind, close, expected=tuple(self.names()))
-        return self._import(self._entries[name])
+        if name not in self._imported:
+            self._imported[name] = self._import(self._entries[name])
+        return self._imported[name]
 
     def _import(self, entry: Entry) -> type[T]:
         if entry.point is not None:

@@ -60,12 +60,12 @@ class WeightSite(Site):
         rows: (start, stop) of the output rows inside a fused weight, or None for the whole tensor.
         fused: True for a fused weight whose row slices are sites as well; globs skip it, only its exact name selects it.
         kind: `linear` (d_out, d_in), `conv` (d_out, d_in / groups, *kernel) or `embedding` (rows d_in, width d_out).
-        d_out, d_in: widths of output and input (of the slice, if `rows` is given).
-        kernel, stride, padding, dilation, groups: geometry of a convolution.
+        d_out, d_in: widths (of the slice, if `rows` is given). `kernel`, `stride`, `padding`, `dilation`, `groups`: of a conv.
         called: True if hooks fire on the module and see a product with the tensor; False if it is read or standardized first.
         bias: path of the bias that is added after it, with the parameter's name (`blocks.0.attn.q_bias`), or "" for none.
         bias_rows: (start, stop) in that bias, or None for all of it.
         heads: attention heads at the input of an output projection, else None. `attention`: path of their module, or "".
+        sdpa: True if that module calls `F.scaled_dot_product_attention`, so that keys and values can be added.
     """
 
     path: str
@@ -85,6 +85,7 @@ class WeightSite(Site):
     bias_rows: tuple[int, int] | None = None
     heads: int | None = None
     attention: str = ""
+    sdpa: bool = False
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -139,8 +140,7 @@ class StreamSite(Site):
 
     Args:
         d_in: channels of the input, if a block changes them; 0 for `width`, the channels of the output.
-        resamples: the block changes the grid (by a stride or by merging patches). `can_drop`: it can run on some of the tokens.
-        prefix_tokens, grid: as for `BranchSite`; of a text, the start token.
+        resamples: the block changes the grid. `can_drop`: it can run on some of the tokens. Others: as for `BranchSite`.
     """
 
     path: str
@@ -241,12 +241,13 @@ class FeatureSite(Site):
     """Pooled features, the input of the head (role `features`), or the head's logits (role `logits`).
 
     Args:
-        port: where features enter the head, or logits leave it. `read`: the features, for both.
+        port: where features enter the head, or logits leave it. `read`: the features, for both. `tokens`: before pooling.
         width: of the features. `head`: path of the head. `classes`: its number of classes; 0 if it has none.
     """
 
     port: Port
     read: Port | None = None
+    tokens: Port | None = None
     width: int
     classes: int = 0
     head: str
@@ -256,10 +257,9 @@ class FeatureSite(Site):
 class PromptSite(Site):
     """The prompts of a classifier's classes: the class weights that a text tower computes from them.
 
-    The module at `path` is called with image features (batch, features) and returns the class weights (classes, features), or
-    (batch, classes, features) if an adapter computes them for each image. It offers `embed(ids)`, the embeddings of ids;
-    `bare(ids)`, the same without adapters; `encode(ids, rows)`, the normalized features of prompts with these token embeddings;
-    and `alone`, True if at most one adapter changes the weights.
+    The module at `path` takes image features (batch, features) and returns the class weights ([batch,] classes, features). It
+    offers `embed(ids)`, `bare(ids)` without adapters, and their `table`; `encode(ids, rows, between)`: normalized features of
+    prompts with these embeddings, changed by between(i, x) before block i > 0; `alone`: at most one adapter changes the weights.
 
     Args:
         width: of the token embeddings. `features`: width of the class weights.
@@ -281,7 +281,7 @@ class ResidualSite(Site):
         widths: channels of each down residual, then of the middle. `strides`: of each relative to the latent.
         inner_widths, inner_strides: of the features inside the down blocks. `pixels`: image pixels per latent pixel, on a side.
         path: the called module. `arguments`: names of its arguments. `skips`, `middle`, `inner`: those for residuals.
-        first: path of the first block. `encoder(channels, widths)`: builds an untrained copy of the encoder with zero
+        first: path of the first block. `encoder(channels, widths)`: builds an untrained copy of the encoder, with zero
             convolutions after it, for hint images with this number of channels and an embedding of these widths.
     """
 

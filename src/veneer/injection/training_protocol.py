@@ -1,11 +1,12 @@
-"""What a method may ask of a training loop besides a penalty: several forward passes, a schedule, and a change at the end."""
+"""What a method may ask of a training loop: a penalty, forward passes, a schedule, the task, a change at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import Self
 
 from .sites import Site
 
@@ -14,7 +15,13 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class TrainingProtocol:
-    """Base of `Method`: forward passes of a training batch, and the end of training. The defaults ask for nothing."""
+    """Base of `Method`: forward passes of a training batch, its task, and the end of training. The defaults ask for nothing.
+
+    A method with `needs_tasks` has the option `tasks`, names of tasks, and computes another function for each of them. It
+    implements `select_task`. Other methods share their parameters among all tasks.
+    """
+
+    needs_tasks: ClassVar[bool] = False
 
     @property
     def passes(self) -> int:
@@ -43,6 +50,13 @@ class TrainingProtocol:
         """
         raise NotImplementedError(f"{type(self).__name__} has several passes and does not implement consistency_loss")
 
+    def compare_passes(self, adapters: Iterable[tuple[Site, Any]], losses: Tensor) -> None:
+        """Called with the losses (passes,) of the forward passes of each micro-batch, without gradients, if it is overridden.
+
+        For methods that try candidates, one in each pass, and choose the best in `after_step`. Only classifiers call it.
+        """
+        return None
+
     def schedule_end(self, steps: int) -> int:
         """Step, from 1, at which the method's own schedule has ended, such as that of pruning; 0 without one.
 
@@ -62,3 +76,38 @@ class TrainingProtocol:
             The config with which `build` makes adapters of the new shapes: what the file contains.
         """
         return self
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The option `tasks` of a method with `needs_tasks`; empty for other methods."""
+        return tuple(getattr(self, "tasks", ())) if self.needs_tasks else ()
+
+    def select_task(self, adapters: Iterable[tuple[Site, Any]], index: int) -> None:
+        """Selects the task of the following forward passes. Writes buffers only, so that nothing is compiled again.
+
+        Args:
+            index: in the option `tasks`.
+        """
+        return None
+
+    def materialize(self, adapters: Iterable[tuple[Site, Any]], index: int) -> Self:
+        """Replaces parameters that are generated for each task by those of one task.
+
+        Args:
+            index: in the option `tasks`.
+        Returns:
+            The config with which `build` makes such adapters.
+        """
+        return self
+
+    def penalty(self, adapters: Iterable[tuple[Site, Any]]) -> Tensor | None:
+        """A differentiable penalty that is added to the loss, or None. See `Attachment.penalty`."""
+        return None
+
+    def after_step(self, adapters: Iterable[tuple[Site, Any]], step: int, steps: int) -> None:
+        """Runs after each optimizer step: a schedule, pruning. See `Attachment.after_step`.
+
+        A pure function of the adapters' tensors, their gradients, `step` and `steps`, so that a resumed run is the same: state is
+        kept in buffers that are saved, or that `Adapter.training_buffers` names. Uses no random numbers.
+        """
+        return None

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
 from veneer.injection.seams.adapter_calls import base_tensor
 
 from .tokenizer import PromptTokenizer, TextError
+
+Between = Callable[[int, Tensor], Tensor]
+"""(index of a block, its input) to the changed input."""
 
 PROMPTS = 1024
 """Prompts per forward pass of the text tower."""
@@ -81,18 +86,37 @@ class ClassEmbeddings(nn.Module):
         """Token embeddings of ids without the adapters on the embedding table."""
         return base_tensor(text_tower(self.clip), "token_embedding", "weight")[ids]
 
-    def encode(self, ids: Tensor, embeddings: Tensor | None = None) -> Tensor:
-        """Normalized features (n, features) of prompts.
+    @property
+    def table(self) -> Tensor:
+        """The token embeddings (ids, width) of all ids, with the adapters on them, if `encode` accepts token embeddings."""
+        module = text_tower(self.clip).token_embedding
+        weight: Tensor = module.weight
+        if not module._forward_hooks:
+            return weight
+        rows: Tensor = module(torch.arange(len(weight), device=weight.device))
+        return rows
+
+    @property
+    def layers(self) -> int:
+        """Blocks of the text tower, if `encode` accepts token embeddings."""
+        return len(text_tower(self.clip).transformer.resblocks)
+
+    def encode(self, ids: Tensor, embeddings: Tensor | None = None, between: Between | None = None, norm: bool = True) -> Tensor:
+        """Features (n, features) of prompts, normalized unless `norm` is False.
 
         Args:
             ids: (n, length). `embeddings`: (n, length, width), used instead of the token embeddings of `ids`.
+            between: changes the input (n, length, width) of each block after the first, whose index it gets; needs `embeddings`.
         """
         exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
         if exporting:  # the number of chunks would make the batch size a constant of the graph
-            return normalize(_encode(self.clip, ids, embeddings), dim=-1)
+            features = _encode(self.clip, ids, embeddings, between)
+            return normalize(features, dim=-1) if norm else features
         parts = ids.split(PROMPTS)
         replaced = [None] * len(parts) if embeddings is None else embeddings.split(PROMPTS)
-        return torch.cat([normalize(_encode(self.clip, i, e), dim=-1) for i, e in zip(parts, replaced, strict=True)])
+        pairs = zip(parts, replaced, strict=True)
+        features = torch.cat([_encode(self.clip, i, e, between) for i, e in pairs])
+        return normalize(features, dim=-1) if norm else features
 
 
 def text_tower(clip: Any) -> Any:
@@ -111,19 +135,32 @@ def _pool(clip: Any) -> str | None:
     return getattr(text_tower(clip), "text_pool_type" if text_tower(clip) is clip else "pool_type", None)
 
 
-def _encode(clip: Any, ids: Tensor, embeddings: Tensor | None) -> Tensor:
+def _encode(clip: Any, ids: Tensor, embeddings: Tensor | None, between: Between | None) -> Tensor:
     if embeddings is None:
         features = clip.encode_text(ids)
         return features[0] if isinstance(features, tuple) else features
     tower = text_tower(clip)
     dtype = tower.transformer.get_cast_dtype()
     x = embeddings.to(dtype) + tower.positional_embedding[: embeddings.shape[1]].to(dtype)
-    x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask))
+    x = tower.ln_final(_blocks(tower.transformer, x, tower.attn_mask, between))
     x = x[torch.arange(x.shape[0], device=x.device), _ends(clip, tower, ids)]
     projection = tower.text_projection
     if projection is None:
         return x
     return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+
+def _blocks(transformer: Any, x: Tensor, mask: Tensor | None, between: Between | None) -> Tensor:
+    """The blocks of a text tower, with a change of the sequence between them."""
+    if between is None:
+        output: Tensor = transformer(x, attn_mask=mask)
+        return output
+    for index, block in enumerate(transformer.resblocks):
+        x = between(index, x) if index else x
+        call = partial(checkpoint, block, use_reentrant=False) if transformer.grad_checkpointing else block
+        x = call(x if transformer.batch_first else x.transpose(0, 1), attn_mask=mask)
+        x = x if transformer.batch_first else x.transpose(0, 1)
+    return x
 
 
 def _ends(clip: Any, tower: Any, ids: Tensor) -> Tensor:

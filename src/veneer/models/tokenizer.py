@@ -57,6 +57,11 @@ class PromptTokenizer:
         long: list[int] = self._rows([text], 4 * len(text) + 8)[0].tolist()
         return long[1 : long.index(self.end, 1)]
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of ids, or an empty one if the tokenizer cannot decode: open_clip's own and transformers' tokenizers can."""
+        inner = self.tokenizer if hasattr(self.tokenizer, "decode") else getattr(self.tokenizer, "tokenizer", None)
+        return str(inner.decode(list(ids))).strip() if inner is not None else ""
+
     def row(self, tokens: Sequence[int]) -> Tensor:
         """Ids (length,) of a prompt with these tokens, which must not exceed the length."""
         ids = [self.start, *tokens, self.end]

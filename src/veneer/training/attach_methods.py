@@ -17,6 +17,7 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
 from veneer.injection.select import NOT
 from veneer.injection.sites import VocabularySite
+from veneer.methods.additive.bottleneck.adapter_drop import AdapterDrop, skip_layers
 from veneer.methods.prompt._tokenizer import check_new_token
 
 from .loop.seeds import mix
@@ -24,7 +25,7 @@ from .method_names import split_methods
 
 TEXT = ("text*/attn",)
 """Default sites in text encoders, for methods that support them."""
-DIFFUSION = ("diffusers_dit", "diffusers_unet")
+MODELS = ("diffusers_dit", "diffusers_unet", "clip_text")
 """Hosts of the models in a pipeline."""
 
 
@@ -101,6 +102,13 @@ def _in_text(pattern: str) -> str:
     return f"{NOT}text*/{pattern.removeprefix(NOT)}" if pattern.startswith(NOT) else f"text*/{pattern}"
 
 
+def _only_in_text(pipe: Any, method: Method) -> list[str]:
+    """Default selection in text encoders, if the method has no default site in the other models of the pipeline."""
+    if effective_where(pipe, method, method.default, method.fallback):
+        return []
+    return [*effective_where(pipe, method, [_in_text(each) for each in method.default])]
+
+
 def attach_all(
     pipe: Any, configs: Sequence[Method], where: Mapping[str, Sequence[str]], text_encoder: bool, seed: int
 ) -> list[Attachment]:
@@ -110,7 +118,8 @@ def attach_all(
         configs: the methods, as `build_methods` returns them.
         where: method name to its selection (default: that of the method).
         text_encoder: also adapt the attention of the text encoders, or the method's default sites there if it has none in
-            attention. Methods with token embeddings are not affected.
+            attention. Methods with token embeddings are not affected. A method that has default sites in text encoders only,
+            such as `special_tokens` on Stable Diffusion, adapts them there in any case.
     """
     attached = []
     for method in configs:
@@ -118,6 +127,8 @@ def attach_all(
         if text_encoder and not trains_token_embeddings(method):
             default = selection or effective_where(pipe, method, method.default, method.fallback)
             selection = [*default, *(effective_where(pipe, method, TEXT, [_in_text(each) for each in method.default]) or TEXT)]
+        elif not selection:
+            selection = _only_in_text(pipe, method)
         torch.manual_seed(mix(seed, "adapters", method.name))
         attachment = attach(pipe, method, where=selection or None)
         for _, adapter in attachment.parts.values():
@@ -127,9 +138,27 @@ def attach_all(
     return attached
 
 
+def skip_lower_layers(attached: Sequence[Attachment], layers: int) -> None:
+    """Leaves out the adapters of the first layers, of all attachments of `adapter_drop`; 0 for none.
+
+    Raises:
+        OptionError: none of them is of this method, or the number is negative.
+    """
+    drops = [a for a in attached if a.method.name == AdapterDrop.name]
+    if layers and not drops:
+        given = tuple(a.method.name for a in attached)
+        message = (
+            f"skip_layers: the adapters are of {', '.join(given) or 'no method'}; expected {AdapterDrop.name}, which is trained "
+            "with layers left out."
+        )
+        raise OptionError(message, option="skip_layers", given=given, expected=AdapterDrop.name)
+    for attachment in drops if layers else ():
+        skip_layers(attachment, layers)
+
+
 @functools.cache
 def trainable_methods() -> tuple[str, ...]:
-    """Names of the methods that `personalize` supports: on weights of a diffusion model, or on token embeddings."""
+    """Names of the methods that `personalize` supports: on a diffusion model or its text encoders, or on token embeddings."""
     classes = {name: methods.get(name) for name in methods.names()}
     candidates = {name: cls for name, cls in classes.items() if not (cls.conditions or cls.prepares or cls.keeps_head)}
-    return tuple(name for name, cls in candidates.items() if trains_token_embeddings(cls) or hosts_for(cls, DIFFUSION))
+    return tuple(name for name, cls in candidates.items() if trains_token_embeddings(cls) or hosts_for(cls, MODELS))

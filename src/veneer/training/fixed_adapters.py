@@ -74,12 +74,12 @@ def read_fixed(texts: Sequence[str]) -> list[FixedAdapter]:
 
 
 def attach_fixed(pipe: Any, adapters: Sequence[FixedAdapter]) -> list[Attachment]:
-    """Attaches adapters that do not train.
+    """Attaches adapters that do not train, without the heads of classifiers.
 
     Raises:
         LoadError: one does not match the base model.
     """
-    attached = [a for adapter in adapters for a in load_all(pipe, adapter.file, scale=adapter.scale)]
+    attached = [a for adapter in adapters for a in load_all(pipe, adapter.file, scale=adapter.scale, heads=False)]
     for attachment in attached:
         for parameter in attachment.parameters():
             parameter.requires_grad_(False)

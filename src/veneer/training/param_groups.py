@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -96,8 +97,8 @@ def select_entries(
             for a in pending:
                 if not a.is_selected:
                     a.select(losses())
-                    buffers = [buffer for _, adapter in a.parts.values() for buffer in adapter.buffers()]
-                    broadcast_start(accelerator, list({id(buffer): buffer for buffer in buffers}.values()))
+                    tensors = [t for _, adapter in a.parts.values() for t in (*adapter.buffers(), *adapter.parameters())]
+                    broadcast_start(accelerator, list({id(tensor): tensor for tensor in tensors}.values()))
         pending.clear()
         return loss(step, rows)
 
@@ -141,4 +142,12 @@ def _groups(attachment: Attachment, rate: float, text_rate: float, base: float) 
         others = [p for p in group["params"] if id(p) not in text_ids]
         for params, learning_rate, label in ((others, rate, attachment.name), (in_text, text_rate, f"{attachment.name}.text")):
             if params:
-                yield {"params": params, "lr_scale": group.get("lr_scale", 1.0) * learning_rate / base, "name": label}
+                yield scaled_group(group, params, learning_rate / base, label)
+
+
+def scaled_group(group: Mapping[str, Any], params: Sequence[Tensor], factor: float, name: str) -> ParameterGroup:
+    """Some parameters of a method's group, with `lr_scale` times `factor`, and the weight decay of the group if it has one."""
+    scaled: ParameterGroup = {"params": params, "lr_scale": group.get("lr_scale", 1.0) * factor, "name": name}
+    if "weight_decay" in group:
+        scaled["weight_decay"] = group["weight_decay"]
+    return scaled

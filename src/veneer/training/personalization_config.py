@@ -101,7 +101,7 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
             needs `--mixed-precision fp16`.
         quantize: quantization of the denoiser's frozen linear layers: `nf4`, `nf4-dq`, `fp4`, `fp4-dq`, `int4`, `int8`,
             `int8-torchao`, `int8-quanto`, `fp8`, or a GGUF file; with COMPONENT=KIND of other components, such as
-            `text_encoder_2=int8` (default: none).
+            `text_encoder_2=int8`; with a rank, such as `nf4+loftq16`, for `--init loftq` (default: none).
         shard_base: split the frozen weights over the processes of `accelerate launch` (FSDP2); not with `quantize`.
         mixed_precision: autocast of the forward pass to this dtype; `no` disables it.
         gradient_checkpointing: recompute activations in the backward pass: less memory, slower steps.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from veneer.training.data.image_io import DataError
 from ..config import TransferConfig
 from ..objectives.multi_label import objective_of
 from ..objectives.objective import Objective
+from ..tasks.task import Task
 from ..train.batches import Batch
 from .image_checks import check_images
 from .labeled_images import Source, Split
@@ -27,11 +28,22 @@ from .transforms import Augmentation, EvalView, TrainView
 
 @dataclass(frozen=True)
 class Data:
-    """Checked images and their splits, with notes for the user."""
+    """Checked images and their splits, with notes for the user.
+
+    Args:
+        tasks: the tasks of a run with several, whose images and classes are in `source` one after the other.
+    """
 
     source: Source
     splits: Splits
     notes: tuple[str, ...]
+    tasks: tuple[Task, ...] = ()
+
+    def mirror(self, index: int) -> bool:
+        """Whether a mirrored image still belongs to its class; see `Source.mirror`."""
+        if not self.tasks:
+            return self.source.mirror
+        return next(task.mirror for task in self.tasks if index < task.images[1])
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -59,22 +71,28 @@ def open_data(config: TransferConfig, out: Path, progress: Callable[[int, int], 
     source = open_source(config.data, config.multi_label)
     checked = check_images(source, folder=out, threads=config.workers or None, progress=progress)
     file = out / "splits.json"
-    options = {name: getattr(config, name) for name in ("split_seed", "validation", "test", "shots")}
+    options = split_options(config)
     if config.resume and file.is_file():
         check_options(file, options)
         splits = load_splits(file, checked.source)
     else:
         splits = split(checked.source, config.split_seed, validation=config.validation, test=config.test, shots=config.shots)
         save_splits(splits, checked.source, file, options)
-    for name in ("train", "validation", "test"):
-        if not getattr(splits, name):
-            raise DataError(
-                f"{checked.source.where}: the {name} split is empty. Add images, or set fractions with --validation and --test.",
-                file=checked.source.where,
-                where=name,
-                given=0,
-            )
+    require_images(checked.source.where, {name: getattr(splits, name) for name in ("train", "validation", "test")})
     return Data(checked.source, splits, (*checked.notes, *splits.notes))
+
+
+def split_options(config: TransferConfig) -> dict[str, Any]:
+    """The options that splits depend on."""
+    return {name: getattr(config, name) for name in ("split_seed", "validation", "test", "shots")}
+
+
+def require_images(where: str, splits: Mapping[str, Sequence[int]]) -> None:
+    """Raises `DataError` if a split is empty."""
+    for name, images in splits.items():
+        if not images:
+            message = f"{where}: the {name} split is empty. Add images, or set fractions with --validation and --test."
+            raise DataError(message, file=where, where=name, given=0)
 
 
 class Views:
@@ -90,7 +108,7 @@ class Views:
     ) -> None:
         self.data, self.workers = data, workers
         self.plain = ImageLoader(DecodedImages(data.source, 2**28), EvalView(entry, squash=squash), workers)
-        self._view = partial(TrainView, entry, cast(Augmentation, augment), mirror=data.source.mirror, squash=squash)
+        self._view = partial(TrainView, entry, cast(Augmentation, augment), mirror=data.mirror, squash=squash)
         view = self._view(seed)
         self._images = DecodedImages(data.source, side=view.side)
         self.train = ImageLoader(self._images, view, workers)

@@ -5,7 +5,7 @@ samples as an uninterrupted one.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -68,7 +68,8 @@ class TrainView:
         config: see `EvalView`.
         augmentation: `none`, `light`, `flip` or `strong`.
         seed: of all random samples, together with the epoch and the image's index.
-        mirror: False disables the horizontal flip in `flip` and `strong`, for images such as digits; see `Source.mirror`.
+        mirror: False disables the horizontal flip in `flip` and `strong`, for images such as digits; see `Source.mirror`. A
+            function of the image's index for images of several sources.
         squash: for `none`; see `EvalView`.
 
     Raises:
@@ -79,12 +80,19 @@ class TrainView:
     """
 
     def __init__(
-        self, config: Mapping[str, Any], augmentation: Augmentation, seed: int, *, mirror: bool = True, squash: bool = False
+        self,
+        config: Mapping[str, Any],
+        augmentation: Augmentation,
+        seed: int,
+        *,
+        mirror: bool | Callable[[int], bool] = True,
+        squash: bool = False,
     ) -> None:
         if augmentation not in _AUGMENTATIONS:
             message = f"view: augmentation is {augmentation!r}; expected one of {', '.join(_AUGMENTATIONS)}."
             raise ViewError(message, where="augmentation", given=augmentation, expected=tuple(_AUGMENTATIONS))
-        self.augmentation, self.seed, self.mirror = augmentation, seed, mirror and augmentation in ("flip", "strong")
+        self.augmentation, self.seed = augmentation, seed
+        self.mirror = mirror if augmentation in ("flip", "strong") else False
         self._plain = EvalView(config, squash=squash)
         self.size = self._plain.size
         # the smallest crop has sqrt(1/2 * 3/4) of the side, so that no crop is enlarged
@@ -99,7 +107,7 @@ class TrainView:
             return self._plain(image)
         rng = generator(self.seed, "view", epoch, index)
         augmented = F.resized_crop(image, *crop_window(image.size[::-1], rng), list(self.size), self._mode)
-        if uniform(rng) < 0.5 and self.mirror:
+        if uniform(rng) < 0.5 and (self.mirror(index) if callable(self.mirror) else self.mirror):
             augmented = F.hflip(augmented)
         strong = self.augmentation == "strong"
         if strong:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection import Attachment
+from veneer.injection.adapter_forms import ImagePromptAdapter
 from veneer.injection.sites import FeatureSite
 
 from ..data.run_data import Views
@@ -24,9 +25,11 @@ def reads_features_only(classifier: Classifier, attached: Sequence[Attachment]) 
     site = classifier.features
     if site is None or not site.head:
         return False
-    sites = [s for a in attached for s, _ in a.parts.values()]
+    parts = [part for a in attached for part in a.parts.values()]
+    if any(isinstance(adapter, ImagePromptAdapter) for _, adapter in parts):
+        return False
     trained = [path for a in attached for _, path in a.extras.values()]
-    return all(isinstance(s, FeatureSite) or _within(getattr(s, "path", None), site.head) for s in sites) and all(
+    return all(isinstance(s, FeatureSite) or _within(getattr(s, "path", None), site.head) for s, _ in parts) and all(
         _within(path, site.head) for path in trained
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from veneer.injection import methods
 from veneer.injection.attention_sites import SelfAttentionSite
 from veneer.injection.method import Method
+from veneer.injection.multimodal_prompt_site import MultimodalPromptSite
 from veneer.injection.sites import (
     BranchSite,
     FeatureSite,
@@ -34,7 +35,7 @@ def compatible_methods(model: str) -> list[str]:
     Args:
         model: as in `TransferConfig`. For a CLIP the list includes `zero_shot`.
     """
-    kinds = (*IMAGE_SITES, PromptSite) if is_clip_name(model) else IMAGE_SITES
+    kinds = (*IMAGE_SITES, PromptSite, MultimodalPromptSite) if is_clip_name(model) else IMAGE_SITES
     found = [name for name in methods.names() if _supports(methods.get(name), kinds)]
     return sorted([*found, "zero_shot"]) if is_clip_name(model) else found
 

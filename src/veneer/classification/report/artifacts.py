@@ -14,13 +14,14 @@ import torch
 
 from veneer.atomic_files import write_json
 from veneer.formats import native
-from veneer.injection import Attachment
+from veneer.injection import Attachment, attachments
 from veneer.training.loop.disk_space import writing
 
 from ..config import TransferConfig
 from ..data.run_data import Data
 from ..models.classifier import Classifier
 from ..objectives.objective import Evaluation, Metrics
+from ..tasks.task import Task
 from ..train.hyperparameter_search import read_search
 from ..train.train import ClassifierTrainer, TransferResult
 from .plots import write_curves
@@ -51,7 +52,10 @@ def write_results(
     write_curves(result.loop.losses, result.epochs, result.best, out / "curves.png", data.objective.metric)
     evaluation = Evaluation(logits, labels, classifier.classes, lambda i: data.source.read(images[i]))
     data.objective.write_plots(evaluation, metrics, out)
-    record = _record(config, data, classifier, attached, result, metrics) | {"stored_bytes": stored, "search": read_search(out)}
+    record = run_record(config, data, classifier, attached, result, metrics) | {
+        "stored_bytes": stored,
+        "search": read_search(out),
+    }
     assert result.validation is not None
     record["verdict"] = verdict(evidence_of(trainer, (logits, labels), result.validation), config).as_dict()
     with writing(out, "result.json"):
@@ -62,21 +66,21 @@ def write_results(
 def write_files(config: TransferConfig, data: Data, classifier: Classifier, attached: Sequence[Attachment], out: Path) -> int:
     """Writes the files that `veneer predict` needs: `adapter.safetensors` with the current weights, and `model.json`.
 
+    Fixed adapters that the run was trained on top of are in the file as well, before the trained ones.
+
     Returns:
         Size of the adapter file in bytes; 0 if nothing is attached.
     """
     stored = 0
-    if attached:
+    if saved := attachments(classifier.model) or attached:
         with writing(out, "adapter.safetensors"):
-            file = native.save(
-                attached, out / "adapter.safetensors", provenance={"model": config.model, "data": data.source.where}
-            )
+            file = native.save(saved, out / "adapter.safetensors", provenance={"model": config.model, "data": data.source.where})
         stored = file.stat().st_size
-    write_json(out / "model.json", model_record(config, classifier))
+    write_json(out / "model.json", model_record(config, classifier, data.tasks))
     return stored
 
 
-def _record(
+def run_record(
     config: TransferConfig,
     data: Data,
     classifier: Classifier,
@@ -133,8 +137,8 @@ def tidy(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def model_record(config: TransferConfig, classifier: Classifier) -> dict[str, Any]:
-    """The content of `model.json`: what `veneer predict` needs to open the model."""
+def model_record(config: TransferConfig, classifier: Classifier, tasks: Sequence[Task] = ()) -> dict[str, Any]:
+    """The content of `model.json`: what `veneer predict` needs to open the model. `tasks`: of a run with several."""
     return {
         "form": FORM,
         "model": classifier.name,
@@ -147,8 +151,9 @@ def model_record(config: TransferConfig, classifier: Classifier) -> dict[str, An
         "squash": config.squash,
         "precision": config.mixed_precision,
         "templates": list(config.templates),
-        "adapted": bool(config.names()) or classifier.fresh,
+        "adapted": bool(config.names() or config.with_) or classifier.fresh,
         **({"multi_label": True} if config.multi_label else {}),
+        **({"tasks": [task.as_dict() for task in tasks]} if tasks else {}),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,14 @@ from .mixing import Mixing
 Batch = tuple[Tensor, Tensor]
 
 
-class Order:
+class SampleOrder(Protocol):
+    """Order of the samples of a run, a pure function of their numbers."""
+
+    def at(self, number: int) -> tuple[int, int]:
+        """(epoch, image) of a sample."""
+
+
+class Order(SampleOrder):
     """Shuffled order of the samples of a run: sample n is image n mod N of epoch n // N, with a new permutation every epoch.
 
     Args:
@@ -58,7 +66,7 @@ class ClassifyingLoss:
         self,
         logits: Callable[[Tensor], Tensor],
         inputs: Callable[[Sequence[tuple[int, int]]], Batch],
-        order: Order,
+        order: SampleOrder,
         samples: int,
         prefetch: Callable[[Sequence[tuple[int, int]]], None] | None = None,
         smoothing: float = 0.0,
@@ -71,7 +79,8 @@ class ClassifyingLoss:
         self.objective, self.passes = objective, passes or ForwardPasses()
         self.class_weights = None if class_weights is None else class_weights.to(device)
         self.mixing = mixing if mixing is not None and mixing.enabled else None
-        self.logits, self.inputs, self.order, self.samples = logits, inputs, order, samples
+        self.logits, self.inputs, self.samples = logits, inputs, samples
+        self.order: SampleOrder = order
         self.prefetch, self.smoothing, self.device = prefetch, smoothing, device
 
     def __call__(self, step: int, rows: list[int]) -> Tensor:
@@ -83,21 +92,23 @@ class ClassifyingLoss:
         inputs, labels = inputs.to(self.device), labels.to(self.device)
         if self.mixing is not None:
             return self._mixed(self.mixing, step, rows, needed, inputs, labels)
-        logits, extra = self._forward(step, inputs)
-        return _with_mean(self._loss(logits, labels), extra)
+        return self._forward(step, inputs, lambda logits: self._loss(logits, labels))
 
     def _mixed(self, mixing: Mixing, step: int, rows: list[int], needed: list[int], inputs: Tensor, labels: Tensor) -> Tensor:
         """λ L(f(x), y) + (1 − λ) L(f(x), y') of images that are mixed with their partners."""
         places = [needed.index(row) for row in rows]
         partners = [needed.index(mixing.partner(row, self.samples)) for row in rows]
         images, weights = mixing(inputs[places], inputs[partners], step, rows)
-        logits, extra = self._forward(step, images)
-        loss = self._loss(logits, labels[places], weights) + self._loss(logits, labels[partners], 1 - weights)
-        return _with_mean(loss, extra)
 
-    def _forward(self, step: int, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits, and the consistency loss of each image if a method has one."""
-        return self.passes(step, lambda: self.logits(inputs).float(), self.objective.divergence)
+        def loss(logits: Tensor) -> Tensor:
+            return self._loss(logits, labels[places], weights) + self._loss(logits, labels[partners], 1 - weights)
+
+        return self._forward(step, images, loss)
+
+    def _forward(self, step: int, inputs: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """The loss of the logits, with the mean consistency loss of the images if a method has one."""
+        logits, extra = self.passes(step, lambda: self.logits(inputs).float(), self.objective.divergence, loss)
+        return _with_mean(loss(logits), extra)
 
     def _loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         return self.objective.loss(logits, labels, self.smoothing, self.class_weights, weights)

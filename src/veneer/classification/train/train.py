@@ -280,9 +280,9 @@ class ClassifierTrainer:
             in_config = attachment.method.name in names
             ratio = attachment.method.learning_rate / self.attached[0].method.learning_rate if in_config else of_head
             for number, group in enumerate(attachment.groups()):
-                scale = group.get("lr_scale", 1.0) * ratio
                 if group["params"]:
-                    groups.append({"params": group["params"], "lr_scale": scale, "name": f"{attachment.name}.{number}"})
+                    name = f"{attachment.name}.{number}"
+                    groups.append(param_groups.scaled_group(group, group["params"], ratio, name))
         groups = with_layer_decay(groups, self.attached, self.config.layer_decay)
         return with_block_rates(groups, self.attached, self.config.block_lr)
 

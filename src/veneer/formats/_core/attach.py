@@ -54,6 +54,7 @@ def attach_all(model: Any, file: File, specs: Sequence[AttachmentSpec], options:
     Raises:
         LoadError: one of them does not match the model; nothing stays attached then.
     """
+    specs = specs if options.heads else [each for each in specs if not is_head_method(each.method)]
     if options.into is not None:
         options.into.extend(specs)
         return []
@@ -77,6 +78,12 @@ def attach_all(model: Any, file: File, specs: Sequence[AttachmentSpec], options:
             raise LoadError.from_error(error, f"{file.path}: {error}", file=file.path) from error
         raise
     return made
+
+
+def is_head_method(name: str) -> bool:
+    """True for a method that acts on the classifier's head alone, such as `linear_probe`."""
+    needs = methods.get(name).needs if name in methods.names() else ()
+    return bool(needs) and all(need.roles and {*need.roles} <= {"head", "bias.head"} for need in needs)
 
 
 def reject_merged(tower: nn.Module, error: type[SaveError] | type[LoadError]) -> None:

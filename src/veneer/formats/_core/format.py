@@ -29,6 +29,7 @@ class Options:
         token: trigger token of an embedding; None means the saved one.
         into: a list that collects the specifications of attachments instead of attaching them.
         assign: tensors of the file become the adapters' parameters, in their dtype and without a copy; not to be trained.
+        heads: also load attachments that only replace the classifier's head.
     """
 
     name: str | None = None
@@ -37,6 +38,7 @@ class Options:
     token: str | None = None
     into: list[Any] | None = None
     assign: bool = False
+    heads: bool = True
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ def _single_spec(attachment: Attachment, file: File, same_base: bool) -> Attachm
         raise LoadError.from_error(error, message, file=file.path, where=attachment.name, given=here) from error
     for each in reversed(made):
         each.detach()
+    if len(found) > 1:  # beside a head, or adapters that it was trained on top of
+        found = [each for each in found if each.method == attachment.method.name] or found
     if made or len(found) != 1:
         what = ", ".join(each.method for each in found) or "of a format that cannot be swapped"
         raise LoadError(

@@ -122,3 +122,21 @@ def _to_bytes(tensor: Tensor) -> memoryview:
     count_use(tensor)
     data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return data
+
+
+def add_state(state: Mapping[str, Tensor], tensors: dict[str, Tensor], prefix: str) -> dict[str, str]:
+    """Adds a state to the tensors of a file, each storage once. Returns the names of those that are there by another name."""
+    first = {_storage(t): key for key, t in tensors.items() if t.numel()}
+    shared: dict[str, str] = {}
+    for key, tensor in state.items():
+        place = _storage(tensor)
+        if tensor.numel() and not tensor.is_meta and place in first:
+            shared[key] = first[place]
+        else:
+            first[place] = prefix + key
+            tensors[prefix + key] = tensor
+    return shared
+
+
+def _storage(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), str(tensor.device), tensor.dtype, tuple(tensor.shape), tensor.stride()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ..composition.current_task import CurrentTask, example_task
 from ..composition.merge import MergeReport, host_tensors
 from ..conditions import Conditions
 from ..errors import StateError
@@ -28,7 +29,7 @@ from .state_dict import LoadReport, load_state, state_of
 from .training_hooks import TrainingHooks, allow_unselected
 
 
-class Attachment(TrainingHooks):
+class Attachment(TrainingHooks, CurrentTask):
     """One method on one model: its sites and adapters, and the operations on them.
 
     Attributes:
@@ -78,6 +79,8 @@ class Attachment(TrainingHooks):
         if not self.seams:
             raise StateError(f"'{self.name}' is already detached.", where=self.name, given="detached")
         self._installation.reject_sharded_weights()
+        if self._installation.composition is not None:
+            self._installation.composition.undo()
         self._installation.uninstall()
 
     def check(self) -> None:
@@ -144,7 +147,8 @@ class Attachment(TrainingHooks):
         zeros do not train.
 
         Args:
-            path: a file of any format with a single attachment of this method. `base`: as for `veneer.load`.
+            path: a file of any format with a single attachment of this method; others in it are ignored.
+            base: as for `veneer.load`.
         Raises:
             LoadError: the file is not compatible. StateError: merged or detached. Nothing is changed then.
         """
@@ -228,6 +232,7 @@ class Attachment(TrainingHooks):
         self._installation.refuse_mixed()
         if self.merged:
             raise StateError(f"'{self.name}' is already merged.", where=self.name, given="merged")
+        self._installation.refuse_composed("merge")
         self.check()
         return self._installation.merge(self._scale if self.is_enabled else 0.0, requantize)
 
@@ -257,7 +262,7 @@ class Attachment(TrainingHooks):
         Raises:
             DeadSite: with the sites whose parameters do not reach the output.
         """
-        with allow_unselected():
+        with allow_unselected(), example_task(self):
             probe(self, sample)
 
     def __repr__(self) -> str:

@@ -37,7 +37,7 @@ class Installation:
 
     Attributes:
         seams: installed seams, empty unless installed. `trained`: the base parameters named in `train`.
-        batches: by the id of a tower, the mixed batch that runs on it.
+        batches: by the id of a tower, the mixed batch that runs on it. `composition`: the tree that it is in, or None.
     """
 
     def __init__(self, attachment: AttachmentProtocol, planned: Plan) -> None:
@@ -45,6 +45,7 @@ class Installation:
         self.trained = ExtraParameters(planned.towers, planned.extras)
         self.seams: list[Seam] = []
         self.batches: dict[int, Batch] = {}
+        self.composition: Any = None
         self._guards: dict[tuple[str, str], Any] = {}
         self._original_weights: OriginalWeights = {}
         self._tower_hooks: list[Any] = []
@@ -161,6 +162,7 @@ class Installation:
             self.attachment.check() if active else self.trained.check()  # disabled adapters cannot be bypassed
             if active:
                 self.attachment.require_selection()
+                self.attachment.require_task()
         if enabled and self.attachment.method.conditions:
             set_call_conditions(self.attachment, module, args, kwargs)
         batch = self.batches.get(id(module))
@@ -177,6 +179,12 @@ class Installation:
         if self.batches:
             message = f"'{self.attachment.name}' is in a mixed batch. Leave the context of `mixed` first."
             raise StateError(message, where=self.attachment.name, given="mixed")
+
+    def refuse_composed(self, what: str) -> None:
+        """Raises `StateError` while a node of a composition runs the adapters. `what`: the operation."""
+        if self.composition is not None and self.composition.is_routed:
+            message = f"{what}: '{self.attachment.name}' is in {self.composition.node!r}. Call undo() of the composition first."
+            raise StateError(message, where=self.attachment.name, given="composed")
 
     def check(self, merged: bool) -> None:
         """Raises if the host was rebuilt or fused since attach, so that adapters would be bypassed.
@@ -223,7 +231,15 @@ def order_seams(attachment: AttachmentProtocol, strict: bool = True) -> None:
             seam.idle = all(later.idle for later in order.weights.values())
             attachment.seams.append(seam)
             seam.join(attachment.name)
-    link_seams(attachment)
+    for order in link_seams(attachment):
+        call = next((c for c in order.calls if strict and c.place is not None and order.may_apply(c)), None)
+        if call is not None:
+            site = call.sites[0].name
+            message = (
+                f"{site}: '{attachment.name}' changes the weight after adapters that run in a composition or a mixed batch. "
+                "Attach it before compose."
+            )
+            raise UnsupportedSite(message, site=site, method=attachment.method.name, where=attachment.name, given="composed")
 
 
 def link_seams(attachment: AttachmentProtocol) -> list[LayerOrdering]:

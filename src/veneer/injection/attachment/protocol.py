@@ -40,6 +40,9 @@ class AttachmentProtocol(Protocol):
     def require_selection(self) -> None:
         """Raises in a forward pass with gradients while the entries to train are not selected."""
 
+    def require_task(self) -> None:
+        """Raises in a forward pass while the method needs a task and none is selected."""
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the adapters and of `trained`."""
 

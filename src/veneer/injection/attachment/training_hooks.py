@@ -93,6 +93,10 @@ class TrainingHooks:
         """
         return self.method.consistency_loss(outputs[: self.method.passes], distance)
 
+    def compare_passes(self, losses: Tensor) -> None:
+        """Gives the method the losses (passes,) of the forward passes of a micro-batch; most methods do not read them."""
+        self.method.compare_passes(list(self.parts.values()), losses[: self.method.passes])
+
     def penalty(self) -> Tensor | None:
         """Regularization term of the method, to be added to the loss before `backward()`; None for most methods."""
         return self.method.penalty(list(self.parts.values()))

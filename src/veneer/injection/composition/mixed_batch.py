@@ -41,7 +41,8 @@ def mixed(model: Any, samples: Sequence[Sample], strengths: Sequence[float] | No
         strengths: one factor per sample for the strengths in `samples` (default: 1).
     Raises:
         UnknownName: no attachment has this name. OptionError: no samples, or another number of strengths.
-        StateError: a named attachment is merged; the context is inside another `mixed`; a batch has another size.
+        StateError: a named attachment is merged or in a composition; the context is inside another `mixed`; a batch has another
+            size.
         UnsupportedSite: an adapter differs between samples at a site that must be the same for the batch: weights that the host
             reads, inserted tokens, attention processors, vocabulary.
     """
@@ -101,6 +102,7 @@ def _check_state(name: str, attachment: Attachment) -> None:
         raise StateError(message, where=name, given="merged")
     if attachment._installation.batches:
         raise StateError(f"mixed: '{name}' is already in another mixed batch. Exit it first.", where=name, given="mixed")
+    attachment._installation.refuse_composed("mixed")
     attachment.check()
 
 
@@ -131,10 +133,10 @@ def _shared_ports(used: Mapping[str, Attachment], by_sample: Sequence[Strengths]
             if id(tower) not in batches:
                 batches[id(tower)] = _batch(seam, used, by_sample)
             seams.setdefault((id(tower), seam.read, seam.write, seam.dim, seam.inputs_before), {})[name] = seam
-    return [SharedPort(batches[key[0]], _sort_by_hooks(group)) for key, group in seams.items() if not group.keys() <= uniform]
+    return [SharedPort(batches[key[0]], sort_by_hooks(group)) for key, group in seams.items() if not group.keys() <= uniform]
 
 
-def _sort_by_hooks(seams: Mapping[str, CallSeam]) -> dict[str, CallSeam]:
+def sort_by_hooks(seams: Mapping[str, CallSeam]) -> dict[str, CallSeam]:
     """Seams in the order of their hooks: that of the children of their module, reversed for seams that change the input."""
     first = next(iter(seams.values()))
     children = list(first.owner().children())

@@ -1,100 +1,187 @@
-"""The seam of added keys and values: a self-attention whose tokens read more than each other."""
+"""The seam of keys and values that are added to an attention module."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..adapter_forms import KeyValueAdapter
 from ..attention_sites import SelfAttentionSite
+from ..errors import HostChanged
 from ..method import Adapter
 from ..sites import WeightSite
-from .adapter_calls import first_argument, main_output
-from .sequence_seams import UnblendedSeam
+from .adapter_calls import is_tracing
+from .seam import HookSeam
 
 
-class KeyValueSeam(UnblendedSeam):
-    """Adds keys and values (`KeyValueAdapter`) to a self-attention, whose queries and outputs are those of its tokens.
+class KeyValueSeam(HookSeam):
+    """softmax([q P_kᵀ / √d + log s, q Kᵀ / √d]) [P_v; V]: adds keys P_k and values P_v to an attention module at strength s.
 
-    For n more keys, the module receives n tokens of zeros at the end; the outputs of its layers there are replaced by the keys
-    and values, and its outputs there are left out. Of several such seams, the last one leaves out its tokens first. torch's
-    `MultiheadAttention` calls no layers, but appends `bias_k` and `bias_v`, which may have n rows.
+    While the module runs, a torch function mode changes its first call of `F.scaled_dot_product_attention`: this is after
+    projections, norms of keys and rotations, the same for every library, and also captured by `torch.compile` and exports. All
+    queries attend to the added keys: masks and relative positions get zero columns for them. Strength s multiplies the
+    unnormalized attention weights of the added keys, so that 0 is the host. timm's `fused_attn` is True during the call.
     """
 
     adapters: Sequence[KeyValueAdapter]
-    _current: tuple[Tensor, Tensor, int] | None  # keys, values, and the position of the first new token
 
-    def __init__(self, tower: nn.Module, parts: Sequence[tuple[SelfAttentionSite, Adapter]]) -> None:
+    def __init__(self, tower: nn.Module, parts: Sequence[tuple[WeightSite | SelfAttentionSite, Adapter]]) -> None:
         super().__init__(tower, parts)
-        site = self.sites[0]
-        self.home, self._current = site.path, None
-        self.packed = isinstance(self.module(site.path), nn.MultiheadAttention)
+        self.home = attention_of(self.sites[0])
+        self.__dict__.update(_modes=[], full=True)
 
     def hooks(self) -> list[RemovableHandle]:
-        site: SelfAttentionSite = self.sites[0]
-        attention: Any = self.module(site.path)
-        enter, leave = (self._set_bias, self._clear_bias) if self.packed else (self._extend, self._shorten)
-        handles = [
-            attention.register_forward_pre_hook(enter, with_kwargs=True),
-            attention.register_forward_hook(leave, prepend=True, always_call=True),
-        ]
-        layers = {} if self.packed else dict.fromkeys((site.key.path, site.value.path))
-        return [*handles, *(self.module(path).register_forward_hook(self._write) for path in layers)]
+        attn = self.owner()
+        leave = attn.register_forward_hook(self._leave, prepend=True, always_call=True)  # modes are left in reverse order
+        return [attn.register_forward_pre_hook(self._enter), leave]
 
-    def _new_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (n, channels) in the dtype of x."""
-        key, value = self.adapters[0].keys_values()
-        return key.to(x.dtype), value.to(x.dtype)
+    def write_strength(self, strength: float) -> None:
+        """Writes the strength; at 1 no mask is needed."""
+        super().write_strength(strength)
+        self.__dict__["full"] = strength == 1
 
-    def _extend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.active:
-            return None
-        x = first_argument(args, kwargs)
-        key, value = self._new_rows(x)
-        self._current = (key, value, x.shape[1])
-        x = torch.cat([x, x.new_zeros(len(x), len(key), x.shape[-1])], 1)
-        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
-
-    def _write(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-        """Writes the keys and values into the rows of the added tokens."""
-        if self._current is None:
-            return None
-        key, value, start = self._current
-        site: SelfAttentionSite = self.sites[0]
-        before, rows, after = y.tensor_split([start, start + len(key)], 1)
-        for layer, new in ((site.key, key), (site.value, value)):
-            if self.module(layer.path) is module:
-                rows = _replace(rows, layer, new)
-        return torch.cat([before, rows, after], 1)
-
-    def _shorten(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        current, self._current = self._current, None
-        if current is None or output is None:
-            return None
-        after = main_output(output)[:, : current[2]]
-        return (after, *output[1:]) if isinstance(output, tuple) else after
-
-    def _set_bias(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.active:
+    def _enter(self, attn: Any, args: tuple[Any, ...]) -> None:
+        if self.is_bypassed():
             return
-        attention: Any = module
-        for name, rows in zip(("bias_k", "bias_v"), self._new_rows(first_argument(args, kwargs)), strict=True):
-            earlier = getattr(attention, name)
-            setattr(attention, name, rows[:, None] if earlier is None else torch.cat([earlier, rows[:, None]]))
+        adapter = self.adapters[0]
+        exact = not torch.compiler.is_compiling() and self.__dict__["full"] and not is_tracing()  # no guard on the strength
+        mode = AddedKeys(*adapter.keys_values(), None if exact else adapter.strength)
+        self.__dict__["_modes"].append((mode, getattr(attn, "fused_attn", True)))
+        if hasattr(attn, "fused_attn"):
+            attn.fused_attn = True
+        mode.__enter__()
 
-    def _clear_bias(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        attention: Any = module
-        attention.bias_k = attention.bias_v = None
+    def _leave(self, attn: Any, args: tuple[Any, ...], output: Any) -> None:
+        if not self.__dict__["_modes"]:
+            return
+        mode, fused = self.__dict__["_modes"].pop()
+        mode.__exit__(None, None, None)
+        if hasattr(attn, "fused_attn"):
+            attn.fused_attn = fused
+        if not mode.calls and output is not None:
+            site = self.sites[0].name
+            message = (
+                f"{site}: {type(attn).__name__} at '{self.home}' computed its attention without F.scaled_dot_product_attention, "
+                "so that keys and values cannot be added. Choose this implementation, such as attn_implementation='sdpa'."
+            )
+            raise HostChanged(message, where=site, given=type(attn).__name__, expected="F.scaled_dot_product_attention")
 
 
-def _replace(y: Tensor, layer: WeightSite, rows: Tensor) -> Tensor:
-    """y (batch, n, channels of the module) with `rows` (n, channels) as the output of a layer, or of rows of a fused one."""
-    rows = rows.expand(len(y), -1, -1)
-    if layer.rows is None:
-        return rows
-    start, stop = layer.rows
-    return torch.cat([y[..., :start], rows, y[..., stop:]], -1)
+def attention_of(site: WeightSite | SelfAttentionSite) -> str:
+    """Path of the attention module of a site."""
+    return site.path if isinstance(site, SelfAttentionSite) else site.attention
+
+
+class AddedKeys(TorchFunctionMode):
+    """Adds keys and values to the first scaled dot-product attention that is called inside it.
+
+    Args:
+        keys, values: (heads, added tokens, channels). `strength`: buffer (), or None for 1.
+    Attributes:
+        calls: number of calls of attention so far.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, strength: Tensor | None) -> None:
+        super().__init__()
+        self.keys, self.values, self.strength, self.calls = keys, values, strength, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if self.calls == 0 and func is F.scaled_dot_product_attention:
+            self.calls = 1
+            return self.attend(*args, **(kwargs or {}))
+        if self.calls == 0 and func is F.multi_head_attention_forward:
+            self.calls = 1
+            return multi_head(self, *args, **(kwargs or {}))
+        if func is Tensor.unflatten:  # written in Python, with a call of `super()` that torch.compile does not trace
+            func = torch.unflatten
+        return func(*args, **(kwargs or {}))
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        """`F.scaled_dot_product_attention` with the added keys and values."""
+        if key.shape[-3] != self.keys.shape[0] or key.shape[-1] != self.keys.shape[-1] or value.shape[-1] != key.shape[-1]:
+            message = (
+                f"keys and values of attention have the shapes {tuple(key.shape)} and {tuple(value.shape)}, the added ones "
+                f"{tuple(self.keys.shape)} (heads, tokens, channels). Select other attention modules by where=…"
+            )
+            raise HostChanged(message, where="attention", given=tuple(key.shape), expected=tuple(self.keys.shape))
+        mask = self._widen(attn_mask, is_causal, query, key.shape[-2])
+        pairs = ((self.keys, key), (self.values, value))
+        keys, values = (torch.cat([p.to(x.dtype).expand(*x.shape[:-3], -1, -1, -1), x], -2) for p, x in pairs)
+        return F.scaled_dot_product_attention(query, keys, values, mask, dropout_p, False, **options)
+
+    def _widen(self, mask: Tensor | None, causal: bool, query: Tensor, length: int) -> Tensor | None:
+        """The mask with log s, which is 0 at strength 1, in front for the added keys. None if nothing is masked."""
+        if mask is None and not causal and self.strength is None:
+            return None
+        if causal:
+            mask = torch.ones(query.shape[-2], length, dtype=torch.bool, device=query.device).tril()
+        if mask is None:
+            mask = query.new_zeros(1, length)
+        elif mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
+        mask = mask.expand(*mask.shape[:-1], length)
+        score = query.new_zeros(()) if self.strength is None else self.strength.log().to(query.dtype)
+        return torch.cat([score.to(mask.dtype).expand(*mask.shape[:-1], self.keys.shape[-2]), mask], -1)
+
+
+def multi_head(
+    mode: AddedKeys,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """`F.multi_head_attention_forward` of (length, batch, width) with added keys and values, without attention weights.
+
+    Raises:
+        HostChanged: an argument that this form does not support.
+    """
+    rejected = {"need_weights": need_weights, "add_zero_attn": add_zero_attn, "bias_k": bias_k is not None}
+    rejected |= {"key_padding_mask": key_padding_mask is not None, "static_k": options.get("static_k") is not None}
+    if any(rejected.values()):
+        names = tuple(name for name, is_set in rejected.items() if is_set)
+        message = f"keys and values cannot be added to a MultiheadAttention that is called with {', '.join(names)}."
+        raise HostChanged(message, where="MultiheadAttention", given=names, expected=())
+    separate = (options.get("q_proj_weight"), options.get("k_proj_weight"), options.get("v_proj_weight"))
+    weights = separate if in_proj_weight is None else in_proj_weight.chunk(3)
+    biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+    if in_proj_weight is not None and query is key and key is value:
+        projected = F.linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)
+    else:
+        inputs = zip((query, key, value), weights, biases, strict=True)
+        projected = tuple(F.linear(x, cast(Tensor, w), b) for x, w, b in inputs)
+    q, k, v = (x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for x in projected)
+    causal = bool(options.get("is_causal")) and attn_mask is None
+    mask = attn_mask.view(-1, heads, *attn_mask.shape[-2:]) if attn_mask is not None and attn_mask.ndim == 3 else attn_mask
+    output = mode.attend(q, k, v, mask, dropout_p if training else 0.0, causal)
+    return F.linear(output.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias), None

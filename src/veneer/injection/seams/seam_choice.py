@@ -10,6 +10,7 @@ from torch import nn
 from ..adapter_forms import (
     AttentionAdapter,
     BiasAdapter,
+    ImagePromptAdapter,
     InputAdapter,
     KeyValueAdapter,
     OutputAdapter,
@@ -21,6 +22,7 @@ from ..adapter_forms import (
 from ..attention_sites import SelfAttentionSite
 from ..errors import UnsupportedSite
 from ..method import Adapter
+from ..multimodal_prompt_site import MultimodalPromptSite
 from ..quantized_weight import is_ordinary
 from ..sites import (
     AttentionSite,
@@ -42,7 +44,8 @@ from .adapter_calls import base_tensor
 from .attention_seam import ProcessorSeam
 from .call_seam import CallSeam, SwitchSeam
 from .effective_weight import BiasForm, EffectiveWeight, bias_site
-from .key_value_seam import KeyValueSeam
+from .key_value_seam import KeyValueSeam, attention_of
+from .prompt_seam import PromptSeam
 from .residual_seam import ResidualSeam
 from .seam import Seam
 from .self_attention_seam import SelfAttentionSeam
@@ -77,6 +80,8 @@ def _with_arguments(groups: Mapping[Key, list[tuple[Site, Adapter]]]) -> list[tu
 
 def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
     """The class of a part's seam, and the fields that parts of one seam have in common."""
+    if isinstance(site, (WeightSite, SelfAttentionSite)) and isinstance(adapter, KeyValueAdapter):
+        return (KeyValueSeam, attention_of(site))
     if isinstance(site, (WeightSite, ParamSite, NormSite)):
         if adapter.prefers_weight and is_ordinary(base_tensor(tower, site.path, site.param)):
             return (WeightSeam, site.path, site.param)
@@ -95,8 +100,6 @@ def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
     if isinstance(site, AttentionSite):
         _require(site, adapter, AttentionAdapter, "attend")
         return (ProcessorSeam, site.name)
-    if isinstance(site, SelfAttentionSite) and isinstance(adapter, KeyValueAdapter):
-        return (KeyValueSeam, site.name)
     if isinstance(site, SelfAttentionSite):
         _require(site, adapter, AttentionAdapter, "attend")
         return (SelfAttentionSeam, site.name)
@@ -106,6 +109,8 @@ def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
     if isinstance(site, VocabularySite):
         _require(site, adapter, VocabularyAdapter, "ids")
         return (VocabularySeam, site.name)
+    if isinstance(site, MultimodalPromptSite) and isinstance(adapter, ImagePromptAdapter):
+        return (PromptSeam, *_ports(site, adapter))
     _require(site, adapter, OutputAdapter, "output")
     return (SwitchSeam if adapter.changes_shape else CallSeam, *_ports(site, adapter), -1)
 
@@ -135,7 +140,8 @@ def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
     if isinstance(site, (StreamSite, PromptSite)):
         return Port(site.path, "in"), Port(site.path, "out")
     if isinstance(site, FeatureSite):
-        return site.read or site.port, site.port
+        tokens = site.tokens if adapter.input_port == "tokens" else None
+        return tokens or site.read or site.port, site.port
     if isinstance(site, PixelSite):
         return site.port, site.port
     raise UnsupportedSite(

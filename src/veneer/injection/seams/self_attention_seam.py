@@ -93,8 +93,7 @@ class SelfAttentionSeam(HookSeam):
             return None
         adapter, before = self.adapters[0], main_output(output)
         layers = AttentionLayers(self.__dict__["tower"], self.sites[0])
-        tokens = first_argument(args, kwargs)[:, : before.shape[1]]  # without those that a `KeyValueSeam` has appended
-        after: Tensor = adapter.attend(lambda *_, **__: before, layers, tokens).to(before.dtype)
+        after: Tensor = adapter.attend(lambda *_, **__: before, layers, first_argument(args, kwargs)).to(before.dtype)
         if not adapter.applies_strength:
             after = torch.lerp(before, after, adapter.strength.to(before.dtype))
         return (after, *output[1:]) if isinstance(output, tuple) else after

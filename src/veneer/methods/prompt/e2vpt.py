@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from veneer.functional.importance import largest_mask
 from veneer.injection.attention_sites import SelfAttentionSite
@@ -82,9 +83,8 @@ class KeyValuePrompts(Adapter):
         self.register_buffer("first", self.prompt.detach().clone(), persistent=False)
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
-        """Keys and values (n, channels of all heads), which are equal."""
-        rows = self.prompt.transpose(0, 1).flatten(1)
-        return rows, rows
+        """Keys and values, which are equal."""
+        return self.prompt, self.prompt
 
     @torch.no_grad()
     def rewind(self) -> None:
@@ -109,8 +109,8 @@ class E2VPT(Method):
             each prompt that remains, above 0 to 1, at least one. With 1 and 1 nothing is pruned and nothing returns.
         segments: number of segments of a prompt, a divisor of the width; segment i has the channels c with c mod segments = i.
         prune_at: fraction of the steps before the pruning, above 0 to 1.
-    Where attention has no such site (`attn.module`) or normalizes its keys, only P is trained; rotary positions, windows and
-    masks are not supported.
+    Where attention has no such site (`attn.module`), normalizes its keys or does not call `F.scaled_dot_product_attention`,
+    only P is trained; rotary positions, windows and masks are not supported.
     Counts: tokens·width + key_values·width per block; ViT-B/16 with 10 and 5 prompts 138,240. Pruned values are counted.
     Source: Han et al., E2VPT: An Effective and Efficient Approach for Visual Prompt Tuning, ICCV 2023, and the authors' code
     (ChengHan111/E2VPT): keys and values share one parameter, Kaiming-uniform; segments are interleaved channels; P as VPT.

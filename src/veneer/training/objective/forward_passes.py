@@ -23,9 +23,12 @@ class ForwardPasses:
     def __init__(self, attached: Sequence[Attachment] = (), seed: int = 0) -> None:
         self.sampled = [a for a in attached if type(a.method).begin_pass is not Method.begin_pass]
         self.consistent = [a for a in attached if a.method.passes > 1]
+        self.comparing = [a for a in attached if type(a.method).compare_passes is not Method.compare_passes]
         self.count, self.seed = max((a.method.passes for a in attached), default=1), seed
 
-    def __call__(self, step: int, compute: Callable[[], Tensor], distance: Distance) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, step: int, compute: Callable[[], Tensor], distance: Distance, loss: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Runs `compute` as often as the methods ask for, or once without gradients.
 
         If blocks are recomputed in the backward pass (gradient checkpointing), each pass samples its values again first: autograd
@@ -33,12 +36,18 @@ class ForwardPasses:
 
         Args:
             step: of the run. `compute`: a forward pass of the batch. `distance`: of two outputs for each batch row.
+            loss: of an output, for methods that compare their passes.
         Returns:
             The output of the first pass, and the consistency loss of each batch row, (batch,), or None without one.
         """
         if not torch.is_grad_enabled() or not (self.sampled or self.consistent):
             return compute(), None
         outputs = [self._run(step, number, compute) for number in range(self.count)]
+        if loss is not None and self.comparing:
+            with torch.no_grad():
+                by_pass = torch.stack([loss(output.detach()) for output in outputs])
+            for attachment in self.comparing:
+                attachment.compare_passes(by_pass)
         losses = [a.consistency_loss(outputs, distance) for a in self.consistent]
         return outputs[0], torch.stack(losses).sum(0) if losses else None
 

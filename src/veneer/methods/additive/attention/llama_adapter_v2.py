@@ -14,7 +14,7 @@ from veneer.injection.attention_sites import SelfAttentionSite
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import AttentionSite, ParamSite, WeightSite
-from veneer.methods.selective.norm_tuning import DeltaAdapter
+from veneer.methods.selective.tensors.norm_tuning import DeltaAdapter
 
 from .llama_adapter import PromptAttention, prompt_width
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from veneer.injection.attachment.attachment import Attachment
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import BranchSite, Site
@@ -45,9 +46,9 @@ class DroppedBottleneck(OutputBottleneck):
     lowest: Tensor
     shared: LayerOrder
 
-    def __init__(self, site: BranchSite, bottleneck: int, most: int, seed: int) -> None:
+    def __init__(self, site: BranchSite, bottleneck: int, most: int, seed: int, skip: int) -> None:
         super().__init__(site, bottleneck, "relu")
-        self.depth, self.most, self.seed, self.skip = site.depth, most, seed, 0
+        self.depth, self.most, self.seed, self.skip = site.depth, most, seed, skip
         self.register_buffer("lowest", torch.full((), UNSET), persistent=False)
         self._read: tuple[Tensor, int, int] = self.lowest, self.lowest._version, UNSET
 
@@ -80,20 +81,23 @@ class DroppedBottleneck(OutputBottleneck):
         return sample_layers(self.seed, step, layers - 1 if self.most < 0 else min(self.most, layers - 1))
 
 
-def skip_layers(adapters: Iterable[tuple[Site, Adapter]], layers: int) -> None:
-    """Leaves out the adapters of the first layers in evaluation mode, for faster inference.
+def skip_layers(tuned: Attachment, layers: int) -> None:
+    """Leaves out the adapters of the first layers in evaluation mode, for faster inference. Files saved after it do so too.
 
     Args:
-        adapters: of an attachment, `tuned.parts.values()`.
+        tuned: an attachment of this method.
         layers: number of layers without adapters, from the first; 0 for none.
     Raises:
-        OptionError: the number is negative.
+        OptionError: the number is negative, or the attachment is of another method.
     """
-    if layers < 0:
-        raise OptionError.of(AdapterDrop.name, "layers", layers, "at least 0")
-    for _, adapter in adapters:
-        if isinstance(adapter, DroppedBottleneck):
-            adapter.skip = layers
+    if not isinstance(tuned.method, AdapterDrop):
+        given = tuned.method.name
+        message = f"skip_layers: '{tuned.name}' is {given}; expected {AdapterDrop.name}, which is trained with layers left out."
+        raise OptionError(message, option="layers", where=tuned.name, given=given, expected=AdapterDrop.name)
+    tuned.method = replace(tuned.method, skip=layers)
+    for _, adapter in tuned.parts.values():
+        assert isinstance(adapter, DroppedBottleneck)
+        adapter.skip = layers
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,12 @@ class AdapterDrop(Method):
     """y' = y + Up(ReLU(Down(y))) in the layers l ≥ n, y' = y below: y the MLP; n is sampled uniformly for each training step.
 
     Robust AdapterDrop: one set of adapters works with any number of lower layers left out. In training no gradient is computed
-    below layer n. In evaluation mode all adapters act, or those from a layer on:
+    below layer n. In evaluation mode all adapters act, or those from layer `skip` on. It can be set after training, for a file by
+    `veneer predict --skip-layers 5` and `veneer generate --skip-layers 5`, and in Python before saving:
 
         from veneer.methods.additive.bottleneck.adapter_drop import skip_layers
 
-        skip_layers(tuned.parts.values(), 5)
+        skip_layers(tuned, 5)
 
     Specialized AdapterDrop, with a fixed n, is a selection by depth: `where="mlp@5:"` with `most=0`.
 
@@ -116,6 +121,7 @@ class AdapterDrop(Method):
         reduction: h = width // reduction, at least 1.
         most: largest n; −1 for the number of adapted layers minus 1, 0 for no dropping.
         seed: of the samples of n, which are a function of seed and step: equal in all processes, and after a resume.
+        skip: layers without adapters in evaluation mode, from the first; 0 for none.
     Layers are counted by depth among the adapted ones of each tower.
     Counts: 2·width·h + h + width per block, h = width // reduction; ViT-B/16 894,528 with h = 48, and 521,808 in the upper seven.
     Source: Rücklé et al., AdapterDrop: On the Efficiency of Adapters in Transformers, EMNLP 2021, section 3; n uniform in 0 to 11
@@ -130,17 +136,20 @@ class AdapterDrop(Method):
     default: ClassVar[tuple[str, ...]] = ("mlp",)
     identity_at_start: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-3
-    shared_options: ClassVar[tuple[str, ...]] = ("most", "seed")
+    shared_options: ClassVar[tuple[str, ...]] = ("most", "seed", "skip")
 
     reduction: int = 16
     most: int = -1
     seed: int = 0
+    skip: int = 0
 
     def __post_init__(self) -> None:
         if self.reduction < 1:
             raise OptionError.of(self.name, "reduction", self.reduction, "at least 1")
         if self.most < -1:
             raise OptionError.of(self.name, "most", self.most, "at least -1")
+        if self.skip < 0:
+            raise OptionError.of(self.name, "skip", self.skip, "at least 0")
 
     @classmethod
     def examples(cls) -> tuple[AdapterDrop, AdapterDrop]:
@@ -153,7 +162,7 @@ class AdapterDrop(Method):
 
     def build(self, site: BranchSite) -> DroppedBottleneck:
         """Down and Up for one branch."""
-        adapter = DroppedBottleneck(site, self._width(site), self.most, self.seed)
+        adapter = DroppedBottleneck(site, self._width(site), self.most, self.seed, self.skip)
         for weight in (adapter.down, adapter.up):
             nn.init.normal_(weight, std=0.02)
         return adapter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -10,23 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from veneer.functional.channels import channels_product
-from veneer.injection.errors import OptionError
+from veneer.injection.errors import OptionError, StateError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import BranchSite, Site, StreamSite
 from veneer.methods.additive.bottleneck._bottleneck import Bottleneck
 
 from ._fused import FusedAdapters, as_option, build_frozen, inner_method, read_fused
 
+DECAY = 0.99
+"""Decay of the moving average of the attention to each adapter, by forward pass."""
+
 
 class FusionAdapter(Adapter):
     """y' = y + V Σ_n w_n a_n with w = softmax_n((Q x + b)·(K a_n)). Shapes: `query`, `key`, `value` (width, width), `query_bias`
-    (width,); buffers of the frozen adapters under `adapters`."""
+    (width,); buffers of the frozen adapters under `adapters`. Training state for pruning: `attention` (n,), means of w."""
 
     input_port: ClassVar[Literal["read", "normed", "write"]] = "read"
+    training_buffers: ClassVar[tuple[str, ...]] = ("attention",)
+    attention: Tensor
 
-    def __init__(self, site: BranchSite | StreamSite, adapters: Sequence[Bottleneck], value: bool) -> None:
+    def __init__(self, site: BranchSite | StreamSite, adapters: Sequence[Bottleneck], value: bool, records: bool = False) -> None:
         super().__init__()
-        self.site, self.fused = site, None
+        self.site, self.fused, self.records = site, None, records
+        self.register_buffer("attention", torch.zeros(len(adapters)), persistent=False)
         self.adapters = nn.ModuleList(adapters).eval()
         width = site.width
         self.query, self.key = (nn.Parameter(torch.empty(width, width)) for _ in range(2))
@@ -55,8 +62,19 @@ class FusionAdapter(Adapter):
         changes = torch.stack([adapter.output(x, y) - y for adapter in self.adapters])  # type: ignore[operator]
         keys = channels_product(changes.flatten(0, 1), self.key, None, layout).unflatten(0, (len(self.adapters), -1))
         scores = (channels_product(x, self.query, self.query_bias, layout) * keys).sum(dim, keepdim=True)
-        mixture = (scores.softmax(0) * changes).sum(0)
+        weights = scores.softmax(0)
+        if self.records and self.training:
+            mean = weights.detach().flatten(1).mean(1)
+            self.attention = torch.lerp(mean.to(self.attention), self.attention, DECAY)
+        mixture = (weights * changes).sum(0)
         return y + (mixture if self.value is None else channels_product(mixture, self.value, None, layout))
+
+    def prune(self, keep: int) -> list[int]:
+        """Removes all adapters but those with most attention. Returns their indices, ascending."""
+        kept = sorted(self.attention.topk(keep).indices.tolist())
+        self.adapters = nn.ModuleList(self.adapters[i] for i in kept)
+        self.attention, self.records = self.attention[kept], False
+        return kept
 
 
 class OutputFusionAdapter(FusionAdapter):
@@ -88,14 +106,18 @@ class AdapterFusion(Method):
     Args:
         adapters: files of the adapters, at least two; in saved files their names.
         value: train V; without it the adapters' changes are only weighted.
+        keep: adapters that each site keeps after training, those with the highest mean attention; 0 for all. The others are
+            removed from the file.
         regularization: λ of the penalty λ·‖I − V‖² over all sites (Frobenius), at least 0.
         fused: method and options of the adapters in a saved file; set from `adapters`.
+        kept: by site the names of its adapters in a saved file, after `keep` has removed others.
     Without `where`, the sites are those of the adapters.
     Counts: 3·width² + width per site, without V 2·width² + width; ViT-B/16 21,242,880, and 14,164,992 without V.
     Source: Pfeiffer et al., AdapterFusion, EACL 2021, equation 4, and AdapterHub's `BertFusion`: Q and K from a normal
-    distribution with 0.02, b zero, V the identity with 1e-6 beside the diagonal, λ 0.01. Deviations: K has no bias, which the
-    softmax cancels (AdapterHub counts it, 9,216 on ViT-B/16); the frozen adapters have no dropout in training; the temperature
-    that AdapterHub offers, 50 falling to 1, is missing.
+    distribution with 0.02, b zero, V the identity with 1e-6 beside the diagonal, λ 0.01. `keep`: Rücklé et al., AdapterDrop,
+    EMNLP 2021, section 5, where the mean is over the training set, here a moving average over training passes. Deviations: K has
+    no bias, which the softmax cancels (AdapterHub counts it, 9,216 on ViT-B/16); the frozen adapters have no dropout in training;
+    the temperature that AdapterHub offers, 50 falling to 1, is missing.
     """
 
     name: ClassVar[str] = "adapter_fusion"
@@ -105,16 +127,20 @@ class AdapterFusion(Method):
     default: ClassVar[tuple[str, ...]] = ("mlp",)
     identity_at_start: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-4
-    shared_options: ClassVar[tuple[str, ...]] = ("adapters", "fused", "regularization")
+    shared_options: ClassVar[tuple[str, ...]] = ("adapters", "fused", "regularization", "keep", "kept")
 
     adapters: tuple[str, ...] = ()
     value: bool = True
+    keep: int = 0
     regularization: float = 0.01
     fused: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    kept: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.regularization < 0:
             raise OptionError.of(self.name, "regularization", self.regularization, "at least 0")
+        if self.keep < 0 or (self.adapters and self.keep > len(self.adapters)):
+            raise OptionError.of(self.name, "keep", self.keep, f"from 0 to the number of adapters, {len(self.adapters)}")
         if len(self.adapters) == 1:
             raise OptionError.of(self.name, "adapters", self.adapters, "at least two files")
         if self.adapters and not self.fused:
@@ -159,11 +185,34 @@ class AdapterFusion(Method):
         """
         if not self.adapters:
             raise OptionError.of(self.name, "adapters", (), "at least two files of trained adapters")
-        stored = () if self.files is None else self.files.stored
-        frozen = build_frozen(self.name, inner_method(self.name, self.fused), site, len(self.adapters), stored, KINDS)
-        adapter = KINDS[frozen[0].input_port](site, frozen, self.value)
+        stored, count = () if self.files is None else self.files.stored, len(self.adapters)
+        if site.name in self.kept:
+            count = len(self.kept[site.name])
+            stored = tuple(each for each, name in zip(stored, self.adapters, strict=False) if name in self.kept[site.name])
+        frozen = build_frozen(self.name, inner_method(self.name, self.fused), site, count, stored, KINDS)
+        adapter = KINDS[frozen[0].input_port](site, frozen, self.value, 0 < self.keep < count)
         adapter.fused = self.files
         return adapter
+
+    def finalize(self, adapters: Iterable[tuple[Site, Any]]) -> AdapterFusion:
+        """Removes the adapters with least attention at every site. Returns the config with the names of those that are kept.
+
+        Raises:
+            StateError: no forward pass in training mode has recorded the attention.
+        """
+        parts = list(adapters)
+        if not 0 < self.keep < len(self.adapters) or self.kept:
+            return self
+        for site, adapter in parts:
+            if not adapter.attention.any():
+                message = f"{self.name}: {site.name} has no recorded attention. Run forward passes in training mode first."
+                raise StateError(message, where=site.name, given="untrained", expected="trained")
+        names = self.adapters if self.files is None else self.files.names
+        kept = {site.name: [names[i] for i in adapter.prune(self.keep)] for site, adapter in parts}
+        config = dataclasses.replace(self, adapters=tuple(names), kept=kept)
+        if self.files is not None:
+            config._set_files(self.files)
+        return config
 
     def penalty(self, adapters: Iterable[tuple[Site, Any]]) -> Tensor | None:
         """λ·Σ ‖I − V‖² over all sites."""

@@ -13,17 +13,26 @@ from veneer.functional.convolve import convolve
 from veneer.functional.low_rank_autograd import add_product, project
 from veneer.functional.low_rank_init import orthonormal, principal
 from veneer.injection.attachment.deferred_init import is_init_deferred, zeros
+from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
-from veneer.injection.quantized_weight import readable_weight
+from veneer.injection.quantized_weight import readable_weight, record_of
+from veneer.injection.seams.adapter_calls import module_at
 from veneer.injection.sites import WeightSite
 from veneer.methods.reparameterized._state_transfer import lora_batched, lora_state
 
-Init = Literal["kaiming", "gaussian", "pissa", "olora"]
+Init = Literal["kaiming", "gaussian", "pissa", "olora", "eva", "loftq"]
 
 
 def factor_pairs(site: WeightSite, rank: int) -> int:
     """Number of factor pairs of a convolution: one per group if the groups divide the rank, else one on the flattened kernels."""
     return 1 if rank % site.groups else site.groups
+
+
+def join_pairs(adapter: LoRAAdapter, downs: Sequence[Tensor], ups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(down, up) of the sum of several products of an adapter's shapes: A's stacked, B's side by side; with groups, per group."""
+    if adapter.site.kind == "embedding":
+        return torch.cat([*downs], 1), torch.cat([*ups], 1)
+    return torch.cat([t.unflatten(0, (adapter.pairs, -1)) for t in downs], 1).flatten(0, 1), torch.cat([*ups], 1)
 
 
 class LoRAAdapter(Adapter):
@@ -184,10 +193,35 @@ class WeightInitAdapter(LoRAAdapter):
 
     def own_pair(self) -> tuple[Tensor, Tensor]:
         """A stacked on A0, and B beside −B0: rank 2r; with groups, per group."""
-        if self.site.kind == "embedding":
-            return torch.cat([self.down, self.down0], 1), torch.cat([self.up, -self.up0], 1)
-        down = torch.cat([t.unflatten(0, (self.pairs, -1)) for t in (self.down, self.down0)], 1).flatten(0, 1)
-        return down, torch.cat([self.up, -self.up0], 1)
+        return join_pairs(self, (self.down, self.down0), (self.up, -self.up0))
+
+
+class CorrectionAdapter(LoRAAdapter):
+    """A LoRA that is initialized to the low-rank correction of a quantized weight: s·B A = W − Ŵ as nearly as its rank allows."""
+
+    @torch.no_grad()
+    def enter(self, tower: nn.Module) -> None:
+        """Reads the correction that was computed when the layer was quantized.
+
+        Raises:
+            OptionError: there is none, or its rank is lower than that of the adapter.
+        """
+        site, rank = self.site, len(self.down)
+        if is_init_deferred() or self.down.is_meta:
+            return
+        record = record_of(module_at(tower, site.path), site.param)
+        correction = None if record is None else record.correction
+        kept = 0 if correction is None else len(correction[0])
+        if correction is None or kept < rank:
+            message = (
+                f"lora: init='loftq' needs a quantized weight with a correction of rank {rank} or more at {site.name}, which has "
+                f"{kept}. Quantize the base model with it, such as nf4+loftq{rank}, and select quantized layers by where."
+            )
+            raise OptionError(message, option="init", method="lora", where=site.name, given=kept, expected=rank)
+        down, up = correction
+        root = self.scaling**0.5
+        self.down.copy_(down[:rank].to(self.down) / root)
+        self.up.copy_(up[slice(*(site.rows or (None,))), :rank].to(self.up) / root)
 
 
 class TuckerAdapter(LoRAAdapter):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ class ContextAdapter(Adapter):
     """Class weights from prompts [start] v_1 … v_M name . [end], encoded in each pass. v is `context`: ([classes,] M, width).
 
     `ids` (classes, length) are the prompts with placeholders, `which` (classes, length) the index of the context vector at each
-    position, −1 for none.
+    position, −1 for none. Words beyond M follow the context and stay as they are.
     """
 
     ids: Tensor
@@ -32,9 +32,10 @@ class ContextAdapter(Adapter):
 
     def __init__(self, site: PromptSite, tokens: int, words: str, position: Position, by_class: bool) -> None:
         super().__init__()
-        self.path, self.words = site.path, site.tokenizer.tokens(words)
+        ids = site.tokenizer.tokens(words)
+        self.path, self.words = site.path, ids[:tokens]
         with torch.device("cpu"):
-            rows = prompts(site, tokens, position)
+            rows = prompts(site, tokens, position, ids[tokens:])
         self.register_buffer("ids", torch.stack([ids for ids, _ in rows]), persistent=False)
         self.register_buffer("which", torch.stack([which for _, which in rows]), persistent=False)
         shape = (len(site.classes), tokens) if by_class else (tokens,)
@@ -61,26 +62,32 @@ class ContextAdapter(Adapter):
     def weights(self, features: Tensor) -> Tensor:
         """Class weights ([batch,] classes, features)."""
 
-    def encode(self, context: Tensor) -> Tensor:
-        """Normalized text features (…, classes, features) with the context ([…,] classes, M, width) in the prompts."""
+    def encode(self, context: Tensor, between: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
+        """Normalized text features (…, classes, features) with the context ([…,] classes, M, width) in the prompts.
+
+        Args:
+            between: changes the input (n, length, width) of block i > 0 of the text tower.
+        """
         rows = self.texts.embed(self.ids)
         place = self.which.clamp(min=0).unsqueeze(-1)
         learned = context.gather(-2, place.expand(*context.shape[:-2], -1, context.shape[-1]))
         rows = torch.where((self.which >= 0).unsqueeze(-1), learned.to(rows.dtype), rows)
         ids = self.ids.expand(rows.shape[:-1])
-        found: Tensor = self.texts.encode(ids.reshape(-1, ids.shape[-1]), rows.flatten(0, -3))
+        found: Tensor = self.texts.encode(ids.reshape(-1, ids.shape[-1]), rows.flatten(0, -3), between)
         return found.unflatten(0, rows.shape[:-2])
 
 
-def prompts(site: PromptSite, tokens: int, position: Position) -> list[tuple[Tensor, Tensor]]:
+def prompts(site: PromptSite, tokens: int, position: Position, rest: Sequence[int] = ()) -> list[tuple[Tensor, Tensor]]:
     """For each class the ids (length,) of its prompt with placeholders, and the index of the context vector at each position.
 
+    Args:
+        rest: ids between the context and the name; only for the position `end`.
     Raises:
         ValueError: a prompt is too long.
     """
     words = site.tokenizer
     hold: Sequence[int] = words.tokens(PLACEHOLDER)[:1] * tokens
-    ends = [words.tokens(f"{name}.") for name in site.classes]
+    ends = [[*rest, *words.tokens(f"{name}.")] for name in site.classes]
     long = [(name, len(end) + tokens + 2) for name, end in zip(site.classes, ends, strict=True)]
     long = [(name, length) for name, length in long if length > words.length]
     if long:

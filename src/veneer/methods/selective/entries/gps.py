@@ -13,10 +13,10 @@ from torch import Tensor
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import ParamSite, WeightSite
+from veneer.methods.selective.tensors.norm_tuning import DeltaAdapter
 
 from ._entries import Entries, SparseAdapter, describe, size_of
 from ._scores import accumulate_gradients
-from .norm_tuning import DeltaAdapter
 
 
 @dataclass(frozen=True)

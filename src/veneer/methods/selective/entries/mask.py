@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from veneer.functional.packed_bits import pack_bits, unpack_bits
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import WeightSite
@@ -64,17 +65,6 @@ class MaskAdapter(Adapter):
         """Sets scores with the loaded mask, half the threshold away from it."""
         kept = unpack_bits(self.bits, self.scores.numel()).reshape(self.scores.shape)
         self.scores.copy_(self.threshold * (0.5 + kept.to(self.scores.dtype)))
-
-
-def pack_bits(kept: Tensor) -> Tensor:
-    """Booleans as bytes (⌈n / 8⌉,), the first one in the lowest bit."""
-    flat = nn.functional.pad(kept.flatten().to(torch.uint8), (0, -kept.numel() % 8)).view(-1, 8)
-    return (flat << torch.arange(8, dtype=torch.uint8, device=kept.device)).sum(1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, count: int) -> Tensor:
-    """The first `count` booleans of `pack_bits`."""
-    return ((packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1).flatten()[:count].bool()
 
 
 @dataclass(frozen=True)

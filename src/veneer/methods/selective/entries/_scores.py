@@ -5,16 +5,36 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from veneer.injection.errors import EmptySelection
 
-from ._entries import Entries, SparseAdapter
+from ._entries import Entries
 
-Parts = Sequence[tuple[Any, SparseAdapter]]
+
+class Probed(Protocol):
+    """A tensor whose entries are selected, such as that of a `SparseAdapter`.
+
+    Attributes:
+        name: among the tensors of the entries. `own`: the entries.
+        probing: while True, a forward pass uses `probe`, a leaf whose gradient is that of the tensor.
+    """
+
+    name: str
+    probing: bool
+    probe: Tensor | None
+
+    @property
+    def own(self) -> Entries:
+        """The entries of this tensor and others."""
+
+
+Parts = Sequence[tuple[Any, Probed]]
+LOSS_SCALE = 2.0**16
+"""First scale of losses in float16, that of `torch.amp.GradScaler`."""
 
 
 def accumulate_gradients(
@@ -48,13 +68,13 @@ def accumulate_gradients(
     return [_zeros(site, adapter) if total is None else total for (site, adapter), total in zip(parts, sums, strict=True)]
 
 
-def _zeros(site: Any, adapter: SparseAdapter) -> Tensor:
+def _zeros(site: Any, adapter: Probed) -> Tensor:
     """Scores of a weight that the loss does not depend on."""
     shape = site.weight_shape if hasattr(site, "weight_shape") else site.shape
     return torch.zeros(shape, device=adapter.own.values.device)
 
 
-def _mean_gradients(adapters: Sequence[SparseAdapter], losses: Iterator[Tensor], batch: int) -> Iterator[list[Tensor | None]]:
+def _mean_gradients(adapters: Sequence[Probed], losses: Iterator[Tensor], batch: int) -> Iterator[list[Tensor | None]]:
     """Mean gradients of `batch` samples each, the last of those that are left. The graph of a loss is freed before the next."""
     with _probing(adapters):
         while True:
@@ -70,19 +90,36 @@ def _mean_gradients(adapters: Sequence[SparseAdapter], losses: Iterator[Tensor],
             yield [None if total is None else total / count for total in sums]
 
 
-def _gradients(loss: Tensor, adapters: Sequence[SparseAdapter]) -> Iterator[tuple[int, Tensor]]:
+def _gradients(loss: Tensor, adapters: Sequence[Probed]) -> Iterator[tuple[int, Tensor]]:
     """Number of an adapter and dL/dW of its weight, in float32 or wider, for each weight that the loss depends on."""
     probes = [(i, adapter.probe) for i, adapter in enumerate(adapters) if adapter.probe is not None]
     if not probes or not loss.requires_grad:
         return
-    gradients = torch.autograd.grad(loss, [probe for _, probe in probes], allow_unused=True)
-    for (i, _), gradient in zip(probes, gradients, strict=True):
+    for (i, _), gradient in zip(probes, _unscaled_gradients(loss, [probe for _, probe in probes]), strict=True):
         if gradient is not None:
-            yield i, gradient if gradient.dtype == torch.float64 else gradient.float()
+            yield i, gradient
+
+
+def _unscaled_gradients(loss: Tensor, probes: Sequence[Tensor]) -> list[Tensor | None]:
+    """dL/dW in float32 or wider. In float16 the loss is scaled against underflow; the scale is halved until all are finite."""
+    scale = LOSS_SCALE if _is_float16(loss, probes) else 1.0
+    while True:
+        gradients = torch.autograd.grad(loss * scale, probes, allow_unused=True, retain_graph=scale > 1)
+        if scale <= 1 or all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            wide = [g if g is None or g.dtype == torch.float64 else g.float() for g in gradients]
+            return [None if gradient is None else gradient / scale for gradient in wide]
+        scale /= 2
+
+
+def _is_float16(loss: Tensor, probes: Sequence[Tensor]) -> bool:
+    """True if gradients may be computed in float16: under its autocast, or of float16 weights."""
+    device = loss.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return autocast or any(probe.dtype == torch.float16 for probe in probes)
 
 
 @contextlib.contextmanager
-def _probing(adapters: Sequence[SparseAdapter]) -> Iterator[None]:
+def _probing(adapters: Sequence[Probed]) -> Iterator[None]:
     try:
         for adapter in adapters:
             adapter.probing = True

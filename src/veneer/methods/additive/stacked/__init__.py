@@ -1,0 +1,1 @@
+"""Adapters of domains, on which adapters of tasks are stacked."""

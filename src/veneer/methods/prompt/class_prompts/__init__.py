@@ -1,0 +1,1 @@
+"""Methods that train the class prompts of a CLIP."""

@@ -1,0 +1,1 @@
+"""Methods that change the pixels of the input image, and map labels."""

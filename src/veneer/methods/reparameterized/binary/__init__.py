@@ -1,0 +1,1 @@
+"""Weight updates and adapters with matrices of one bit per entry."""

@@ -1,0 +1,1 @@
+"""Methods that train, or mask, selected entries of weights."""

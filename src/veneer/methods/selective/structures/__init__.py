@@ -1,0 +1,1 @@
+"""Methods that train attention heads, channels or special tokens."""

@@ -1,0 +1,1 @@
+"""Methods that train whole tensors: weights, biases, norms, the head."""

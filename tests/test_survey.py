@@ -1,0 +1,57 @@
+"""The list of the survey's systems names methods and commands that exist, and misses no method."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from veneer.commands import COMMANDS
+from veneer.discovery import find_entries
+from veneer.listing import SURVEY, survey
+
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in SURVEY.read_text("utf-8").splitlines()
+    if line.startswith("| ")
+]
+SYSTEMS = {row[0]: row for row in ROWS if row[0] != "system"}
+DOMAINS = {"language", "vision", "vision-language", "generative"}
+METHODS = {entry.name for entry in find_entries("veneer.methods", "veneer.methods") if entry.source == "veneer"}
+
+
+def names_in(cell: str) -> set[str]:
+    return set(re.findall(r"`([a-z0-9_]+)`", cell))
+
+
+def test_every_method_is_in_the_list() -> None:
+    assert set().union(*(names_in(row[2]) for row in SYSTEMS.values())) >= METHODS
+
+
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
+def test_a_system(system: str) -> None:
+    """Its names exist; without names there is a reason; the domain is one of four."""
+    _, domain, here, paper = SYSTEMS[system]
+    assert domain in DOMAINS
+    assert paper
+    assert names_in(here) - {"where"} <= METHODS
+    assert {command.split()[1] for command in re.findall(r"`(veneer [a-z ]+)`", here)} <= set(COMMANDS)
+    assert names_in(here) or here.endswith(".") or "`veneer " in here
+
+
+def test_every_drawer_has_systems() -> None:
+    drawers = re.split(r"^## ", SURVEY.read_text("utf-8"), flags=re.MULTILINE)[1:]
+    assert [drawer.split()[0] for drawer in drawers] == ["Selective", "Additive", "Prompt", "Reparameterized", "Hybrid"]
+    assert all(drawer.count("\n| ") > 5 for drawer in drawers)
+
+
+def test_hosts_of_a_method() -> None:
+    """BitFit works on all hosts, CoCoOp on one, a command is no method, and a system that is not here has none."""
+    hosts = {
+        cells[0]: cells[3]
+        for line in survey().splitlines()
+        if (cells := [c.strip() for c in line.strip("|").split("|")])[0] in SYSTEMS
+    }
+    assert hosts["BitFit"] == "all"
+    assert hosts["CoCoOp"] == "`clip_classifier`"
+    assert hosts["SAN"] == hosts["AdapterSoup"] == ""
