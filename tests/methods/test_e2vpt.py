@@ -113,6 +113,16 @@ def test_several_add_up(host: str, key: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def test_attention_written_out_gets_prompts_among_its_tokens_only() -> None:
+    """It has no softmax attention of torch that could be extended."""
+    for implementation, roles in (("sdpa", {"tokens.block", "attn.module"}), ("eager", {"tokens.block"})):
+        model, inputs = small_model("transformers_vit", "dinov2")
+        model.set_attn_implementation(implementation)
+        tuned = attach(model, "e2vpt", **OPTIONS)
+        assert {site.role for site, _ in tuned.parts.values()} == roles
+        model(**inputs)
+
+
 def token_site(width: int = 8) -> TokenSite:
     return TokenSite(name="t", role="tokens.block", enter=Port("b", "in"), leave=Port("b", "out"), width=width)
 
