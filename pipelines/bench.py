@@ -20,6 +20,7 @@ import torch
 from veneer.benchmarks import (
     attaching,
     caching,
+    conditional,
     denoiser,
     family,
     freezing,
@@ -37,6 +38,8 @@ from veneer.benchmarks.shapes import SHAPES, BenchError, Shape
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BOTTLENECK = 64
+"""Width of the bottlenecks in the row `conditional`."""
 PLACES = ("photos", "out", "base")
 """Settings with local paths, which are left out of the published results."""
 
@@ -50,8 +53,8 @@ class BenchConfig:
             SD 1.5 at 32×32 latents).
         latent: side of the UNet's input in latents (an eighth of the pixels), divisible by 8 (default: that of `size`).
         rows: benchmarks to run: `denoiser` (training step of a LoRA), `family` (of its variants), `side-networks` (of image
-            models), `freezing` (of their leading blocks), `attach`, `start` (attaching DoRA), `load`, `merge`, `switch` (between
-            adapters) or `few-photos` (a whole job) (default: all).
+            models), `conditional` (blocks on some tokens only), `freezing` (of leading blocks), `attach`, `start` (attaching
+            DoRA), `load`, `merge`, `switch` (between adapters) or `few-photos` (a whole job) (default: all).
         rounds: timings of each implementation, interleaved.
         clock: `wall` time, or `cpu` time of all threads of this process, for one thread on a shared machine.
         rank: rank of every LoRA.
@@ -69,7 +72,8 @@ class BenchConfig:
     size: Literal["tiny", "small", "sd15"] = "small"
     latent: int | None = None
     rows: tuple[str, ...] = (
-        *("denoiser", "family", "side-networks", "freezing", "attach", "start", "load", "merge", "switch", "few-photos"),
+        *("denoiser", "family", "side-networks", "conditional", "freezing"),
+        *("attach", "start", "load", "merge", "switch", "few-photos"),
     )
     rounds: int = 7
     clock: Literal["wall", "cpu"] = "wall"
@@ -171,6 +175,10 @@ def _side_networks(config: BenchConfig, shape: Shape, scratch: Path) -> list[Con
     return side_networks.contests(shape, config.rank, DTYPES[config.dtype], config.seed)
 
 
+def _conditional(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
+    return conditional.contests(shape, BOTTLENECK, DTYPES[config.dtype], config.seed)
+
+
 def _freezing(config: BenchConfig, shape: Shape, scratch: Path) -> list[Contest]:
     return freezing.contests(shape, DTYPES[config.dtype], config.seed)
 
@@ -199,6 +207,7 @@ ROWS: dict[str, Callable[[BenchConfig, Shape, Path], list[Contest]]] = {
     "denoiser": _denoiser,
     "family": _family,
     "side-networks": _side_networks,
+    "conditional": _conditional,
     "freezing": _freezing,
     "attach": _attach,
     "start": _start,

@@ -26,6 +26,7 @@ SITES = {
     "StreamSite": "whole blocks",
     "TokenSite": "token sequences that accept more tokens",
     "AttentionSite": "attention",
+    "SelfAttentionSite": "self-attention of vision and text transformers",
     "ParamSite": "single parameters",
     "VocabularySite": "token embeddings of a text encoder",
     "PixelSite": "the input image",

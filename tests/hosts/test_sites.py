@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tests.hosts.cases import ALL, TINY, UNCOMMON, Case, build, case, outputs
+from veneer.injection.attention_sites import SelfAttentionSite
 from veneer.injection.registry import host_of
 from veneer.injection.sites import (
     AttentionSite,
@@ -292,6 +293,18 @@ def test_attention_sites_match_their_modules(host: str, key: str) -> None:
         assert context is None or context.shape[-1] == site.context_width, site.name
         assert not hasattr(module, "to_q") or module.to_q.out_features % site.heads == 0
         assert hasattr(module, "processor")
+
+
+@every
+def test_self_attention_receives_tokens_and_keeps_their_shape(host: str, key: str) -> None:
+    found = case(host, key)
+    for site in found.sites:
+        if isinstance(site, SelfAttentionSite):
+            tokens, out = found.tensors[site.path, "in"], found.tensors[site.path, "out"]
+            assert tokens.dim() == 3, site.name
+            assert tokens.shape == out.shape, site.name
+            assert {part.d_out for part in (site.query, site.key, site.value)} == {site.out.d_in}, site.name
+            assert site.out.d_out == site.width == tokens.shape[-1], site.name
 
 
 @uncommon

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.methods.attentions import projections
 from tests.methods.bottlenecks import stirred
 from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach, hosts
@@ -71,6 +72,63 @@ def test_values_and_gradients_are_those_of_the_equation(host: str, key: str, whe
         assert adapter.prompt.grad.abs().max() > 0
 
 
+def add_prompts(attn: nn.Module, prompt: Tensor, gate: Tensor) -> None:
+    """Adds tanh(g) softmax(q (P W_k)ᵀ / √d) P W_v, head by head, through the output layer to what an attention returns."""
+
+    def write(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        x, parts = (args[0] if args else kwargs["hidden_states"]), projections(module)
+        q, k, v = (t @ w.T + b for t, (w, b) in zip((x, prompt, prompt), parts, strict=False))
+        norms = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
+        width = len(parts[0][0]) // len(gate)
+        attended = []
+        for h in range(len(gate)):
+            q_h, k_h, v_h = (t[..., h * width : (h + 1) * width] for t in (q, k, v))
+            q_h, k_h = (t if norm is None else norm(t) for t, norm in zip((q_h, k_h), norms, strict=True))
+            attended.append(gate[h].tanh() * (q_h @ k_h.mT / math.sqrt(width)).softmax(-1) @ v_h)
+        y = output[0] if isinstance(output, tuple) else output
+        y = y + torch.cat(attended, -1) @ parts[3][0].T
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    attn.register_forward_hook(write, with_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    ("host", "key"),
+    [
+        *(("timm_vit", "vit"), ("timm_vit", "beit"), ("timm_swin", "swin"), ("open_clip", "vit"), ("clip_text", "clip")),
+        ("transformers_vit", "dinov2"),
+    ],
+)
+def test_self_attention_without_a_processor(host: str, key: str) -> None:
+    """Both towers of a CLIP; other adapters of the layers change queries, keys and values of the prompts, too."""
+    (model, inputs), (plain, _) = tiny(host, key), tiny(host, key)
+    plain.requires_grad_(False)
+    before = [t.detach() for t in tensors(model(**inputs))]
+    tuned = attach(model, "llama_adapter", tokens=3, where="attn.module")
+    adapters: Any = stirred(tuned)
+    references = {}
+    for name, adapter in adapters.items():
+        references[name] = [p.detach().clone().requires_grad_() for p in (adapter.prompt, adapter.gate)]
+        add_prompts(plain.get_submodule(name.removesuffix(".module")), *references[name])
+    got, expected = (list(tensors(m(**inputs))) for m in (model, plain))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert max((b - t).abs().max() for b, t in zip(expected, before, strict=True)) > 1e-4
+    for outputs in (got, expected):
+        sum(t.square().sum() for t in outputs if t.requires_grad).backward()
+    for name, adapter in adapters.items():
+        for p, reference in zip((adapter.prompt, adapter.gate), references[name], strict=True):
+            torch.testing.assert_close(p.grad, reference.grad, rtol=1e-9, atol=1e-9)
+            assert p.grad.abs().max() > 0
+    lora = attach(model, "lora", where="attn.{q,k,v,out}", rank=2)
+    stirred(lora)
+    with torch.no_grad():
+        beside = list(tensors(model(**inputs)))
+        lora.merge()
+        for a, b in zip(tensors(model(**inputs)), beside, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_a_new_adapter_changes_nothing_and_only_its_gates_have_gradients() -> None:
     model, inputs = tiny("diffusers_dit", "dit")
     before = model(**inputs).sample
@@ -107,6 +165,6 @@ def test_count() -> None:
 def test_options_and_hosts_that_are_not_supported() -> None:
     with raises(OptionError, method="llama_adapter", option="tokens", given=0):
         LLaMAAdapter(tokens=0)
-    vit = hosts.get("timm_vit")().tiny()["vit"]()
+    rotary = hosts.get("timm_vit")().tiny()["eva"]()
     with raises(UnsupportedSite, method="llama_adapter", host="timm_vit"):
-        attach(vit, "llama_adapter")
+        attach(rotary, "llama_adapter")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.injection.attention_sites import SelfAttentionSite
 from veneer.injection.seams.seam import Seam
 from veneer.injection.sites import BranchSite, FeatureSite, NormSite, ParamSite, Port, Site, StreamSite, WeightSite
 
@@ -144,6 +145,25 @@ class TowerPart:
     def branch(self, name: str, role: str, read: Port, write: Port, width: int, **fields: Any) -> BranchSite:
         """A residual branch. `fields`: other fields of a `BranchSite`."""
         return BranchSite(name=f"{name}.branch", role=role, read=read, write=write, width=width, **fields, **self.labels)
+
+    def self_attention(self, path: str, layers: Iterable[Site], *, can_extend: bool = False, **fields: Any) -> Iterator[Site]:
+        """The sites `layers`, then the self-attention at `path` if they have its queries, keys, values and output layer.
+
+        Args:
+            can_extend: nothing fixes the number of tokens. `fields`: further fields of a `SelfAttentionSite`.
+        """
+        roles: dict[str, WeightSite] = {}
+        for site in layers:
+            yield site
+            if isinstance(site, WeightSite):
+                roles[site.role] = site
+        out = roles.get("attn.out")
+        if out and out.heads and all(f"attn.{x}" in roles for x in "qkv"):
+            query, key, value = (roles[f"attn.{x}"] for x in "qkv")
+            yield SelfAttentionSite(
+                name=f"{path}.module", role="attn.module", path=path, width=query.d_in, heads=out.heads, query=query, key=key,
+                value=value, out=out, can_extend=can_extend and out.sdpa, guard=self.guard, **fields, **self.labels,
+            )  # fmt: skip
 
     def stream(self, path: str, width: int, *, role: str = "block", d_in: int = 0, **fields: Any) -> StreamSite:
         """The residual stream through the block at `path`. `d_in`: channels of the input. `fields`: others of a `StreamSite`."""

@@ -12,10 +12,11 @@ from veneer.injection.sites import ParamSite, Port, Site, TokenSite, WeightSite
 from ._describe import TowerPart
 
 
-def blocks(part: TowerPart, path: str, **tokens: Any) -> Iterator[Site]:
+def blocks(part: TowerPart, path: str, *, prefix_only: bool = False, **tokens: Any) -> Iterator[Site]:
     """The residual blocks of the transformer at `path`.
 
     Args:
+        prefix_only: True if nothing reads what the last block makes of the tokens after the prefix.
         tokens: fields that describe the tokens: `prefix_tokens`, `grid`, `patch` and `can_insert`.
     """
     transformer = part.module(path)
@@ -23,7 +24,10 @@ def blocks(part: TowerPart, path: str, **tokens: Any) -> Iterator[Site]:
     yield _tokens(part, path, width, 0, count - 1, "tokens.tower", tokens)
     for depth in range(count):
         here = part.at(depth=depth)
-        yield from block(here, f"{path}.resblocks.{depth}", width, **_grid_fields(tokens))
+        can_insert = tokens.get("can_insert", True)
+        can_drop = can_insert and not (prefix_only and depth == count - 1)
+        flags = {"can_drop": can_drop, "can_extend": can_insert}
+        yield from block(here, f"{path}.resblocks.{depth}", width, **flags, **_grid_fields(tokens))
         yield _tokens(here, path, width, depth, depth, "tokens.block", tokens)
 
 
@@ -38,12 +42,20 @@ def _tokens(part: TowerPart, path: str, width: int, first: int, last: int, role:
     return TokenSite(name=name, role=role, enter=enter, leave=leave, width=width, **facts, **part.labels)
 
 
-def block(part: TowerPart, path: str, width: int, kind: str = "attn", **place: Any) -> Iterator[Site]:
-    """A block: attention (`kind` `xattn` if it reads image tokens) and an MLP, each after its norm."""
+def block(
+    part: TowerPart, path: str, width: int, kind: str = "attn", *, can_drop: bool = False, can_extend: bool = False, **place: Any
+) -> Iterator[Site]:
+    """A block: attention (`kind` `xattn` if it reads image tokens) and an MLP, each after its norm.
+
+    Args:
+        can_drop: of its stream. `can_extend`: of its attention. `place`: `prefix_tokens` and `grid` of its stream and branches.
+    """
     attn, mlp = f"{path}.attn", f"{path}.mlp"
     yield from part.norm(f"{path}.ln_1")
     yield from part.norm(f"{path}.ln_1_kv")
-    yield from attention(part, attn, kind)
+    layers = attention(part, attn, kind)
+    whole = kind == "attn" and _is_standard(part.module(attn))
+    yield from part.self_attention(attn, layers, can_extend=can_extend) if whole else layers
     yield from part.norm(f"{path}.ln_attn")
     yield from _branch_end(part, path, 1, attn, kind, width, place)
     yield from part.norm(f"{path}.ln_2")
@@ -51,7 +63,7 @@ def block(part: TowerPart, path: str, width: int, kind: str = "attn", **place: A
     yield from part.norm(f"{mlp}.ln")
     yield from part.layer(f"{mlp}.c_proj", "mlp.out")
     yield from _branch_end(part, path, 2, mlp, "mlp", width, place)
-    yield part.stream(path, width, **place)
+    yield part.stream(path, width, can_drop=can_drop, **place)
 
 
 def _branch_end(part: TowerPart, path: str, i: int, inner: str, kind: str, width: int, place: dict[str, Any]) -> Iterator[Site]:
@@ -60,6 +72,11 @@ def _branch_end(part: TowerPart, path: str, i: int, inner: str, kind: str, width
     if part.has(scale, "gamma"):
         yield part.parameter(scale, "gamma", "scale")
     yield part.branch(inner, kind, Port(norm, "in"), Port(scale, "out"), width, normed=Port(norm, "out"), **place)
+
+
+def _is_standard(attn: Any) -> bool:
+    """True for torch's attention without further keys that is called with the batch first."""
+    return isinstance(attn, nn.MultiheadAttention) and attn.batch_first and attn.bias_k is None
 
 
 def attention(part: TowerPart, path: str, kind: str) -> Iterator[Site]:

@@ -64,7 +64,8 @@ def _vit(part: TowerPart) -> Iterator[Site]:
     yield from part.norm("visual.ln_pre")
     whole = isinstance(vit.patch_dropout, nn.Identity)
     grid, patch = tuple(vit.grid_size) if whole else None, (*vit.patch_size, vit.conv1.in_channels)
-    yield from blocks(part, "visual.transformer", prefix_tokens=1, grid=grid, patch=patch)
+    prefix_only = vit.pool_type == "tok" and not vit.output_tokens
+    yield from blocks(part, "visual.transformer", prefix_only=prefix_only, prefix_tokens=1, grid=grid, patch=patch)
     yield from pooler(part, "visual.attn_pool")
     yield from pooler(part, "visual.attn_pool_contrastive")
     yield from part.norm("visual.ln_post")

@@ -11,7 +11,7 @@ from torch import nn
 from veneer.injection.registry import host_of
 from veneer.injection.sites import Port, Site
 
-NAMES = ("name", "bias", "guard", "attention")
+NAMES = ("name", "bias", "guard", "attention", "query_norm", "key_norm")
 
 
 def nested_sites(model: nn.Module, path: str, tower: str = "", component: str = "") -> Iterator[Site]:
@@ -34,6 +34,8 @@ def _prefixed(site: Site, path: str) -> dict[str, Any]:
         value = getattr(site, field.name)
         if isinstance(value, Port):
             moved[field.name] = Port(_join(path, value.path), value.side)
+        elif isinstance(value, Site):
+            moved[field.name] = replace(value, **_prefixed(value, path))
         elif field.name in ("path", "head") or (field.name in NAMES and value):
             moved[field.name] = _join(path, value)
     return moved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -99,9 +100,8 @@ def _clip_block(part: TowerPart, path: str, start: int) -> Iterator[Site]:
     attn, mlp = f"{path}.self_attn", f"{path}.mlp"
     width = part.module(attn).embed_dim
     yield from part.norm(f"{path}.layer_norm1")
-    for x in "qkv":
-        yield from part.layer(f"{attn}.{x}_proj", f"attn.{x}", inert_bias=x == "k")
-    yield from part.layer(f"{attn}.out_proj", "attn.out")
+    layers = (part.layer(f"{attn}.{x}_proj", f"attn.{x}", inert_bias=x == "k") for x in "qkv")
+    yield from part.self_attention(attn, chain(*layers, part.layer(f"{attn}.out_proj", "attn.out")))
     yield part.branch(attn, "attn", Port(f"{path}.layer_norm1", "in"), Port(attn, "out"), width)
     yield from part.norm(f"{path}.layer_norm2")
     for name, role in CLIP_MLP.items():

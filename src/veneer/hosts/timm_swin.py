@@ -109,6 +109,12 @@ def _block(part: TowerPart, path: str) -> Iterator[Site]:
 
 
 def _attention(part: TowerPart, path: str) -> Iterator[Site]:
+    """Attention in windows: its layers, and the whole of it unless it compares by the cosine."""
+    layers = _attention_layers(part, path)
+    yield from layers if part.has(path, "logit_scale") else part.self_attention(path, layers)
+
+
+def _attention_layers(part: TowerPart, path: str) -> Iterator[Site]:
     attn: Any = part.module(path)
     biases = {x: f"{path}.{x}_bias" for x in "qv"} if part.has(path, "q_bias") else {}
     # Softmax cancels a constant added to all keys, except in cosine attention, which has a logit scale.

@@ -17,6 +17,7 @@ FAMILIES = {"timm.models.vision_transformer.VisionTransformer", "timm.models.bei
 TOKENS = {
     "cls_token": "embed.class", "dist_token": "embed.distil", "reg_token": "embed.register", "pos_embed": "embed.position",
 }  # fmt: skip
+ATTENTION = ("Attention", "EvaAttention")  # softmax over all tokens; DiffAttention subtracts two maps
 SCALES = {"attn": ("ls1.gamma", "gamma_1"), "mlp": ("ls2.gamma", "gamma_2")}
 
 
@@ -94,14 +95,18 @@ def _stem(part: TowerPart) -> Iterator[Site]:
 
 def _tokens(part: TowerPart, prefix: str, first: int, last: int, role: str) -> Iterator[Site]:
     vit: Any = part.model
-    relative = any(getattr(getattr(b, "attn", None), "relative_position_bias_table", None) is not None for b in vit.blocks)
-    fixed = relative or any(getattr(vit, name, None) is not None for name in ("rope", "rel_pos_bias"))
     patch = getattr(vit.patch_embed, "patch_size", (16, 16))
     yield TokenSite(
         name=f"{prefix}tokens", role=role, enter=Port(f"blocks.{first}", "in"), leave=Port(f"blocks.{last}", "out"),
-        width=vit.embed_dim, prefix_tokens=vit.num_prefix_tokens, patch=(*patch, vit.in_chans), can_insert=not fixed,
+        width=vit.embed_dim, prefix_tokens=vit.num_prefix_tokens, patch=(*patch, vit.in_chans), can_insert=not _fixes_length(vit),
         **part.labels,
     )  # fmt: skip
+
+
+def _fixes_length(vit: Any) -> bool:
+    """True if tables of relative positions or rotations fix the number of tokens."""
+    relative = any(getattr(getattr(b, "attn", None), "relative_position_bias_table", None) is not None for b in vit.blocks)
+    return relative or any(getattr(vit, name, None) is not None for name in ("rope", "rel_pos_bias"))
 
 
 def _block(part: TowerPart, path: str) -> Iterator[Site]:
@@ -118,7 +123,8 @@ def _block(part: TowerPart, path: str) -> Iterator[Site]:
         for i, kind in enumerate(("attn", "mlp"), 1):
             scales = tuple(f"{path}.{scale}" for scale in SCALES[kind])
             yield from _branch(part, path, kind, f"{path}.norm{i}", f"{path}.drop_path{i}", scales, width)
-    yield part.stream(path, width, **_grid(part))
+    is_unread = vit.global_pool == "token" and part.depth == len(vit.blocks) - 1  # what the last block makes of the patches
+    yield part.stream(path, width, can_drop=not _fixes_length(vit) and not is_unread, **_grid(part))
 
 
 def _grid(part: TowerPart) -> dict[str, Any]:
@@ -145,11 +151,24 @@ def _branch(part: TowerPart, at: str, kind: str, norm: str, end: str, scales: tu
 
 
 def _attention(part: TowerPart, path: str) -> Iterator[Site]:
+    """Attention: its layers, and the whole of it if queries are not rotated and nothing follows the sum over the values."""
+    attn, vit = part.module(path), part.model
+    layers = _attention_layers(part, path)
+    after = [getattr(attn, name, None) for name in ("gate", "norm", "sub_norm")]
+    if getattr(vit, "rope", None) is not None or type(attn).__name__ not in ATTENTION or not all(map(_is_absent, after)):
+        yield from layers
+        return
+    norms = {f"{name}_norm": f"{path}.{name[0]}_norm" for name in ("query", "key") if _norms(attn, name[0])}
+    can_extend = not _fixes_length(vit) and not norms
+    yield from part.self_attention(path, layers, **norms, can_extend=can_extend)
+
+
+def _attention_layers(part: TowerPart, path: str) -> Iterator[Site]:
     attn, vit = part.module(path), part.model
     read = getattr(attn, "q_bias", None) is not None and not attn.qkv_bias_separate
     # Without a rotation of keys, a constant added to all keys shifts all scores of a query alike, which softmax cancels.
     plain = getattr(vit, "rope", None) is None
-    inert = ("attn.k",) if plain and not _norms_keys(attn) else ()
+    inert = ("attn.k",) if plain and not _norms(attn, "k") else ()
     yield from part.layer(f"{path}.gate", "attn.gate")
     if getattr(attn, "qkv", None) is not None:
         rows = {f"{path}.{x}": (f"attn.{x}", attn.qkv.out_features // 3) for x in "qkv"}
@@ -174,8 +193,13 @@ def _attention(part: TowerPart, path: str) -> Iterator[Site]:
     yield from part.layer(f"{path}.proj", "attn.out")
 
 
-def _norms_keys(attn: Any) -> bool:
-    return not isinstance(getattr(attn, "k_norm", None), (nn.Identity, type(None)))
+def _norms(attn: Any, x: str) -> bool:
+    """True if queries (`q`) or keys (`k`) are normalized."""
+    return not _is_absent(getattr(attn, f"{x}_norm", None))
+
+
+def _is_absent(module: Any) -> bool:
+    return isinstance(module, (nn.Identity, type(None)))
 
 
 def _qk_norms(part: TowerPart, path: str, plain: bool = True) -> Iterator[Site]:

@@ -11,11 +11,13 @@ the forms are protocols, checked once, when the adapter is attached.
 | `WeightAdapter` | `weight(W)` | weights, parameters and norms that the host reads; merging | `WeightSeam` |
 | `BiasAdapter` | and `bias(b, W)` | weights followed by a bias | `WeightSeam` |
 | `LowRankAdapter` | and `factors()` | merging and combining | `composition.merge` |
-| `TokenAdapter` | `insert(tokens)`, `remove(tokens)` | `TokenSite` | `TokenSeam` |
+| `TokenAdapter` | `insert(tokens)`, `remove(tokens)` | `TokenSite`; `StreamSite` to leave out tokens | `TokenSeam` |
 | `ImagePromptAdapter` | `output(x, y)`, `append(i, tokens)`, `remove(i, tokens)` | `MultimodalPromptSite` | `PromptSeam` |
 | `VocabularyAdapter` | `ids(ids)`, `output(ids, rows)` | `VocabularySite` | `VocabularySeam` |
 | `AttentionAdapter` | `attend(inner, attn, hidden_states, **kwargs)` | `AttentionSite` | `ProcessorSeam` |
+| | the same | `SelfAttentionSite` | `SelfAttentionSeam` |
 | `KeyValueAdapter` | `keys_values()` | weights of output projections with `sdpa` | `KeyValueSeam` |
+| | the same | `SelfAttentionSite` with `can_extend` | `KeyValueSeam` |
 | `ResidualAdapter` | `residuals(call)` | `ResidualSite` | `ResidualSeam` |
 | `FeatureAdapter` | and `change(features)` at `place` | `ResidualSite` | `ResidualSeam` |
 
@@ -28,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .sites import Port
 
@@ -122,13 +124,13 @@ class PairAdapter(LowRankAdapter, Protocol):
 
 @runtime_checkable
 class TokenAdapter(Blended, Protocol):
-    """Inserts tokens into a sequence."""
+    """Inserts tokens into a sequence, or leaves out some."""
 
     def insert(self, tokens: Tensor, /) -> Tensor:
-        """The sequence with the inserted tokens, where the extent of the site begins."""
+        """The sequence with the inserted tokens, or without the left out ones, where the extent of the site begins."""
 
     def remove(self, tokens: Tensor, /) -> Tensor:
-        """The sequence without them, where it ends."""
+        """The sequence of the host's length, where it ends."""
 
 
 @runtime_checkable
@@ -159,10 +161,10 @@ class VocabularyAdapter(Blended, Protocol):
 
 @runtime_checkable
 class AttentionAdapter(Blended, Protocol):
-    """Wraps the processor of an attention module of diffusers."""
+    """Wraps attention: the processor of a module of diffusers, or a self-attention without a processor."""
 
-    def attend(self, inner: Callable[..., Any], attn: nn.Module, hidden_states: Tensor, /, *args: Any, **kwargs: Any) -> Any:
-        """The output of attention. `inner`: the processor that it wraps."""
+    def attend(self, inner: Callable[..., Any], attn: Any, hidden_states: Tensor, /, *args: Any, **kwargs: Any) -> Any:
+        """The output of attention. `inner`: what it wraps. `attn`: the module, or `AttentionLayers` if it has no processor."""
 
 
 @runtime_checkable

@@ -120,8 +120,7 @@ class BranchSite(Site):
 
     Args:
         read: the stream, as input of the branch. `normed`: the same after the branch's norm; None without a norm before it.
-        write: the branch's output, before it is added.
-        width: number of channels. `layout`: order of the dimensions.
+        write: the branch's output, before it is added. `width`: number of channels. `layout`: order of the dimensions.
         prefix_tokens: class and register tokens before the patches. `grid`: (height, width) of the patches at the image size of
             the model, or None if the tokens have no grid; only `NLC` needs them.
     """
@@ -141,13 +140,14 @@ class StreamSite(Site):
 
     Args:
         d_in: channels of the input, if a block changes them; 0 for `width`, the channels of the output.
-        resamples: the block changes the grid. `prefix_tokens`, `grid`: as for `BranchSite`; of a text, the start token.
+        resamples: the block changes the grid. `can_drop`: it can run on some of the tokens. Others: as for `BranchSite`.
     """
 
     path: str
     width: int
     d_in: int = 0
     resamples: bool = False
+    can_drop: bool = False
     layout: Layout = "NLC"
     prefix_tokens: int = 0
     grid: tuple[int, int] | None = None

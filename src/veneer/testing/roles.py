@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from veneer.injection.attention_sites import SelfAttentionSite
 from veneer.injection.sites import (
     AttentionSite,
     BranchSite,
@@ -40,6 +41,7 @@ ROLES: dict[type[Site], set[str]] = {
     StreamSite: {"block", "sample"},
     TokenSite: {"tokens.block", "tokens.tower"},
     AttentionSite: {"attn.processor", "xattn.processor"},
+    SelfAttentionSite: {"attn.module"},
     VocabularySite: {"vocabulary"},
     PromptSite: {"prompts"},
     PixelSite: {"pixels"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from veneer.injection import methods
+from veneer.injection.attention_sites import SelfAttentionSite
 from veneer.injection.method import Method
 from veneer.injection.multimodal_prompt_site import MultimodalPromptSite
 from veneer.injection.sites import (
@@ -21,7 +22,7 @@ from veneer.injection.sites import (
 from .loading import is_clip_name
 
 IMAGE_SITES: tuple[type[Site], ...] = (
-    WeightSite, NormSite, BranchSite, StreamSite, TokenSite, ParamSite, PixelSite, FeatureSite,
+    WeightSite, NormSite, BranchSite, StreamSite, TokenSite, SelfAttentionSite, ParamSite, PixelSite, FeatureSite,
 )  # fmt: skip
 """Types of sites of an image tower."""
 

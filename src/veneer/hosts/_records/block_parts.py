@@ -133,12 +133,17 @@ class Branch:
 
 @dataclass(frozen=True)
 class Stream:
-    """The residual stream through the block, of the width of the module at `path`: a norm, an attention or a layer."""
+    """The residual stream through the block.
+
+    Args:
+        path: a module of its width: a norm, an attention or a layer. `can_drop`: any part of its tokens may enter the block.
+    """
 
     path: str
+    can_drop: bool = False
 
     def sites(self, part: TowerPart, block: str, order: Mapping[str, int]) -> Iterator[Site]:
-        yield part.stream(block, width_of(part.module(f"{block}.{self.path}")))
+        yield part.stream(block, width_of(part.module(f"{block}.{self.path}")), can_drop=self.can_drop)
 
 
 def width_of(module: Any) -> int:

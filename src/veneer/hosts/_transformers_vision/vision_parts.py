@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from veneer.injection.sites import BranchSite, Port, Site, StreamSite, TokenSite
@@ -61,10 +62,12 @@ class SelfAttention:
     def sites(self, part: TowerPart, block: str, order: Mapping[str, int]) -> Iterator[Site]:
         path = f"{block}.{self.path}"
         yield from part.norm(f"{block}.{self.norm}")
-        for x in "qkv":
-            # A constant added to all keys shifts all scores of a query alike, which softmax cancels.
-            yield from part.layer(f"{path}.{x}_proj", f"attn.{x}", inert_bias=x == "k" and not self.rotary)
-        yield from part.layer(f"{path}.{self.out}", "attn.out")
+        # A constant added to all keys shifts all scores of a query alike, which softmax cancels.
+        inert = {"k"} if not self.rotary else set()
+        projections = (part.layer(f"{path}.{x}_proj", f"attn.{x}", inert_bias=x in inert) for x in "qkv")
+        layers = chain(*projections, part.layer(f"{path}.{self.out}", "attn.out"))
+        can_extend = isinstance(part, VisionPart) and part.can_insert
+        yield from layers if self.rotary else part.self_attention(path, layers, can_extend=can_extend)
         yield from layer_scale(part, block, self.scale)
         read, write = read_port(part, block, self.norm, path), write_port(part, block, self.scale, path)
         width = width_of(part.module(f"{path}.q_proj"))
@@ -73,14 +76,19 @@ class SelfAttention:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The residual stream and the token sequence of a block. `norm`: a norm of the stream."""
+    """The residual stream and the token sequence of a block.
+
+    Args:
+        norm: a norm of the stream. `rotary`: True if keys are rotated by the positions of all patches.
+    """
 
     norm: str
+    rotary: bool = False
 
     def sites(self, part: TowerPart, block: str, order: Mapping[str, int]) -> Iterator[Site]:
         assert isinstance(part, VisionPart)
         width = width_of(part.module(f"{block}.{self.norm}"))
-        yield part.stream(block, width)
+        yield part.stream(block, width, can_drop=part.can_insert and not self.rotary)
         yield part.tokens(f"{block}.tokens", block, block, width, "tokens.block")
 
 

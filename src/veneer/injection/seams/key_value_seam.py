@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..adapter_forms import KeyValueAdapter
+from ..attention_sites import SelfAttentionSite
 from ..errors import HostChanged
 from ..method import Adapter
 from ..sites import WeightSite
@@ -30,9 +31,9 @@ class KeyValueSeam(HookSeam):
 
     adapters: Sequence[KeyValueAdapter]
 
-    def __init__(self, tower: nn.Module, parts: Sequence[tuple[WeightSite, Adapter]]) -> None:
+    def __init__(self, tower: nn.Module, parts: Sequence[tuple[WeightSite | SelfAttentionSite, Adapter]]) -> None:
         super().__init__(tower, parts)
-        self.home = self.sites[0].attention
+        self.home = attention_of(self.sites[0])
         self.__dict__.update(_modes=[], full=True)
 
     def hooks(self) -> list[RemovableHandle]:
@@ -70,6 +71,11 @@ class KeyValueSeam(HookSeam):
                 "so that keys and values cannot be added. Choose this implementation, such as attn_implementation='sdpa'."
             )
             raise HostChanged(message, where=site, given=type(attn).__name__, expected="F.scaled_dot_product_attention")
+
+
+def attention_of(site: WeightSite | SelfAttentionSite) -> str:
+    """Path of the attention module of a site."""
+    return site.path if isinstance(site, SelfAttentionSite) else site.attention
 
 
 class AddedKeys(TorchFunctionMode):

@@ -19,6 +19,7 @@ from ..adapter_forms import (
     VocabularyAdapter,
     WeightAdapter,
 )
+from ..attention_sites import SelfAttentionSite
 from ..errors import UnsupportedSite
 from ..method import Adapter
 from ..multimodal_prompt_site import MultimodalPromptSite
@@ -43,10 +44,11 @@ from .adapter_calls import base_tensor
 from .attention_seam import ProcessorSeam
 from .call_seam import CallSeam, SwitchSeam
 from .effective_weight import BiasForm, EffectiveWeight, bias_site
-from .key_value_seam import KeyValueSeam
+from .key_value_seam import KeyValueSeam, attention_of
 from .prompt_seam import PromptSeam
 from .residual_seam import ResidualSeam
 from .seam import Seam
+from .self_attention_seam import SelfAttentionSeam
 from .sequence_seams import TokenSeam, VocabularySeam
 from .weight_seam import WeightSeam
 
@@ -78,8 +80,8 @@ def _with_arguments(groups: Mapping[Key, list[tuple[Site, Adapter]]]) -> list[tu
 
 def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
     """The class of a part's seam, and the fields that parts of one seam have in common."""
-    if isinstance(site, WeightSite) and isinstance(adapter, KeyValueAdapter):
-        return (KeyValueSeam, site.attention)
+    if isinstance(site, (WeightSite, SelfAttentionSite)) and isinstance(adapter, KeyValueAdapter):
+        return (KeyValueSeam, attention_of(site))
     if isinstance(site, (WeightSite, ParamSite, NormSite)):
         if adapter.prefers_weight and is_ordinary(base_tensor(tower, site.path, site.param)):
             return (WeightSeam, site.path, site.param)
@@ -90,12 +92,17 @@ def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
             return (CallSeam, Port(site.path, "in"), Port(site.path, "in"))
         _require(site, adapter, WeightAdapter, "weight")
         return (WeightSeam, site.path, site.param)
+    if isinstance(site, StreamSite) and isinstance(adapter, TokenAdapter):
+        return (TokenSeam, site.name)
     if isinstance(site, TokenSite):
         _require(site, adapter, TokenAdapter, "insert")
         return (TokenSeam, site.name)
     if isinstance(site, AttentionSite):
         _require(site, adapter, AttentionAdapter, "attend")
         return (ProcessorSeam, site.name)
+    if isinstance(site, SelfAttentionSite):
+        _require(site, adapter, AttentionAdapter, "attend")
+        return (SelfAttentionSeam, site.name)
     if isinstance(site, ResidualSite):
         _require(site, adapter, ResidualAdapter, "residuals")
         return (ResidualSeam, site.name)

@@ -1,4 +1,4 @@
-"""Seams of sequences: inserted tokens, and trained rows of a token-embedding table."""
+"""Seams of sequences: inserted or left out tokens, and trained rows of a token-embedding table."""
 
 from __future__ import annotations
 
@@ -11,28 +11,19 @@ from torch.utils.hooks import RemovableHandle
 from ..adapter_forms import TokenAdapter, VocabularyAdapter
 from ..errors import StateError
 from ..method import Adapter
-from ..sites import TokenSite, VocabularySite
+from ..sites import Port, StreamSite, TokenSite, VocabularySite
 from .adapter_calls import blend, cast, first_argument, main_output
 from .seam import HookSeam
 
 
-class TokenSeam(HookSeam):
-    """Inserts tokens at the start of a site's extent, and removes them at its end.
+class UnblendedSeam(HookSeam):
+    """Base of seams whose strength must be 0 or 1. It is a Python value, so a change of it recompiles a compiled graph.
 
-    The strength must be 0 or 1. It is a Python value, so a change of it recompiles a compiled graph.
+    Attributes:
+        active: True at strength 1.
     """
 
-    adapters: Sequence[TokenAdapter]
-
-    def __init__(self, tower: nn.Module, parts: Sequence[tuple[TokenSite, Adapter]]) -> None:
-        super().__init__(tower, parts)
-        self.home = self.sites[0].enter.path
-        self.active = True
-
-    def hooks(self) -> list[RemovableHandle]:
-        site: TokenSite = self.sites[0]
-        enter, leave = self.module(site.enter.path), self.module(site.leave.path)
-        return [enter.register_forward_pre_hook(self._enter, with_kwargs=True), leave.register_forward_hook(self._leave)]
+    active = True
 
     def check_strength(self, strength: float) -> None:
         """Raises `StateError` for a strength that is neither 0 nor 1."""
@@ -42,9 +33,35 @@ class TokenSeam(HookSeam):
             raise StateError(message, where=site, given=strength, expected=(0, 1))
 
     def write_strength(self, strength: float) -> None:
-        """Enables (1) or disables (0) the insertion of tokens."""
+        """Enables (1) or disables (0) the change of the sequence."""
         super().write_strength(strength)
         self.active = bool(strength)
+
+
+class TokenSeam(UnblendedSeam):
+    """Changes the sequence at the start of a site's extent, such as by inserting tokens, and undoes it at its end.
+
+    Of several such seams that end at one module, the last one is undone first.
+    """
+
+    adapters: Sequence[TokenAdapter]
+
+    def __init__(self, tower: nn.Module, parts: Sequence[tuple[TokenSite | StreamSite, Adapter]]) -> None:
+        super().__init__(tower, parts)
+        site = parts[0][0]
+        if isinstance(site, StreamSite):
+            self.enter, self.leave = Port(site.path, "in"), Port(site.path, "out")
+        else:
+            self.enter, self.leave = site.enter, site.leave
+        self.home = self.enter.path
+
+    def hooks(self) -> list[RemovableHandle]:
+        enter, leave = self.module(self.enter.path), self.module(self.leave.path)
+        is_nested = any(isinstance(getattr(hook, "__self__", None), TokenSeam) for hook in leave._forward_hooks.values())
+        return [
+            enter.register_forward_pre_hook(self._enter, with_kwargs=True),
+            leave.register_forward_hook(self._leave, prepend=is_nested),
+        ]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active:

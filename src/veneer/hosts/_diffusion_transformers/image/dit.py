@@ -23,7 +23,7 @@ BLOCK = (
     Attention("attn1", norm="norm1"),
     Modules("norm3"),
     FeedForward(norm="norm3"),
-    Stream("attn1"),
+    Stream("attn1", can_drop=True),
 )
 RECORD = TransformerRecord(
     classes=("DiTTransformer2DModel",),

@@ -32,7 +32,7 @@ BLOCK = (
     Attention("attn2"),
     Modules("norm2"),
     FeedForward(norm="norm2"),
-    Stream("attn1"),
+    Stream("attn1", can_drop=True),
 )
 TINY = {
     "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "in_channels": 4,

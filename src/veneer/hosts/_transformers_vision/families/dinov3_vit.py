@@ -12,7 +12,7 @@ from ..vision_record import VisionRecord
 BLOCK = (
     SelfAttention("attention", norm="norm1", scale="layer_scale1", rotary=True),
     FeedForward("mlp", norm="norm2", layers=MLP, plain_norm=True, scale="layer_scale2"),
-    Tokens("norm1"),
+    Tokens("norm1", rotary=True),
 )
 TINY = {
     "image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

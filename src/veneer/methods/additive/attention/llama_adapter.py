@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from veneer.injection.attachment.deferred_init import zeros
+from veneer.injection.attention_sites import SelfAttentionSite
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.sites import AttentionSite
@@ -20,7 +21,7 @@ class PromptAttention(Adapter):
 
     applies_strength: ClassVar[bool] = True
 
-    def __init__(self, site: AttentionSite, tokens: int) -> None:
+    def __init__(self, site: AttentionSite | SelfAttentionSite, tokens: int) -> None:
         super().__init__()
         self.prompt = nn.Parameter(torch.randn(tokens, prompt_width(site)))
         self.gate = nn.Parameter(zeros(site.heads))
@@ -45,9 +46,9 @@ class PromptAttention(Adapter):
         return (gate[:, None, None] * scaled_dot_product_attention(q, k, v)).transpose(1, 2).flatten(2)
 
 
-def prompt_width(site: AttentionSite) -> int:
+def prompt_width(site: AttentionSite | SelfAttentionSite) -> int:
     """Width of the tokens that keys and values are computed from."""
-    return site.context_width if site.cross else site.width
+    return site.context_width if isinstance(site, AttentionSite) and site.cross else site.width
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,22 @@ class LLaMAAdapter(Method):
 
     Args:
         tokens: p, prompts of each attention module, at least 1.
-    Supports the attention modules of diffusers whose queries are not rotated or normalized by head. `where="attn.processor@14:"`
-    adapts the later blocks alone, as the authors do; cross-attention is `xattn.processor`.
-    Counts: p·width + heads per attention module.
+    Supports the attention modules of diffusers whose queries are not rotated or normalized by head, and self-attention without
+    rotated queries of timm, open_clip and transformers, in towers of CLIP for images and texts: all tokens of a text read the
+    prompts. `where="attn.module@2:"` (`attn.processor` in diffusers) adapts the later blocks alone, as the authors do;
+    cross-attention is `xattn.processor`.
+    Counts: p·width + heads per attention module; ViT-B/16 92,304.
     Source: Zhang et al., LLaMA-Adapter: Efficient Fine-tuning of Large Language Models with Zero-initialized Attention, ICLR
     2024, and the authors' code; prompts N(0, 1). Deviations: no position embedding of the queries, which these models do not
-    have; in a host with linear attention, the attention to prompts still has a softmax. Not included: the scales and biases of
-    version 2 (attach `ssf` in addition) and its fusion with an image.
+    have; in a host with linear attention, the attention to prompts still has a softmax. The scales and biases of version 2 are
+    `llama_adapter_v2`; its fusion with an image is not included.
     """
 
     name: ClassVar[str] = "llama_adapter"
     uses: ClassVar[tuple[str, ...]] = ("style", "smallest_file")
     paper: ClassVar[str] = "Zhang et al., LLaMA-Adapter: Efficient Fine-tuning with Zero-initialized Attention, ICLR 2024"
-    needs: ClassVar[tuple[Need, ...]] = (Need(AttentionSite, where={"plain": True}),)
-    default: ClassVar[tuple[str, ...]] = ("attn.processor",)
+    needs: ClassVar[tuple[Need, ...]] = (Need(AttentionSite, where={"plain": True}), Need(SelfAttentionSite))
+    default: ClassVar[tuple[str, ...]] = ("attn.processor", "attn.module")
     fallback: ClassVar[tuple[str, ...]] = ("xattn.processor",)
     learning_rate: ClassVar[float] = 1e-3
 
@@ -82,10 +85,10 @@ class LLaMAAdapter(Method):
         if self.tokens < 1:
             raise OptionError.of(self.name, "tokens", self.tokens, "at least 1")
 
-    def build(self, site: AttentionSite) -> PromptAttention:
+    def build(self, site: AttentionSite | SelfAttentionSite) -> PromptAttention:
         """P and g of one attention module."""
         return PromptAttention(site, self.tokens)
 
-    def count(self, site: AttentionSite) -> int:
+    def count(self, site: AttentionSite | SelfAttentionSite) -> int:
         """p·width + heads."""
         return self.tokens * prompt_width(site) + site.heads
