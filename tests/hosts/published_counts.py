@@ -206,6 +206,7 @@ CLIP = [
     Count("tip_adapter", "CLIP RN50", 0, options={"shots": 16}),
     Count("tip_adapter", "CLIP RN50", 16 * 1000 * 1024, options={"shots": 16, "train_keys": True}),
     Count("bitfit", "CLIP ViT-B/16", 171_008, FORMULA),
+    Count("null_prompt", "CLIP ViT-B/16", 171_008, FORMULA),
 ]
 OUTPUTS = ("attn.out", "xattn.out")
 CONTROL = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from veneer.injection.host import Host, module_names
 from veneer.injection.multimodal_prompt_site import MultimodalPromptSite
 from veneer.injection.registry import host_of
-from veneer.injection.sites import FeatureSite, PromptSite, Site, TokenSite, VocabularySite
+from veneer.injection.sites import FeatureSite, ParamSite, PromptSite, Site, TokenSite, VocabularySite
 
 from ._describe import TowerPart
 from ._within import nested_sites
@@ -40,13 +41,14 @@ class ClipClassifier(Host):
 
     def sites(self, model: nn.Module, component: str = "", components: Mapping[str, Any] | None = None) -> Iterator[Site]:
         head, linear = TowerPart(model, self.tower, component), isinstance(model.get_submodule("head"), nn.Linear)
+        texts = head.module("head.texts")
+        prompted = texts is not None and texts.accepts_embeddings
         for site in nested_sites(model, "clip", component=component):
             read = site.tower == self.tower or (not linear and site.tower in ("text", "joint"))
             if read and not isinstance(site, (FeatureSite, VocabularySite)):
-                yield site
-        texts = head.module("head.texts")
+                yield replace(site, prompted=prompted) if isinstance(site, ParamSite) else site
         width = head.module("head").in_features
-        if texts is not None and texts.accepts_embeddings:
+        if prompted:
             fields = {"width": texts.width, "features": width, "classes": texts.names, "tokenizer": texts.tokenizer}
             yield _prompts(head.at(tower="text"), texts.layers, fields)
         yield from head.features("head", width)

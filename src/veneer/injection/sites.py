@@ -199,6 +199,7 @@ class ParamSite(Site):
         shape: of the parameter (of the slice, if `rows` is given).
         called: True for a bias that its module adds last, so that a delta may be added to the module's output.
         channel_dim: the output dimension that the parameter is added along, if `called`.
+        prompted: True in a classifier with a `PromptSite`.
     """
 
     path: str
@@ -207,6 +208,7 @@ class ParamSite(Site):
     rows: tuple[int, int] | None = None
     called: bool = False
     channel_dim: int = -1
+    prompted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,10 +35,12 @@ def compatible_methods(model: str) -> list[str]:
     Args:
         model: as in `TransferConfig`. For a CLIP the list includes `zero_shot`.
     """
-    kinds = (*IMAGE_SITES, PromptSite, MultimodalPromptSite) if is_clip_name(model) else IMAGE_SITES
-    found = [name for name in methods.names() if _supports(methods.get(name), kinds)]
-    return sorted([*found, "zero_shot"]) if is_clip_name(model) else found
+    clip = is_clip_name(model)
+    kinds = (*IMAGE_SITES, PromptSite, MultimodalPromptSite) if clip else IMAGE_SITES
+    found = [name for name in methods.names() if _supports(methods.get(name), kinds, clip)]
+    return sorted([*found, "zero_shot"]) if clip else found
 
 
-def _supports(method: type[Method], kinds: tuple[type[Site], ...]) -> bool:
-    return not method.conditions and any(need.site in kinds for need in method.needs)
+def _supports(method: type[Method], kinds: tuple[type[Site], ...], prompted: bool) -> bool:
+    fitting = (need for need in method.needs if need.where.get("prompted", prompted) == prompted)
+    return not method.conditions and any(need.site in kinds for need in fitting)
