@@ -63,7 +63,8 @@ def of_methods(checks: Iterable[Check]) -> Iterator[Check]:
     """For each method: on models with every kind of site that it can use, or on one model."""
     for several in _groups(checks, lambda check: check.method).values():
         places = one_model_per_host(several)
-        kinds = {place_of(check): {kind(site) for site in case_of(check).sites} for check in several}
+        cases = {place_of(check): case_of(check) for check in several}
+        kinds = {place: {*map(kind, case.sites)} for place, case in cases.items()}
         every_kind = cover([*places, *kinds], kinds)
         for check in several:
             among = every_kind if check.name in EVERY_KIND else places[: 2 if _is_slow_for_representative(check) else 1]
