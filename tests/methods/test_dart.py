@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from tests.raising import raises
 from veneer.injection import LoadError, attach
 from veneer.injection.errors import OptionError
 from veneer.methods.prompt.soft_prompts.dart import DART
+from veneer.models.clip_classifier import CLIPClassifier
 
 START, END = 62, 63
 NAMES = (("toy", "cat"), ("dog",), ("red", "car"))
@@ -65,6 +67,20 @@ def test_words_beside_another_attachment_and_files_of_other_classes() -> None:
     with raises(LoadError, missing=()) as caught:
         tuned.load_state_dict(state)
     assert [name.rpartition(":")[2] for name in caught.value.misshapen] == ["labels"]
+
+
+def test_a_new_adapter_is_the_classifier_of_its_template() -> None:
+    """Also for names that end in punctuation, which the tokenizer joins with the full stop."""
+    tokenizer, names = open_clip.tokenizer.SimpleTokenizer(), ["kite (bird of prey)", "C++", "St.", "dog"]
+    torch.manual_seed(0)
+    text = {"context_length": 77, "vocab_size": 49408, "width": 4, "heads": 1, "layers": 1}
+    vision = {"image_size": 16, "patch_size": 8, "width": 8, "layers": 1, "head_width": 8}
+    clip = open_clip.model.CLIP(embed_dim=4, vision_cfg=vision, text_cfg=text).eval()
+    model, image = CLIPClassifier(clip, tokenizer, names, ("a photo of a {}.",)).eval(), pictures().float()
+    expected = model(image)
+    tuned = attach(model, "dart")
+    torch.testing.assert_close(model(image), expected)
+    assert tuned.report().trainable == (4 + 6 + 2 + 2 + 1) * 4
 
 
 def test_count() -> None:

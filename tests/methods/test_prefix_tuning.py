@@ -16,7 +16,7 @@ from tests.methods.bottlenecks import blocks_written_out, picture, random, stirr
 from tests.raising import raises
 from veneer.injection import attach, hosts
 from veneer.injection.attachment.plan import supports
-from veneer.injection.errors import OptionError
+from veneer.injection.errors import OptionError, StateError
 from veneer.injection.towers import sites
 from veneer.methods.prompt.soft_prompts.prefix_tuning import PrefixTuning
 
@@ -153,6 +153,26 @@ def test_start_dropout_and_counts() -> None:
     zero = adapter.keys_values()[0] == 0
     assert 0.4 < zero.float().mean() < 0.6
     assert not (adapter.eval().keys_values()[0] == 0).any()
+
+
+def test_strength_multiplies_the_attention_weights_of_the_keys() -> None:
+    """At s: s·exp(q P_kᵀ / √d), so that a negative strength is an error and leaves the model as it was."""
+    model, x = tiny(), random(2, 5, 24)
+    tuned = attach(model, "prefix_tuning", tokens=3, hidden=0)
+    adapter, attn = stirred(tuned)["blocks.0.attn.proj"], model.blocks[0].attn
+    tuned.scale = 0.3
+    q, k, v, keys, values = (
+        y.unflatten(-1, (HEADS, -1)).transpose(-2, -3) for y in (*attn.qkv(x).chunk(3, -1), adapter.keys, adapter.values)
+    )
+    scores = (torch.cat([q @ keys.mT, q @ k.mT], -1) / math.sqrt(q.shape[-1])).exp()
+    scores[..., :3] *= 0.3
+    weights = scores / scores.sum(-1, keepdim=True)
+    expected = attn.proj((weights[..., :3] @ values + weights[..., 3:] @ v).transpose(-2, -3).flatten(-2))
+    torch.testing.assert_close(attn(x), expected)
+    with raises(StateError, where="blocks.0.attn.proj", given=-0.5, expected=0):
+        tuned.scale = -0.5
+    assert tuned.scale == 0.3
+    torch.testing.assert_close(attn(x), expected)
 
 
 @pytest.mark.parametrize("options", [{"tokens": 0}, {"hidden": -1}, {"dropout": 1.0}])

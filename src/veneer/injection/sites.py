@@ -1,7 +1,4 @@
-"""Site types: what a host offers and a method may adapt. They are frozen and hold names, no tensors.
-
-Paths are dotted module paths inside one tower (`""` is the tower's root module).
-"""
+"""Site types: what a host offers and a method may adapt. Frozen; names, no tensors. Paths: in a tower, `""` is its root module."""
 
 from __future__ import annotations
 
@@ -198,8 +195,7 @@ class ParamSite(Site):
         path, param: the module and the parameter in it. `rows`: (start, stop) in a fused parameter, or None.
         shape: of the parameter (of the slice, if `rows` is given).
         called: True for a bias that its module adds last, so that a delta may be added to the module's output.
-        channel_dim: the output dimension that the parameter is added along, if `called`.
-        prompted: True in a classifier with a `PromptSite`.
+        channel_dim: the output dimension that it is added along, if `called`. `prompted`: True beside a `PromptSite`.
     """
 
     path: str

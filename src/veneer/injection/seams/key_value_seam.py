@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapter_forms import KeyValueAdapter
 from ..attention_sites import SelfAttentionSite
-from ..errors import HostChanged
+from ..errors import HostChanged, StateError
 from ..method import Adapter
 from ..sites import WeightSite
 from .adapter_calls import is_tracing
@@ -26,7 +26,8 @@ class KeyValueSeam(HookSeam):
     While the module runs, a torch function mode changes its first call of `F.scaled_dot_product_attention`: this is after
     projections, norms of keys and rotations, the same for every library, and also captured by `torch.compile` and exports. All
     queries attend to the added keys: masks and relative positions get zero columns for them. Strength s multiplies the
-    unnormalized attention weights of the added keys, so that 0 is the host. timm's `fused_attn` is True during the call.
+    unnormalized attention weights of the added keys, so that 0 is the host and no strength is negative. timm's `fused_attn` is
+    True during the call.
     """
 
     adapters: Sequence[KeyValueAdapter]
@@ -40,6 +41,13 @@ class KeyValueSeam(HookSeam):
         attn = self.owner()
         leave = attn.register_forward_hook(self._leave, prepend=True, always_call=True)  # modes are left in reverse order
         return [attn.register_forward_pre_hook(self._enter), leave]
+
+    def check_strength(self, strength: float) -> None:
+        """Raises `StateError` for a negative strength, which has no logarithm."""
+        if not strength >= 0:
+            site = self.sites[0].name
+            message = f"{site}: added keys multiply attention weights, so the strength must be at least 0, got {strength}."
+            raise StateError(message, where=site, given=strength, expected=0)
 
     def write_strength(self, strength: float) -> None:
         """Writes the strength; at 1 no mask is needed."""

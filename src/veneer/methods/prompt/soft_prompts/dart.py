@@ -28,7 +28,7 @@ class DARTAdapter(ContextAdapter):
 
     def __init__(self, site: PromptSite, tokens: int, words: str) -> None:
         super().__init__(site, tokens, words, "end", by_class=False)
-        names = [site.tokenizer.tokens(name) for name in site.classes]
+        names = label_ids(site)
         with torch.device("cpu"):
             self.register_buffer("label_ids", torch.tensor([i for ids in names for i in ids]), persistent=False)
             first = tokens
@@ -54,6 +54,11 @@ class DARTAdapter(ContextAdapter):
             own = self.texts.forward(self.context)
         weights = self.weights(self.context)
         return (1 - F.cosine_similarity(weights, own.to(weights.dtype), dim=-1)).mean()
+
+
+def label_ids(site: PromptSite) -> list[list[int]]:
+    """For each class the ids of its words as they are in the prompt, where punctuation may be one token with the full stop."""
+    return [site.tokenizer.tokens(f"{name}.")[: len(site.tokenizer.tokens(name))] for name in site.classes]
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class DART(Method):
 
     def count(self, site: PromptSite) -> int:
         """(M + number of tokens of all class names)·width."""
-        labels = sum(len(site.tokenizer.tokens(name)) for name in site.classes)
+        labels = sum(map(len, label_ids(site)))
         return (context_length(self.words, self.tokens, site) + labels) * site.width
 
     def penalty(self, adapters: Iterable[tuple[Site, Any]]) -> Tensor | None:
