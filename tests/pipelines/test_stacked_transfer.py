@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tests.raising import raises
 from veneer.classification.config import TransferConfig
 from veneer.classification.predict import open_predictor
 from veneer.formats._core.stored_adapters import read_native, read_stored, write_native
-from veneer.injection import OptionError, UnknownName, attachments
+from veneer.injection import LoadError, OptionError, UnknownName, attachments
 
 Runs = tuple[Path, Path, Path, Path]
 
@@ -68,6 +69,20 @@ def test_the_domain_is_exchanged(runs: Runs) -> None:
         open_predictor(task, exchange={"x": other})
     with raises(OptionError, option="exchange", given="mad_x"):
         PredictConfig(task, exchange=("mad_x",))
+
+
+def test_the_strength_of_a_fixed_adapter_is_saved(runs: Runs, tmp_path: Path) -> None:
+    """Also below another run, where strengths multiply; a file with a head only cannot be trained on."""
+    _, domain, _, task = runs
+    data, model = task.parent / "two", json.loads((task / "model.json").read_text("utf-8"))["model"]
+    common: dict[str, Any] = {"data": str(data), "model": model, "epochs": 1, "batch": 16}
+    half = transfer(TransferConfig(**common, method="adapter_drop", with_=(f"{domain}:0.5",), out=tmp_path / "half"))
+    quarter = transfer(TransferConfig(**common, method="ssf", with_=(str(domain), f"{half}:0.5"), out=tmp_path / "quarter"))
+    for run, expected in ((task, [1, 1, 1]), (half, [0.5, 1, 1]), (quarter, [1, 0.25, 0.5, 1, 1])):
+        assert [a.scale for a in attachments(open_predictor(run).classifier.model)] == expected
+    head = transfer(TransferConfig(**common, method="linear_probe", out=tmp_path / "head"))
+    with raises(LoadError, file=str(head), where="attachments"):
+        transfer(TransferConfig(**common, method="ssf", with_=(str(head),), out=tmp_path / "none"))
 
 
 def test_layers_are_skipped(runs: Runs) -> None:

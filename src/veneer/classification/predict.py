@@ -17,6 +17,7 @@ from veneer.injection import OptionError, VeneerError, attachments
 from veneer.injection.composition.activation import find_attachment
 from veneer.injection.composition.current_task import task_index
 from veneer.training.data.image_io import DataError, decode
+from veneer.training.fixed_adapters import restore_strengths
 from veneer.training.loop.optimizer_step import AUTOCAST
 
 from .data.labeled_images import LIMITS
@@ -128,7 +129,9 @@ def open_predictor(
         message = f"{origin}: not the weights that {folder} was trained on: the SHA-256 differs. Restore the original file."
         digests = {"given": classifier.weights, "expected": record["weights_digest"]}
         raise VeneerError(message, file=origin, where="weights", **digests)
-    loaded = {a.name: a for a in load_all(classifier.model, folder / "adapter.safetensors")} if record["adapted"] else {}
+    attached = load_all(classifier.model, folder / "adapter.safetensors") if record["adapted"] else []
+    restore_strengths(attached)
+    loaded = {a.name: a for a in attached}
     for name, path in (exchange or {}).items():
         find_attachment(loaded, name).swap(path)
     classifier.model.eval().to(device)

@@ -9,12 +9,14 @@ from typing import Any
 
 from veneer.formats import load_all, local_path
 from veneer.injection import Attachment
-from veneer.injection.errors import OptionError
+from veneer.injection.errors import LoadError, OptionError
 
 from .initial_adapter import file_digest
 
 RECORD = "with"
 """Key of the metadata of a file that lists the adapters it was trained on top of."""
+STRENGTHS = "strengths"
+"""Key of the metadata of a file with the strengths of its adapters, in their order."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,42 @@ def attach_fixed(pipe: Any, adapters: Sequence[FixedAdapter]) -> list[Attachment
     """Attaches adapters that do not train, without the heads of classifiers.
 
     Raises:
-        LoadError: one does not match the base model.
+        LoadError: one does not match the base model, or has no adapter besides a head.
     """
-    attached = [a for adapter in adapters for a in load_all(pipe, adapter.file, scale=adapter.scale, heads=False)]
+    attached = [attachment for adapter in adapters for attachment in _load(pipe, adapter)]
     for attachment in attached:
         for parameter in attachment.parameters():
             parameter.requires_grad_(False)
         for _, adapter in attachment.parts.values():
             adapter.eval()
     return attached
+
+
+def _load(pipe: Any, adapter: FixedAdapter) -> list[Attachment]:
+    attached = load_all(pipe, adapter.file, heads=False)
+    if not attached:
+        message = f"{adapter.file}: has only the head of a classifier, which a run cannot train on top of; leave it out."
+        raise LoadError(message, file=adapter.file, where="attachments", given=(), expected="an adapter")
+    restore_strengths(attached, adapter.scale)
+    return attached
+
+
+def strengths_of(attached: Sequence[Attachment]) -> dict[str, Any]:
+    """Metadata of a file with attachments of which one has another strength than 1, else empty. See `restore_strengths`."""
+    strengths = [a.scale for a in attached]
+    return {STRENGTHS: strengths} if any(strength != 1 for strength in strengths) else {}
+
+
+def restore_strengths(loaded: Sequence[Attachment], factor: float = 1.0) -> None:
+    """Sets the strengths in the metadata of the file that attachments were loaded from, times a factor.
+
+    Args:
+        loaded: all attachments of the file, in order; a head at the end may be missing.
+    """
+    saved = loaded[0].provenance.get(STRENGTHS) if loaded else None
+    for attachment, strength in zip(loaded, saved or [1.0] * len(loaded), strict=False):
+        if factor * strength != attachment.scale:
+            attachment.scale = factor * strength
 
 
 def source_identity(init_from: Path | None, fixed: Sequence[FixedAdapter] = ()) -> dict[str, Any]:

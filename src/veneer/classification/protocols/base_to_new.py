@@ -23,6 +23,7 @@ from veneer.injection import methods
 from veneer.injection.errors import OptionError
 from veneer.injection.sites import FeatureSite
 from veneer.training.data.latent_cache import cache_key
+from veneer.training.fixed_adapters import restore_strengths
 from veneer.training.loop.optimizer_step import AUTOCAST
 
 from ..config import TransferConfig
@@ -107,6 +108,7 @@ class NewClasses:
         model, config = self.classifier.model, self.config
         attached = [] if adapter is None else load_all(model, adapter)
         try:
+            restore_strengths(attached)
             with Views(self.data, self.classifier.data, "none", squash=config.squash, workers=config.workers) as views:
                 batches = views.batches("test", config.batch)
                 logits, labels = logits_of(model, batches, self.accelerator.device, AUTOCAST[config.mixed_precision])

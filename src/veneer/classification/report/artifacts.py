@@ -15,6 +15,7 @@ import torch
 from veneer.atomic_files import write_json
 from veneer.formats import native
 from veneer.injection import Attachment, attachments
+from veneer.training.fixed_adapters import strengths_of
 from veneer.training.loop.disk_space import writing
 
 from ..config import TransferConfig
@@ -66,7 +67,7 @@ def write_results(
 def write_files(config: TransferConfig, data: Data, classifier: Classifier, attached: Sequence[Attachment], out: Path) -> int:
     """Writes the files that `veneer predict` needs: `adapter.safetensors` with the current weights, and `model.json`.
 
-    Fixed adapters that the run was trained on top of are in the file as well, before the trained ones.
+    Fixed adapters that the run was trained on top of are in the file as well, before the trained ones, with their strengths.
 
     Returns:
         Size of the adapter file in bytes; 0 if nothing is attached.
@@ -74,7 +75,8 @@ def write_files(config: TransferConfig, data: Data, classifier: Classifier, atta
     stored = 0
     if saved := attachments(classifier.model) or attached:
         with writing(out, "adapter.safetensors"):
-            file = native.save(saved, out / "adapter.safetensors", provenance={"model": config.model, "data": data.source.where})
+            origin = {"model": config.model, "data": data.source.where, **strengths_of(saved)}
+            file = native.save(saved, out / "adapter.safetensors", provenance=origin)
         stored = file.stat().st_size
     write_json(out / "model.json", model_record(config, classifier, data.tasks))
     return stored
