@@ -1,4 +1,4 @@
-"""Site types: what a host offers and a method may adapt. Frozen; names, no tensors. Paths: in a tower, `""` is its root module."""
+"""Site types: what a host offers and a method may adapt. They are frozen and hold names, no tensors. Paths are those of modules."""
 
 from __future__ import annotations
 
