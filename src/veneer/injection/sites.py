@@ -1,4 +1,4 @@
-"""Site types: what a host offers and a method may adapt. They are frozen and hold names, no tensors. Paths are those of modules."""
+"""Site types: what a host offers and a method may adapt. They are frozen and hold names, no tensors. Paths are of modules."""
 
 from __future__ import annotations
 
