@@ -42,5 +42,6 @@ def compatible_methods(model: str) -> list[str]:
 
 
 def _supports(method: type[Method], kinds: tuple[type[Site], ...], prompted: bool) -> bool:
-    fitting = (need for need in method.needs if need.where.get("prompted", prompted) == prompted)
+    without = {"tokens"} if prompted else set[str]()  # a CLIP offers no tokens before pooling
+    fitting = (n for n in method.needs if n.where.get("prompted", prompted) == prompted and not without & n.where.keys())
     return not method.conditions and any(need.site in kinds for need in fitting)
