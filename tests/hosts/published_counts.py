@@ -144,6 +144,7 @@ VIT = [
     _vit("tiny_attention", 147_456, FORMULA),
     _vit("ciat", 2_479_936),
     _vit("mad_x", 7_387_776),
+    _vit("difffit", 102_912 + 19_200 + 12 * 7 * 768, FORMULA),
     _vit("adapter_drop", 894_528, FORMULA),
     _vit("adapter_drop", 521_808, FORMULA, where="mlp@5:"),
     _vit("pfeiffer", 894_528, FORMULA),

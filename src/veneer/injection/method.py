@@ -186,6 +186,10 @@ class Method(TrainingProtocol, ABC):
     def _by_role(self) -> dict[str, Mapping[str, Any]]:
         return {pattern: options for pattern, options in self.by_site.items() if not pattern.startswith("name:")}
 
+    def distinct_sites(self, sites: Sequence[Any]) -> Sequence[Any]:
+        """The selected sites that get an adapter: without those whose tensor is trained by the adapter of another one."""
+        return sites
+
     @abstractmethod
     def build(self, site: Any) -> Adapter:
         """Builds the adapter of one site. Must use no other random numbers than those of torch's global generator."""
@@ -212,17 +216,13 @@ class Method(TrainingProtocol, ABC):
         return [{"params": list({id(p): p for _, a in adapters for p in a.parameters()}.values()), "lr_scale": 1.0}]
 
     def prepare(
-        self,
-        adapters: Iterable[tuple[Site, Adapter]],
-        run: Callable[[Tensor], Any],
-        batches: Iterable[tuple[Tensor, Tensor]],
+        self, adapters: Iterable[tuple[Site, Adapter]], run: Callable[[Tensor], Any], batches: Iterable[tuple[Tensor, Tensor]]
     ) -> None:
         """Runs over the training data and sets buffers of the adapters, which are saved. See `Attachment.prepare`.
 
         Args:
             run: a forward pass of the adapted model without autograd. `batches`: images (B, C, H, W) and labels (B,).
         """
-        return None
 
     def select(self, adapters: Sequence[tuple[Site, Adapter]], losses: Iterable[Tensor]) -> None:
         """Selects the entries that are trained, by gradients, into saved buffers. See `Attachment.select`."""

@@ -77,7 +77,7 @@ def plan(towers: Sequence[Tower], method: Method, where: str | Sequence[str] | N
         chosen = select(supported, where, main, strict=False)
     else:
         chosen = select(supported, where, main)
-    if not chosen:
+    if not (chosen := list(method.distinct_sites(chosen))):
         roles = ", ".join(sorted({s.role for s in supported}))
         raise SelectionError(
             f"{method.name}: the model has none of the default sites {method.default}. Pass where=…; available roles: {roles}.",
