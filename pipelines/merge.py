@@ -25,6 +25,8 @@ LORA_OPTIONS = ("rank", "energy", "error", "cumulative", "ratio", "density", "ba
 """Options of the methods that write a LoRA."""
 SOUP_OPTIONS = ("images", "domains", "select", "most", "clip")
 """Options of the methods that average parameters."""
+SELECTION_OPTIONS = ("select", "most", "clip")
+"""Those of them that need `images` and `domains`."""
 MOST_IMAGES = 100
 """Images of a folder whose features are computed."""
 
@@ -142,11 +144,13 @@ def merge(config: MergeConfig) -> list[str]:
 
 def _reject_ignored(config: MergeConfig) -> None:
     """Raises `OptionError` for an option that the method does not have."""
-    ignored = LORA_OPTIONS if config.method in FROM_FILES else ()
-    for option in (*ignored, *(() if config.method in ("parameters", "aligned") else SOUP_OPTIONS)):
+    without = () if config.images is not None or config.domains else SELECTION_OPTIONS
+    ignored = without if config.method in ("parameters", "aligned") else SOUP_OPTIONS
+    for option in (*(LORA_OPTIONS if config.method in FROM_FILES else ()), *ignored):
         given, default = getattr(config, option), MergeConfig.__dataclass_fields__[option].default
         if given != default and (option, given) != ("to", "native"):
-            message = f"merge: {option} has no effect with --method {config.method}; leave it out."
+            what = " without --images" if option in without else ""
+            message = f"merge: {option} has no effect with --method {config.method}{what}; leave it out."
             raise OptionError(message, option=option, method="merge", given=given, expected=default)
 
 
@@ -189,11 +193,16 @@ def _select(config: MergeConfig, weights: Sequence[float] | None) -> list[float]
     return list(selection)
 
 
+def select_evenly(paths: Sequence[Path], most: int) -> list[Path]:
+    """At most `most` of the paths, at equal distances from the first to the last part."""
+    count = min(len(paths), most)
+    return [paths[i * len(paths) // count] for i in range(count)]
+
+
 @torch.no_grad()
 def clip_features(clip: base_models.BaseClip, folder: Path) -> Tensor:
     """Features (n, width) of at most 100 evenly spaced images of a folder."""
-    paths = find_images([folder])
-    paths = paths[:: max(1, len(paths) // MOST_IMAGES)][:MOST_IMAGES]
+    paths = select_evenly(find_images([folder]), MOST_IMAGES)
     images = [decode(path.read_bytes(), path.name, LIMITS, remarks=False).rgb for path in paths]
     return torch.cat([clip.encode_image(clip.preprocess(image)[None]) for image in images])
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from veneer.pipelines.merge import MergeConfig, merge
+from veneer.pipelines.merge import MergeConfig, merge, select_evenly
 
 import veneer
 from tests.methods.bottlenecks import picture, stirred, tiny
@@ -95,6 +95,41 @@ def test_the_mean_of_parameters(weights: Any, tmp_path: Path) -> None:
             torch.testing.assert_close(tensor, expected)
     model = tiny()
     assert [a.method.name for a in veneer.load_all(model, out)] == ["houlsby", "linear_probe"]
+
+
+def test_the_mean_of_compositions(tmp_path: Path) -> None:
+    """Files with equal trees over other names keep the tree; other trees have no mean."""
+    paths = [saved(tmp_path, name, seed=i) for i, name in enumerate("wxyz")]
+    halves = [
+        compose_files(pair, tmp_path / f"pair-{i}", "average", (0.2, 0.5))[0] for i, pair in enumerate((paths[:2], paths[2:]))
+    ]
+    found = composition_of(veneer.load_all(tiny(), average_files(halves, tmp_path / "soup")))
+    assert found is not None
+    assert found.node == Average("w", "x", weights=(0.2, 0.5))
+    stack, _ = compose_files(paths[2:], tmp_path / "stack", "stack")
+    with raises(CombineError, file=str(stack), where="composition"):
+        average_files([halves[0], stack], tmp_path / "out")
+
+
+def test_nodes_that_cannot_be_loaded_are_not_written(tmp_path: Path) -> None:
+    """A Parallel below an Average, and trained base parameters, which have no copy for each child."""
+    paths = [saved(tmp_path, name, seed=i) for i, name in enumerate("xy")]
+    pair, _ = compose_files(paths, tmp_path / "pair", "parallel")
+    with raises(OptionError, option="node", method="compose", expected="one Parallel"):
+        compose_files([pair, paths[0]], tmp_path / "out", "average")
+    trained = saved(tmp_path, "trained", train=["norm"])
+    for node in ("average", "parallel"):
+        with raises(CombineError, file=str(trained), expected=()):
+            compose_files([paths[0], trained], tmp_path / "out", node)
+    assert not (tmp_path / "out.safetensors").exists()
+    veneer.load_all(tiny(), compose_files([paths[0], trained], tmp_path / "out", "stack")[0])
+
+
+@pytest.mark.parametrize("count", [1, 100, 150, 199, 1000])
+def test_images_of_a_domain_are_spread_over_the_folder(count: int) -> None:
+    chosen = [int(path.name) for path in select_evenly([Path(str(i)) for i in range(count)], 100)]
+    assert len(set(chosen)) == min(count, 100)
+    assert max(b - a for a, b in zip([*chosen, count], [*chosen[1:], count], strict=False)) <= -(-count // 100)
 
 
 def permuted(tensors: dict[str, Tensor], order: Tensor) -> dict[str, Tensor]:
@@ -270,6 +305,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "rank": {"method": "average", "rank": 2},
         "images": {"method": "stack", "images": tmp_path},
         "most": {"method": "svd", "most": 2},
+        "select": {"method": "parameters", "select": "similarity"},
+        "clip": {"method": "aligned", "clip": str(tmp_path)},
         "weights": {"method": "parameters", "weights": ("1", "attn=1", "1")},
         "domains": {"method": "parameters", "images": tmp_path, "domains": (tmp_path,)},
     }.items():

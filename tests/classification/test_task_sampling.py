@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +91,7 @@ def test_names_of_tasks() -> None:
     with raises(OptionError, option="more_data", given="pets"):
         task_sources(["photos/pets", "other/pets"])
     assert rows_of([task.as_dict() for task in TASKS], 1) == slice(2, 5) == TASKS[1].rows
+    for data, given in (["..=digits", "photos"], ".."), (["photos", "/"], ""):
+        with raises(OptionError, option="more_data", given=given):
+            task_sources(data)
+    assert set(task_sources([".", "photos"])) == {Path.cwd().name, "photos"}

@@ -149,6 +149,37 @@ def test_a_file_has_the_tree(tmp_path: Path) -> None:
     assert composition_of([veneer.load(tiny(), alone)]) is None
 
 
+def test_a_file_of_two_compositions_stacks_them(tmp_path: Path) -> None:
+    """Those of adapters that were attached one after the other; others overlap."""
+    model, attached = three(bottleneck=3)
+    attached["d"] = attach(model, "houlsby", where="mlp", name="d", bottleneck=3)
+    stirred(attached["d"])
+    both = [*attached.values()]
+    with compose(model, Average("a", "b")), compose(model, Average("c", "d", weights=(0.3, 0.4))):
+        expected = model(picture())
+        saved = veneer.formats.native.save(both, tmp_path / "both")
+    twin = tiny()
+    found = composition_of(veneer.load_all(twin, saved))
+    assert torch.equal(twin(picture()), expected)
+    assert found is not None
+    assert found.node == Stack(Average("a", "b"), Average("c", "d", weights=(0.3, 0.4)))
+    with (
+        compose(model, Average("a", "c")),
+        compose(model, Average("b", "d")),
+        raises(SaveError, where="composition", given=("a", "c", "b", "d")),
+    ):
+        veneer.formats.native.save(both, tmp_path / "overlap")
+
+
+def test_trained_base_parameters_have_no_node() -> None:
+    model, _ = three(bottleneck=3)
+    attach(model, "houlsby", where="mlp", name="d", bottleneck=3, train=["norm"])
+    for node in (Average("a", "d"), Parallel("a", "d")):
+        with raises(UnsupportedSite, where="d", expected=()):
+            compose(model, node)
+    compose(model, Stack("a", "d")).undo()
+
+
 @pytest.mark.parametrize(
     "header",
     [

@@ -16,7 +16,7 @@ from veneer.pipelines.personalize import PersonalizeConfig, personalize
 
 from tests.raising import raises
 from veneer.base_models.clip_features import BaseClip, load_clip
-from veneer.injection.errors import OptionError
+from veneer.injection.errors import OptionError, UnknownOption
 from veneer.prompt_search import SearchOptions, search_prompt
 
 WORDS = [f"w{i}" for i in range(1, 40)]
@@ -112,9 +112,15 @@ def test_incompatible_arguments_are_named(tmp_path: Path) -> None:
     clip.tokenizer.__class__ = type("NoTexts", (Words,), {"decode": lambda self, ids: ""})
     with raises(OptionError, option="features", given="CLIP"):
         search_prompt(clip, photos(), SearchOptions())
-    for options in ({"resume": True}, {"dry_run": True}, {"options": {"pez": {"position": "front"}}}):
-        with raises(OptionError, option=next(iter(options)) if "options" not in options else "position"):
+    ignored: tuple[dict[str, Any], ...] = ({"resume": True}, {"dry_run": True}, {"resolution": 64}, {"concept": "<toy>"})
+    for options in (*ignored, {"options": {"lora": {"rank": 2}}}):
+        with raises(OptionError, option=next(iter(options)), method="pez"):
             personalize(PersonalizeConfig(method="pez", out=tmp_path / "run", **options))
+    with raises(OptionError, option="position", given="front"):
+        personalize(PersonalizeConfig(method="pez", out=tmp_path / "run", options={"pez": {"position": "front"}}))
+    with raises(UnknownOption, name="token"):
+        personalize(PersonalizeConfig(method="pez", out=tmp_path / "run", options={"pez": {"token": 3}}))
+    assert not (tmp_path / "run").exists()
     with raises(OptionError, option="features", given="timm:resnet18"):
         personalize(PersonalizeConfig(method="pez", out=tmp_path / "run", features="timm:resnet18"))
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from veneer.formats._core.attach import is_head_method
 from veneer.formats._core.stored_adapters import StoredFile, write_native
+from veneer.injection.composition.compose import parallel_of
 from veneer.injection.composition.nodes import Average, Node, Parallel, Stack, node_from_json
 from veneer.injection.errors import OptionError
 
 from .adapter_files import new_file
+from .delta_weights import CombineError
 from .stored_files import merged_header, read_files
 
 NODES = ("stack", "average", "parallel")
@@ -31,7 +34,8 @@ def compose_files(paths: Sequence[Path], out: Path, node: str, weights: Sequence
         The file and its tree.
     Raises:
         LoadError: a file is of another format or corrupt. SaveError: `out` exists.
-        CombineError: two files are for different base models. OptionError: fewer than two files, or weights without `average`.
+        CombineError: two files are for different base models, or one has trained base parameters and `node` is no stack.
+        OptionError: fewer than two files, weights without `average`, or a `parallel` below another node than a stack.
     """
     target = new_file(out, "native")
     files = read_files(paths)
@@ -40,12 +44,22 @@ def compose_files(paths: Sequence[Path], out: Path, node: str, weights: Sequence
         renamed = dict(_rename(file, name, keep_head=number == len(files) - 1))
         for entry, state in zip(file.entries, file.states, strict=True):
             if entry["name"] in renamed:
+                _check_trained(file, entry, node)
                 entries.append({**entry, "name": renamed[entry["name"]]})
                 states.append(state)
         children.append(_child(file, renamed))
     tree = _node(node, children, weights)
+    parallel_of(tree)
     header = {**merged_header(files, node, weights), "composition": tree.to_json()}
     return write_native(target, header, entries, states), tree
+
+
+def _check_trained(file: StoredFile, entry: Mapping[str, Any], node: str) -> None:
+    """Raises `CombineError` for base parameters that were trained with an adapter, unless the files are a stack."""
+    if entry["trained"] and node != "stack" and not is_head_method(entry["method"]):
+        first = next(iter(entry["trained"]))
+        message = f"{file.path}: also has trained base parameters such as {first}, which the {node} of all files would share."
+        raise CombineError(message, file=file.path, where=first, given=tuple(entry["trained"]), expected=())
 
 
 def _node(kind: str, children: Sequence[str | Node], weights: Sequence[float] | None) -> Node:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from veneer.formats._core.attach import is_head_method
 from veneer.formats._core.stored_adapters import StoredFile, method_of_entry, write_native
+from veneer.formats._io.composition_header import KEY as COMPOSITION
+from veneer.injection.composition.nodes import node_from_json
 from veneer.injection.errors import OptionError
 
 from .adapter_files import MERGEABLE, new_file
@@ -44,8 +46,8 @@ def average_files(
         The file.
     Raises:
         LoadError: a file is of another format or corrupt. SaveError: `out` exists.
-        CombineError: base models, methods, options, sites or shapes differ, a method merges ΔW (`combine`), or `aligned` and the
-            adapters are no bottlenecks. OptionError: fewer than two files, or invalid weights.
+        CombineError: base models, methods, options, sites, shapes or compositions differ, a method merges ΔW (`combine`), or
+            `aligned` and the adapters are no bottlenecks. OptionError: fewer than two files, or invalid weights.
     Source: Chronopoulou et al., AdapterSoup, Findings of EACL 2023: the uniform mean of the selected adapters, which were
     trained from one initialization. He et al., MerA: Merging Pretrained Adapters For Few-Shot Learning, 2023: alignment by
     weights or activations before the mean. Deviations: all neurons have equal mass, for which the optimal transport is a
@@ -64,7 +66,8 @@ def average_files(
             several = [_align_state(several[0], each, _pair(activations, n)) for n, each in enumerate(several)]
         states.append(_mean(several, numbers))
     header = merged_header(files, "aligned" if aligned else "parameters", numbers)
-    return write_native(target, {**header, "base": files[0].header["base"]}, files[0].entries, states)
+    header |= {"base": files[0].header["base"], **_tree(files[0], files[0])}
+    return write_native(target, header, files[0].entries, states)
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -80,6 +83,9 @@ def _compare_entries(first: StoredFile, other: StoredFile) -> None:
     given, expected = ([entry["method"] for entry in file.entries] for file in (other, first))
     if given != expected:
         raise differs("method", first, other, given, expected)
+    trees = _tree(first, first), _tree(other, first)
+    if trees[0] != trees[1]:
+        raise differs("composition", first, other, trees[1], trees[0])
     by_delta = [name for name in given if name in MERGEABLE]
     if by_delta:
         message = f"{other.path}: {by_delta[0]} is a weight update, whose mean is that of ΔW. Merge it with --method svd."
@@ -90,6 +96,14 @@ def _compare_entries(first: StoredFile, other: StoredFile) -> None:
         for where, values in (("options", configs), ("sites", sites)):
             if values[0] != values[1]:
                 raise differs(where, first, other, *values)
+
+
+def _tree(file: StoredFile, first: StoredFile) -> dict[str, Any]:
+    """Header entry of the composition of a file, with the names of the first file; empty without one."""
+    if COMPOSITION not in file.header:
+        return {}
+    names = {entry["name"]: other["name"] for entry, other in zip(file.entries, first.entries, strict=True)}
+    return {COMPOSITION: node_from_json(file.header[COMPOSITION]).rename(names).to_json()}
 
 
 def _compare_shapes(files: Sequence[StoredFile], states: Sequence[Mapping[str, Tensor]]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from veneer import base_models
 from veneer.atomic_files import write_atomically
@@ -26,6 +27,10 @@ from .search import PromptMatch, SearchOptions, search_prompt
 METHOD = "pez"
 STEPS = 500
 """Default number of steps."""
+USED = frozenset(
+    {"method", "options", "photos", "base", "features", "steps", "learning_rate", "weight_decay", "batch", "seed", "out"}
+)
+"""Options of `veneer personalize` that the search has."""
 
 
 def search_photo_prompt(config: PersonalizeConfig, show: Callable[[str], Any]) -> Path:
@@ -38,13 +43,14 @@ def search_photo_prompt(config: PersonalizeConfig, show: Callable[[str], Any]) -
     Returns:
         The run folder.
     Raises:
-        OptionError: no CLIP for `features`, or an option that needs an adapter. DataError: unreadable photos.
+        OptionError: no CLIP for `features`, or an option without effect. UnknownOption: `pez` has no such option.
+        DataError: unreadable photos.
     """
-    method = PEZ(**config.options.get(METHOD, {}))
-    if method.position != "end" or config.resume or config.dry_run or config.check:
-        message = "pez for photos has no name of a class, no checkpoints and no preflight; leave the option out"
-        option = next((name for name in ("resume", "dry_run", "check") if getattr(config, name)), "position")
-        raise OptionError(message, option=option, method=METHOD)
+    _reject_ignored(config)
+    method = cast(PEZ, PEZ.from_config(config.options.get(METHOD, {})))
+    if method.position != "end":
+        message = f"position is {method.position!r}, but a prompt for photos has no name of a class; leave it out."
+        raise OptionError(message, option="position", method=METHOD, given=method.position, expected="end")
     photos = find_photos(config.photos or base_models.examples())
     out = run_folder(config.out or new_folder(Path("runs"), METHOD), False)
     clip = _open_clip(config)
@@ -54,6 +60,20 @@ def search_photo_prompt(config: PersonalizeConfig, show: Callable[[str], Any]) -
     show(f"prompt: {match.text}\nCLIP similarity to the photos: {match.similarity:.3f}")
     show(f"generate images: veneer generate {shlex.quote(match.text)}{base}")
     return out
+
+
+def _reject_ignored(config: PersonalizeConfig) -> None:
+    """Raises `OptionError` for an option that the search does not have."""
+    default = PersonalizeConfig()
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in USED}
+    for name, given in options.items():
+        if given != getattr(default, name):
+            message = f"{name} has no effect with the method pez, which trains no adapter; leave it out."
+            raise OptionError(message, option=name, method=METHOD, given=given, expected=getattr(default, name))
+    others = tuple(name for name in config.options if name != METHOD)
+    if others:
+        message = f"options for {', '.join(others)}, but the method is pez; leave them out."
+        raise OptionError(message, option="options", method=METHOD, given=others, expected=(METHOD,))
 
 
 def _options(config: PersonalizeConfig, method: PEZ) -> SearchOptions:

@@ -53,12 +53,16 @@ def task_sources(data: Sequence[str]) -> dict[str, str]:
     """Name to data of each task, from `DATA` or `NAME=DATA`; by default the name of the folder or file.
 
     Raises:
-        OptionError: fewer than two tasks, or two with one name.
+        OptionError: fewer than two tasks, two with one name, or a name that is empty or of dots only.
     """
     pairs = [_split(entry) for entry in data]
     if len(pairs) < 2:
         message = f"tasks with data of {len(pairs)} task; expected at least two: veneer transfer DATA1 DATA2 … --tasks."
         raise OptionError(message, option="tasks", given=tuple(data), expected="at least two tasks")
+    bad = next((name for name, _ in pairs if not name.strip(".")), None)
+    if bad is not None:
+        message = f"a task is named {bad!r}; expected the name of a folder. Name it: NAME=DATA."
+        raise OptionError(message, option="more_data", given=bad, expected="the name of a folder")
     again = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if again:
         message = f"two tasks are named {again[0]!r}; expected different names. Name them: NAME=DATA."
@@ -70,4 +74,5 @@ def _split(entry: str) -> tuple[str, str]:
     match = re.fullmatch(r"([\w.-]+)=(.+)", entry)
     if match and not Path(entry).exists():
         return match.group(1), match.group(2)
-    return Path(entry).stem if Path(entry).is_file() else Path(entry).name, entry
+    path = Path(entry) if Path(entry).name not in ("", "..") else Path(entry).resolve()
+    return path.stem if path.is_file() else path.name, entry

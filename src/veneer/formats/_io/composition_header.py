@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.injection import Attachment, LoadError, SaveError, VeneerError
-from veneer.injection.composition.compose import compose, composition_of
-from veneer.injection.composition.nodes import Node, node_from_json
+from veneer.injection.composition.compose import compose, compositions_of
+from veneer.injection.composition.nodes import Node, Stack, node_from_json
 from veneer.injection.errors import UnknownName
 
 from .reader import File
@@ -17,19 +17,34 @@ KEY = "composition"
 
 
 def composition_entry(attachments: Sequence[Attachment], target: Path) -> dict[str, Any]:
-    """Header entry of the composition that the attachments are in; empty without one.
+    """Header entry of the compositions that the attachments are in, several as a stack; empty without one.
 
     Raises:
-        SaveError: several attachments of a composition, and not all of them.
+        SaveError: several attachments of a composition, and not all of them; or two compositions that are no stack.
     """
-    composition = composition_of(attachments)
-    if composition is None or len(attachments) == 1:
-        return {}
-    missing = [name for name in composition.node.names if all(a.name != name for a in attachments)]
-    if missing and composition.is_routed:
-        message = f"{target}: {composition.node!r} also has {', '.join(missing)}. Save all of its attachments, or a single one."
-        raise SaveError(message, file=target, where=missing[0], given=tuple(a.name for a in attachments), expected=tuple(missing))
-    return {} if missing else {KEY: composition.node.to_json()}
+    nodes: list[Node] = []
+    for composition in compositions_of(attachments) if len(attachments) > 1 else ():
+        missing = [name for name in composition.node.names if all(a.name != name for a in attachments)]
+        if missing and composition.is_routed:
+            given = tuple(a.name for a in attachments)
+            message = (
+                f"{target}: {composition.node!r} also has {', '.join(missing)}. Save all of its attachments, or a single one."
+            )
+            raise SaveError(message, file=target, where=missing[0], given=given, expected=tuple(missing))
+        nodes += [] if missing else [composition.node]
+    return {KEY: _stack(nodes, attachments, target).to_json()} if nodes else {}
+
+
+def _stack(nodes: Sequence[Node], attachments: Sequence[Attachment], target: Path) -> Node:
+    """One tree of several, each of which acts on the output of the one before it."""
+    if len(nodes) == 1:
+        return nodes[0]
+    stack = Stack(*(child for node in nodes for child in (node.children if isinstance(node, Stack) else (node,))))
+    names = [a.name for a in attachments]
+    if list(stack.names) != sorted(stack.names, key=names.index):
+        message = f"{target}: the compositions {', '.join(map(repr, nodes))} overlap in the order of attaching. Save each alone."
+        raise SaveError(message, file=target, where=KEY, given=stack.names, expected=tuple(sorted(stack.names, key=names.index)))
+    return stack
 
 
 def read_composition(file: File, header: Mapping[str, Any]) -> Node | None:

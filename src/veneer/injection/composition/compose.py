@@ -111,7 +111,7 @@ def compose(model: Any, node: Node) -> Composition:
     for name, attachment in used.items():
         _check_state(name, attachment)
     _check_order(node, [*attached])
-    parallel = _parallel_of(node)
+    parallel = parallel_of(node)
     if parallel is not None and hasattr(model, "components"):
         message = (
             "compose: Parallel repeats the batch, which a pipeline does not expect. Compose one of its models, or use mixed."
@@ -125,8 +125,14 @@ def compose(model: Any, node: Node) -> Composition:
 
 
 def composition_of(attached: Sequence[Attachment]) -> Composition | None:
-    """The composition that attachments are in, or None."""
-    return next((c for a in attached if (c := a._installation.composition) is not None), None)
+    """The first composition that attachments are in, or None."""
+    return next(iter(compositions_of(attached)), None)
+
+
+def compositions_of(attached: Sequence[Attachment]) -> list[Composition]:
+    """The compositions that attachments are in, each once."""
+    several = [c for a in attached if (c := a._installation.composition) is not None]
+    return list({id(composition): composition for composition in several}.values())
 
 
 def _check_state(name: str, attachment: Attachment) -> None:
@@ -149,8 +155,12 @@ def _check_order(node: Node, order: Sequence[str]) -> None:
             raise OptionError(message, option="children", method="stack", given=tuple(names), expected=expected)
 
 
-def _parallel_of(node: Node) -> Parallel | None:
-    """The `Parallel` of a tree, or None."""
+def parallel_of(node: Node) -> Parallel | None:
+    """The `Parallel` of a tree, or None.
+
+    Raises:
+        OptionError: there are several, or it is below another node than a `Stack` at the root.
+    """
     allowed = [node, *(node.children if isinstance(node, Stack) else ())]
     inside = [each for each in node.nodes() if isinstance(each, Parallel)]
     if len(inside) > 1 or any(not any(each is top for top in allowed) for each in inside):
@@ -173,6 +183,7 @@ def _ports(node: Node, used: Mapping[str, Attachment]) -> list[NodePort]:
     """The ports at which adapters below a node act."""
     groups: dict[Port, dict[str, CallSeam]] = {}
     for name in node.names:
+        _reject_extras(node, used[name])
         for seam in used[name].seams:
             if not isinstance(seam, CallSeam) or isinstance(seam, SwitchSeam) or is_in_weights(seam):
                 raise _unsupported(node, used[name], seam, "one batch row each")
@@ -180,6 +191,18 @@ def _ports(node: Node, used: Mapping[str, Attachment]) -> list[NodePort]:
             groups.setdefault(key, {})[name] = seam
     _check_inputs(node, groups, used)
     return [NodePort(node, sort_by_hooks(group)) for group in groups.values()]
+
+
+def _reject_extras(node: Node, attachment: Attachment) -> None:
+    """Raises `UnsupportedSite` for an attachment with trained base parameters, which the whole batch and all children share."""
+    if attachment.extras:
+        first = next(iter(attachment.extras))
+        message = (
+            f"{node.kind}: '{attachment.name}' ({attachment.method.name}) also trains base parameters such as {first}, which all "
+            "children share. Stack these adapters."
+        )
+        details = {"site": first, "method": attachment.method.name, "where": attachment.name}
+        raise UnsupportedSite(message, **details, given=tuple(attachment.extras), expected=())
 
 
 def is_in_weights(seam: CallSeam) -> bool:
