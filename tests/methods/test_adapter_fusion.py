@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import veneer
 from tests.methods.bottlenecks import blocks_written_out, branch, change, check_layouts, picture, stirred, tiny
+from tests.methods.runs import DEPTH, check_resume
 from tests.raising import raises
 from veneer.injection import LoadError, StateError, UnsupportedSite, attach
 from veneer.injection.errors import OptionError
@@ -198,6 +199,17 @@ def test_adapters_with_little_attention_are_removed(tmp_path: Path) -> None:
     assert torch.equal(twin(picture()), model(picture()))
     assert again.method.config()["kept"] == names
     assert sum("adapters.2" in key for key in again.state_dict()) == 0
+
+
+def test_checkpoints_have_the_recorded_attention(tmp_path: Path) -> None:
+    """The tensors of a checkpoint are those that training passes update, so a resumed run keeps the same adapters."""
+    method = AdapterFusion(("a", "b", "c"), fused={"method": "houlsby", "options": {"bottleneck": 3}}, keep=2)
+    stopped = check_resume(method, tmp_path, 7)
+    recorded = [tensor for name, tensor in stopped.named.items() if name.endswith(":attention")]
+    assert len(recorded) == DEPTH
+    for attention in recorded:
+        expected = torch.tensor(1 - 0.99**14)  # two micro-batches in each of seven steps
+        torch.testing.assert_close(attention.sum(), expected, rtol=1e-5, atol=0)
 
 
 def test_the_penalty() -> None:

@@ -140,6 +140,38 @@ def test_files_swap_and_detach(tmp_path: Path) -> None:
     torch.testing.assert_close(loss(other, samples[0]), got)
 
 
+@pytest.mark.parametrize("warmup", [0.0, 0.4])
+def test_a_run_that_continues_from_a_file_keeps_the_moved_part(warmup: float, tmp_path: Path) -> None:
+    """Starting to move changes nothing by itself: not of a base weight that moves already, nor of factors that were trained."""
+    for gain in (1.5, 0.0):
+        model, samples = tiny("timm_vit", "vit")
+        tuned = attach(model, DeltaLoRA(rank=4, ratio=1.5, warmup=warmup))
+        for _, adapter in tuned.parts.values():
+            moved(adapter)
+            adapter.gain.fill_(gain)
+        path, expected = tuned.save(tmp_path / str(gain)), loss(model, samples[0])
+        tuned.detach()
+        again = attach(model, DeltaLoRA(rank=6, ratio=1.5, warmup=warmup))
+        again.swap(path)
+        for step in range(1, 6):
+            again.after_step(step, 5)
+            torch.testing.assert_close(loss(model, samples[0]), expected)
+        assert all(adapter.gain == 1.5 for _, adapter in again.parts.values())
+
+
+def test_a_run_that_continues_with_another_ratio_is_an_error(tmp_path: Path) -> None:
+    model, _ = tiny("timm_vit", "vit")
+    tuned = attach(model, DeltaLoRA(rank=4, ratio=1.5, warmup=0.4))
+    for _, adapter in tuned.parts.values():
+        moved(adapter)
+    path = tuned.save(tmp_path / "x")
+    tuned.detach()
+    again = attach(model, DeltaLoRA(rank=4, ratio=1.5, warmup=0.4))
+    again.swap(path)
+    with raises(OptionError, method="delta_lora", option="ratio", given=1.5, expected=pytest.approx(0.7)):
+        again.after_step(1, 5)
+
+
 def test_count_of_vit_b() -> None:
     """12 blocks, q and v, 2·768·8 each."""
     with torch.device("meta"):

@@ -244,6 +244,18 @@ def test_finalize_prunes_a_run_that_was_never_pruned() -> None:
     assert torch.equal(adapters[0].own.indices.long(), top)
 
 
+def test_a_merge_in_training_mode_has_no_noise() -> None:
+    model, samples = tiny("timm_vit", "vit")
+    tuned = attach(model, "diff_pruning", where=WHERE)
+    perturbed(tuned)
+    expected = loss(model.eval(), samples[0])
+    model.train()
+    tuned.begin_pass(0, 0)
+    tuned.merge()
+    assert all(adapter.training for adapter in adapters_of(tuned))
+    torch.testing.assert_close(loss(model.eval(), samples[0]), expected)
+
+
 def test_counts() -> None:
     with torch.device("meta"):
         vit = timm.create_model("vit_base_patch16_224", num_classes=0)

@@ -14,6 +14,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 
 from ..adapter_forms import BiasAdapter, LowRankAdapter, WeightAdapter
+from ..attachment.probe import eval_mode
 from ..errors import UnsupportedSite
 from ..method import Adapter
 from ..quantized_weight import float_tensor, is_ordinary, is_quantized, release, stored_state
@@ -217,7 +218,7 @@ def _host_tensors(module: nn.Module, prefix: str, scales: bool) -> Iterator[tupl
 def merged_weight(weight: Tensor, group: Sequence[tuple[Any, Any]]) -> Tensor:
     """W' = weight(W) as a new tensor, each adapter in its rows.
 
-    Computed in single precision or wider for all dtypes of weight and adapters, and rounded once.
+    Computed in single precision or wider for all dtypes of weight and adapters, in evaluation mode, and rounded once.
 
     Args:
         group: sites and adapters; one for all rows, or several with disjoint `rows`.
@@ -238,7 +239,7 @@ def merged_weight(weight: Tensor, group: Sequence[tuple[Any, Any]]) -> Tensor:
 
 
 def _merge_rows(adapter: Any, weight: Tensor, after: Tensor) -> None:
-    with widened(adapter, torch.float32):
+    with widened(adapter, torch.float32), eval_mode(adapter):
         if isinstance(adapter, LowRankAdapter):
             left, right = adapter.factors()
             _add_low_rank(weight, left, right, after)

@@ -65,7 +65,7 @@ class FusionAdapter(Adapter):
         weights = scores.softmax(0)
         if self.records and self.training:
             mean = weights.detach().flatten(1).mean(1)
-            self.attention = torch.lerp(mean.to(self.attention), self.attention, DECAY)
+            self.attention.lerp_(mean.to(self.attention), 1 - DECAY)  # in place, because checkpoints hold this tensor
         mixture = (weights * changes).sum(0)
         return y + (mixture if self.value is None else channels_product(mixture, self.value, None, layout))
 

@@ -37,9 +37,23 @@ class DeltaLoRAAdapter(LoRAAdapter):
             self.register_buffer(f"{name}0", torch.zeros(getattr(self, name).shape))
         self.register_buffer("gain", torch.zeros(()))
 
+    def is_moving(self, ratio: float) -> bool:
+        """True if the base weight moves already, as after a file was loaded.
+
+        Raises:
+            OptionError: it moves with another ratio.
+        """
+        given = float(self.gain)
+        if given and given != float(torch.tensor(ratio, dtype=self.gain.dtype)):
+            message = (
+                f"delta_lora: {self.site.name} was trained with ratio {given:g}, not {ratio:g}. Set ratio to that of the file."
+            )
+            raise OptionError(message, option="ratio", method="delta_lora", where=self.site.name, given=ratio, expected=given)
+        return given != 0
+
     @torch.no_grad()
     def start_moving(self, ratio: float, from_zero: bool) -> None:
-        """Records B A as the product at which the base weight starts to move; with `from_zero` 0, as of a new adapter."""
+        """Records B A as the product at which the base weight starts to move; with `from_zero` it stays the initial one."""
         if not from_zero:
             self.down0.copy_(self.down)
             self.up0.copy_(self.up)
@@ -72,6 +86,8 @@ class DeltaLoRAAdapter(LoRAAdapter):
             lora_state(self, SimpleNamespace(down=down, up=up, scaling=other.scaling, pairs=other.pairs))
             for down, up in ((other.down, other.up), (other.down0, other.up0))
         )
+        if not other.gain:  # its base weight has not moved: it may start to, at the product of the file
+            start = now
         return {**now, "down0": start["down"], "up0": start["up"], "gain": other.gain}
 
 
@@ -83,7 +99,8 @@ class DeltaLoRA(Method):
     λ·s·(B A − B_K A_K), so the adapter keeps B_K and A_K, from before the first of them, and W' − W has rank 2·`rank`.
 
     `veneer personalize` and `veneer transfer` do all of this. A custom training loop calls `tuned.after_step(step, steps)`, with
-    `step` from 1 to `steps`, after each optimizer step. Without it this is a LoRA.
+    `step` from 1 to `steps`, after each optimizer step. Without it this is a LoRA. A run that continues from a file whose base
+    weight has moved moves it from the first step on, and needs the file's `ratio`.
 
     Args:
         rank: rank r of A and B, at least 1.
@@ -136,9 +153,10 @@ class DeltaLoRA(Method):
     def after_step(self, adapters: Iterable[tuple[Site, Adapter]], step: int, steps: int) -> None:
         """Starts to move the base weights after step K; with K = 0 from the first step on."""
         start = round(self.warmup * steps)
-        if step != max(start, 1):
+        if step not in (1, start):
             return
         for site, adapter in adapters:
             assert isinstance(adapter, DeltaLoRAAdapter)
             here: Any = self.at(site)
-            adapter.start_moving(here.ratio, from_zero=start == 0)
+            if not adapter.is_moving(here.ratio) and step >= start:
+                adapter.start_moving(here.ratio, from_zero=start == 0)
