@@ -56,8 +56,9 @@ NOTES: dict[str, tuple[str, ...]] = {
     ),
     "merge": (
         "The result is an adapter file; no base model is changed.",
-        "`--rank`, `--energy`, `--error`, `--cumulative`, `--ratio`, `--density`, `--base`, `--to` and `--dtype` are options of the "
-        "methods that write one LoRA. Native files are those that training commands write: `adapter.safetensors` of a run folder.",
+        "`--rank`, `--energy`, `--error`, `--cumulative`, `--ratio`, `--density`, `--base`, `--to` and `--dtype` are options of "
+        "the methods that write one LoRA. Native files are those that training commands write: `adapter.safetensors` of a run "
+        "folder.",
     ),
     "extract": ("Differences outside the chosen sites are printed and left out.",),
     "push": ("Log in first: `hf auth login`, or set HF_TOKEN.",),
@@ -72,8 +73,8 @@ NOTES: dict[str, tuple[str, ...]] = {
     ),
     "inspect": ("Prints the format, the family of the base model, and the methods, layers, ranks and parameters of each block.",),
     "methods": (
-        "The table has a row for each method and a column for each host: ✓ if all models of the host support the method, the names "
-        "of model families if some do, – if none does.",
+        "The table has a row for each method and a column for each host: ✓ if all models of the host support the method, the "
+        "names of model families if some do, – if none does.",
         "`veneer personalize --method NAME --help` or `veneer transfer --method NAME --help` shows the options of a method.",
     ),
     "hosts": ("A host names the layers of a model family by their roles. `veneer methods` lists the methods for each.",),
