@@ -45,15 +45,16 @@ class AnalyzeHeadsConfig:
     """Configuration of `veneer analyze heads` and its defaults.
 
     Args:
-        model: run folder of `veneer transfer`, or a diffusion model: `bundled`, a diffusers folder, a .safetensors file or a hub
-            name.
-        data: labeled images for a classifier, as for `veneer transfer`: of the validation split, if there is one.
-        prompts: prompts for a diffusion model (default: the first two of its preset).
-        images: images that are measured, the first of each class in turn.
-        batch: images per forward pass.
-        timesteps: timesteps of each prompt at which a diffusion model is measured, at least 1.
-        steps: denoising steps of the images from which its inputs are taken (default: the model's).
-        seed: seed of these images.
+        model: run folder of `veneer transfer` with one task and one label per image (of a frozen model: `--method linear_probe`),
+            or a diffusion model: `bundled`, a diffusers folder, a .safetensors file or a hub name.
+        data: of a run folder, required: labeled images of its classes, as for `veneer transfer`. The validation images of the
+            run or of the data are measured, all images if there are none.
+        prompts: of a diffusion model: prompts to generate with (default: the first two of its preset).
+        images: of a run folder: images to measure, at most; the same number of each class as far as possible.
+        batch: of a run folder: images per forward pass.
+        timesteps: of a diffusion model: timesteps per prompt at which the denoiser is measured, at least 1.
+        steps: of a diffusion model: denoising steps of the generation that has these timesteps (default: the model's).
+        seed: of a diffusion model: seed of the generation.
         device: device such as `cuda` (default: a GPU if there is one).
         out: folder for the results (default: `runs/` and the name of the model).
     """

@@ -24,7 +24,7 @@ class CaptionConfig:
 
     Args:
         folder: folder of photos, or one photo.
-        model: local folder or hub name of a BLIP, a GIT, an image classifier of transformers, or a WD tagger.
+        model: local folder or hub name of a BLIP, a GIT, an image classifier of transformers, or a WD tagger; required.
         prefix: text before each caption, such as `a photo of <toy>, `.
         threshold: smallest probability of a tag, 0 to 1; without effect on models that generate sentences.
         max_tokens: largest length of a generated sentence.

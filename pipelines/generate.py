@@ -37,7 +37,8 @@ class GenerateConfig:
             (default: none, the base model alone).
         base: base model: `bundled`, a diffusers folder, a .safetensors file or a hub name (default: that of the first adapter).
         negative_prompt: what the images should not show (default: the preset's, else empty).
-        skip_layers: layers without adapters, from the first, for faster inference with `adapter_drop` (default: as saved).
+        skip_layers: with an adapter of `adapter_drop`: number of layers, from the first, whose adapters are left out, for faster
+            inference (default: as saved).
         images_per_prompt: images to generate per prompt; their seeds count up from `seed`.
         seed: seed of the first image.
         steps: denoising steps (default: the base model's).

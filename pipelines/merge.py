@@ -38,14 +38,14 @@ class MergeConfig:
     Args:
         files: adapters of any methods that change weights: safetensors files of any format, folders or hub names. Trained token
             embeddings, as of `pivotal`, are kept: in the same file, or beside it if the format cannot contain them.
-        weights: one number per file, also negative (default: 1; equal shares with `parameters`, `aligned` and `average`), or for
-            a LoRA `'PATTERN=NUMBER;…'` with patterns of sites, such as `'attn=0.5;text/attn=0'`, and 1 for the rest. Token
-            embeddings are not scaled.
+        weights: one number per file, also negative (default: 1; equal shares with `parameters`, `aligned` and `average`; not with
+            `stack` and `parallel`), or for a LoRA `'PATTERN=NUMBER;…'` with patterns of sites, such as `'attn=0.5;text/attn=0'`,
+            and 1 for the rest. Token embeddings are not scaled.
         method: `sum` (exact, ranks add up; LoRA only), `svd` (the sum, reduced to a rank), `ties` (largest entries, by sign),
             `dare` (random entries, rescaled) or `dare_ties` write one LoRA; `parameters` (AdapterSoup) and `aligned` (MerA: with
-            the neurons of bottlenecks matched by optimal transport) write the mean of native files of one method; `stack`,
-            `average` and `parallel` write all adapters of native files, which then act one after the other, by the mean of their
-            outputs, or each on a copy of the batch.
+            the neurons of bottlenecks matched by optimal transport) write the mean of native files of one method, with equal
+            options; `stack`, `average` and `parallel` write all adapters of native files of any methods, which then act one
+            after the other, by the mean of their outputs, or each on a copy of the batch.
         rank: rank of the result, not for `sum`, with one of the next four the upper limit (default: the largest rank of the
             files).
         energy: smallest rank of each weight that keeps this share of the squared singular values, 0 to 1; the square of
@@ -56,12 +56,13 @@ class MergeConfig:
         density: share of the entries of each ΔW that `ties` (default: 0.2) or `dare` (default: 0.1) keeps, 0 to 1.
         seed: seed of `dare` and `dare_ties`, and of the clusters of `select`.
         images: with `parameters` or `aligned`, folder of images of a new domain: only the files whose domains are most similar to
-            it are averaged; needs `domains`.
-        domains: for each file, a folder of images that it was trained on.
-        select: selection of the files by `clusters`, those that the new images fall into when the images of all domains are
-            clustered, or by `similarity` of the mean images; both by features of a CLIP.
-        most: most files that are selected, at least 1.
-        clip: CLIP for `select`: the bundled one, or an open_clip folder.
+            it are averaged; needs `domains`, without `weights`.
+        domains: with `images`: for each file, in their order, a folder of images that it was trained on. Of each folder at most
+            100 images are read.
+        select: with `images`: by `clusters`, the files in whose clusters at least a tenth of the new images falls, or by
+            `similarity` of the mean images, the `most` similar ones; both by features of a CLIP. Their shares are equal.
+        most: with `images`: largest number of files to average, at least 1.
+        clip: with `images`: the CLIP of `select`, the bundled one or an open_clip folder.
         base: base model: `bundled`, a folder, a file, a hub name, or an architecture without weights such as `sdxl` or `flux`
             (default: that of a native file, else the architecture that fits the files).
         to: format to write, as in `veneer convert` (default: that of the first file).

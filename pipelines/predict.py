@@ -28,15 +28,17 @@ class PredictConfig:
     Args:
         folder: run folder of `veneer transfer`, or a hub name such as `user/pets`.
         images: images, folders of images, `.txt` files with one path per line, or `-` for such a list from stdin.
-        task: name of the task of a run with several (`veneer transfer --tasks`), which has its classes.
+        task: name of a task, required for a run with several (`veneer transfer --tasks`); only its classes are predicted. A
+            wrong name lists those of the run.
         top: classes to list per image; after training with `--multi-label` the text lists the labels of at least 50 % instead.
         format: lines on stdout: `text`, `json` (one object per image, unlike `--json`) or `csv` (one row per image, with a
             header).
         batch: images per forward pass.
         device: device such as `cuda` (default: a GPU if there is one).
-        exchange: adapters of the run to exchange for those of other runs or files with equal options, NAME=FILE, such as
-            `mad_x=runs/sketches` for the adapter of another domain.
-        skip_layers: layers without adapters, from the first, for faster inference with `adapter_drop` (default: as saved).
+        exchange: adapters of the run to replace by those of other run folders or files, of the same method and options,
+            NAME=FILE, such as `mad_x=runs/sketches` for another domain; a wrong NAME lists those of the run.
+        skip_layers: of a run with `adapter_drop`: number of layers, from the first, whose adapters are left out, for faster
+            inference (default: as saved).
     """
 
     folder: Path

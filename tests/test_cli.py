@@ -52,6 +52,13 @@ def test_flags_of_other_methods_are_rejected(capsys: pytest.CaptureFixture[str])
     assert "--rank" in capsys.readouterr().err
 
 
+def test_a_missing_required_flag_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["caption", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "--model" in capsys.readouterr().err
+
+
 def test_an_error_is_one_line_and_an_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["personalize", str(tmp_path / "nowhere"), "--concept", "<toy>", "--out", str(tmp_path / "out")])
     assert status == 1

@@ -40,6 +40,14 @@ JOBS: dict[str, tuple[str, ...]] = {
         "veneer predict runs/classes photos/new",
         "veneer export runs/classes --to onnx --out digits.onnx",
     ),
+    "Train several tasks": (
+        "veneer transfer written=photos/digits scanned=digits --tasks --shots 20 --epochs 3 --out runs/tasks",
+        "veneer predict runs/tasks photos/new --task written",
+    ),
+    "Analyze attention heads": (
+        "veneer analyze heads runs/classes photos/digits --out runs/classes-heads",
+        "veneer analyze heads bundled --prompts 'a photo of a blue car, white background' --timesteps 1 --out runs/bundled-heads",
+    ),
     "Compare methods": ("veneer compare digits --methods 'bitfit, ssf' --epochs 1 --seeds 2 --out runs/compared",),
     "Write captions": ("veneer caption dog --model tagger --threshold 0.1 --prefix 'a photo of <dog>, '",),
     "Control the composition": (

@@ -122,7 +122,7 @@ def _config_command(
             pipeline = importlib.import_module(path)
             kind = getattr(pipeline, config_name)
             flags = _flags_over(entries_of(file, kind), namespace)
-            _check_positional(parser, kind, positional, flags)
+            _check_required(parser, kind, positional, flags)
             command = parser.prog.removeprefix("veneer ")
             result = _run_or_print(command, kind(**values(kind, flags)), getattr(pipeline, function), namespace)
             return print_lines(result or ()) if prints_lines else result
@@ -132,9 +132,10 @@ def _config_command(
     return add
 
 
-def _check_positional(parser: argparse.ArgumentParser, config: type, names: Sequence[str], flags: Mapping[str, Any]) -> None:
-    """Rejects a command line whose required arguments are neither in it nor in its config file."""
-    missing = [name for name in required_fields(config) if name in names and name not in flags]
+def _check_required(parser: argparse.ArgumentParser, config: type, positional: Sequence[str], flags: Mapping[str, Any]) -> None:
+    """Rejects a command line whose required arguments and flags are neither in it nor in its config file."""
+    absent = [name for name in required_fields(config) if name not in flags]
+    missing = [name if name in positional else f"--{name.strip('_').replace('_', '-')}" for name in absent]
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
 

@@ -38,11 +38,11 @@ class TransferConfig(TrainingOptions, SiteOptions):
     Args:
         data: image folder (`CLASS/IMAGE`, or `train/CLASS/IMAGE` and so on), a CSV of path, label and optionally split, a
             dataset of Hugging Face (folder or hub name) with such files, or `digits` of scikit-learn (default: digits).
-        more_data: data of the further tasks, with `tasks`.
-        tasks: several tasks in one run: each data set is one, named as its folder or by `NAME=DATA`, and has a separate head on
-            the same model; the mean validation score selects the epoch.
-        task_temperature: T, above 0: the probability of a task in a step is proportional to its number of training images to the
-            power of 1/T; 1 samples in proportion to the images, a high T all tasks equally.
+        more_data: data sets of the further tasks, one or more, with `tasks`.
+        tasks: several tasks in one run: each data set is one, named as its folder or by `NAME=DATA`, with its own splits and head
+            on the same model; the mean validation score selects the epoch. Not with `multi_label`, `search` or class embeddings.
+        task_temperature: T, above 0, with `tasks`: the probability of a task in a step is proportional to its number of training
+            images to the power of 1/T; 1 samples in proportion to the images, a high T all tasks equally.
         multi_label: images may have several labels, separated by `;` or `|` in the label column of a table or in a JSON list; one
             sigmoid per class, selection by mean average precision.
         model: a timm name or folder, `hf:` and a folder or hub name of a vision model of transformers, such as
@@ -52,8 +52,8 @@ class TransferConfig(TrainingOptions, SiteOptions):
         method: a method of `veneer methods`, several joined by `+`, or `zero_shot` for a CLIP without training; `linear_probe`
             trains the head only, `full` all weights; `--method NAME --help` shows its options.
         options: method name to its options.
-        with_: adapter files or run folders, FILE or FILE:STRENGTH, that the run trains on top of; they stay fixed, without their
-            heads, and are saved with it.
+        with_: adapter files or run folders, FILE or FILE:STRENGTH, of the same model and any methods, that the run trains on top
+            of; they stay fixed, without their heads, and are saved with it.
         head: `fresh` for a new linear head that is trained, `kept` for the model's own head (default: what the method needs).
         lp_ft: LP-FT: initialize a new head with a logistic regression on the frozen features, then fine-tune; best in short
             runs.

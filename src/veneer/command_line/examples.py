@@ -7,6 +7,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "veneer personalize",
         "veneer personalize photos/ --concept '<toy>' --class-word toy --rank 16 --steps 600",
         "veneer personalize photos/ --concept '<toy>' --class-word toy --method pivotal",
+        "veneer personalize photos/ --method pez --tokens 8",
         "veneer personalize photos/ --concept '<toy>' --base model.safetensors --learning-rate 1e-4",
         "veneer personalize photos/ --concept '<toy>' --base owner/model --quantize nf4",
         "veneer personalize photos/ --concept '<toy>' --base flux --check 12GB",
@@ -17,7 +18,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "veneer transfer photos/ --model vit_small_patch16_224.augreg_in21k --epochs 10",
         "veneer transfer photos/ --method vpt+lora --rank 4 --search 6",
         "veneer transfer photos/ --model bundled_clip --method coop --shots 16",
-        "veneer transfer pets/ clothes/ --tasks --method hyperformer_plus_plus",
+        "veneer transfer pets/ clothes/ --tasks --method hyperformer_plus_plus --out runs/pets+clothes",
+        "veneer transfer photos/ --method pfeiffer --with runs/domain",
     ),
     "compare": (
         "veneer compare photos/ --methods 'lora, ssf, vpt' --seeds 3",
@@ -27,6 +29,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "veneer predict runs/clothes new-photos/",
         "veneer predict runs/clothes new-photos/ --top 1 --format csv",
         "veneer predict runs/pets+clothes new-photos/ --task pets",
+        "veneer predict runs/clothes sketches/ --exchange mad_x=runs/sketches",
     ),
     "caption": (
         "veneer caption photos/ --model Salesforce/blip-image-captioning-base --prefix 'a photo of <toy>, '",
@@ -65,6 +68,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "veneer merge toy.safetensors ink.safetensors --weights 1 0.5 --out both.safetensors",
         "veneer merge runs/toy-lora user/style --method ties --rank 16 --out both.safetensors",
         "veneer merge runs/photos runs/sketches --method average --out both.safetensors",
+        "veneer merge runs/a runs/b --method parameters --images new/ --domains a/ b/ --out c.safetensors",
     ),
     "extract": (
         "veneer extract tuned/ --base original/ --rank 32 --out tuned.safetensors",

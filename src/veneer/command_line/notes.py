@@ -10,11 +10,16 @@ NOTES: dict[str, tuple[str, ...]] = {
         "image grids, metrics (`result.json`) and the options (`config.toml`). `veneer generate` uses it, and `veneer convert` "
         "writes files for ComfyUI or A1111.",
         "The preset of a base model is its `veneer.json`, with training defaults and prompts; the bundled model has one.",
+        "`--method pez` writes no adapter but a prompt of ordinary words (`prompt.txt`), in 500 steps by default. Beside its own "
+        "options it uses `--base`, `--features` (its CLIP), `--steps`, `--learning-rate`, `--weight-decay`, `--batch`, `--seed` "
+        "and `--out`.",
     ),
     "transfer": (
         "The weights of the epoch that `--keep-epoch` selects are saved. The run folder has the adapter with the head "
         "(`adapter.safetensors`), test accuracy and other metrics (`result.json`), plots and the options (`config.toml`). "
         "`veneer predict` classifies images with it, and `veneer export` writes a model that needs no veneer.",
+        "With `--tasks` the tasks share one adapter, except that `hyperformer` and `hyperformer_plus_plus` generate one for each "
+        "task. `veneer predict --task NAME` selects a task.",
     ),
     "compare": (
         "Trains each row once per seed and prints a table of test accuracy (mean ± half a 95 % interval over seeds), trainable "
@@ -23,11 +28,16 @@ NOTES: dict[str, tuple[str, ...]] = {
     ),
     "predict": ("Prints one line per image on stdout: its most probable classes with their probabilities.",),
     "export": ("Class names and preprocessing are in the folder, or in a `.json` file beside the graph.",),
-    "analyze": ("The flags are shown by `veneer analyze heads --help`.",),
+    "analyze": ("`veneer analyze heads --help` shows what the command measures and writes, and its flags.",),
     "analyze heads": (
+        "A pattern is what a head reads: class and register tokens or one token (vertical), each patch and the adjacent ones "
+        "(diagonal), a wider neighborhood (block), or none of these (heterogeneous).",
         "Disables each head in two ways, by equal attention to all tokens and by zero, and measures a classifier by accuracy and "
-        "loss, a diffusion model by the change of its prediction. Writes `heads.json`, `importance.png`, `maps.png` and, for a "
-        "diffusion model with a CLIP tokenizer, `words.png`. `veneer transfer --method head_pruning` prunes heads.",
+        "loss, a diffusion model by the relative change of its prediction. This takes two passes over the images, or over the "
+        "recorded inputs of the denoiser, for each head.",
+        "Writes `heads.json` (patterns and changes), `importance.png` (changes by layer and head), `maps.png` (mean attention "
+        "maps) and, for a diffusion model with a CLIP tokenizer, `words.png` (where the image reads each word of the first "
+        "prompt). `veneer transfer --method head_pruning` prunes heads.",
     ),
     "control": (
         "A control adapter makes images follow a map, such as edges, or an example image. The flags are shown by "
@@ -44,7 +54,12 @@ NOTES: dict[str, tuple[str, ...]] = {
     "convert-config": (
         "Prints every key that is not carried over as it is, with the reason. The file is for `veneer personalize --config`.",
     ),
-    "merge": ("The result is an adapter file; no base model is changed.",),
+    "merge": (
+        "The result is an adapter file; no base model is changed.",
+        "`--rank`, `--energy`, `--error`, `--cumulative`, `--ratio`, `--density`, `--base`, `--to` and `--dtype` are options of "
+        "the methods that write one LoRA. Native files are those that training commands write: `adapter.safetensors` of a run "
+        "folder.",
+    ),
     "extract": ("Differences outside the chosen sites are printed and left out.",),
     "push": ("Log in first: `hf auth login`, or set HF_TOKEN.",),
     "sites": (
@@ -52,7 +67,14 @@ NOTES: dict[str, tuple[str, ...]] = {
         "list, such as `attn.q`, also with braces, `*`, a tower or blocks: `attn.{q,v}`, `text/attn.*`, `mlp@6:12`; or by name: "
         "`name:blocks.3.*`.",
     ),
+    "bench": (
+        "Measures the implementations of a row in turn, and prints the ratios of their time and memory to those of the reference "
+        "of the row. Comparisons with peft need the package peft.",
+    ),
+    "inspect": ("Prints the format, the family of the base model, and the methods, layers, ranks and parameters of each block.",),
     "methods": (
+        "The table has a row for each method and a column for each host: ✓ if all models of the host support the method, the "
+        "names of model families if some do, – if none does.",
         "`veneer personalize --method NAME --help` or `veneer transfer --method NAME --help` shows the options of a method.",
     ),
     "hosts": ("A host names the layers of a model family by their roles. `veneer methods` lists the methods for each.",),

@@ -52,8 +52,8 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
         base: base model: `bundled`, a folder, a .safetensors file or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, FLUX.2,
             Chroma, Sana, Krea 2, PixArt, DiT, Z-Image, Qwen-Image, Lumina 2, CogView4, AuraFlow, LongCat-Image, HunyuanDiT, Wan
             or HunyuanVideo.
-        method: a method of `veneer methods`, several joined by `+`, or `pivotal` (token and LoRA); `--method NAME --help` has its
-            options.
+        method: a method of `veneer methods`, several joined by `+`, or `pivotal` (token and LoRA); `pez` searches a prompt and
+            trains no adapter; `--method NAME --help` has its options.
         options: method name to its options.
         text_encoder: also train adapters on the attention layers of all text encoders.
         class_word: ordinary word for the subject, such as `toy`: initial value of its new token, and its name in class images.

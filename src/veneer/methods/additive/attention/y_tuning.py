@@ -69,7 +69,7 @@ class YTuning(Method):
     through the model. w is zero initially, so that a new adapter leaves the logits unchanged.
 
     Args:
-        width: of the label embeddings, a multiple of `heads`.
+        width: width of the label embeddings, a multiple of `heads`.
         heads: attention heads of the decoder, at least 1.
         layers: decoder layers, at least 1.
         dropout: dropout probability in the decoder, 0 to 1.

@@ -23,9 +23,9 @@ class HyperFormerPlusPlus(HyperMethod):
     Args:
         tasks: names of the tasks; set by `veneer transfer --tasks`.
         reduction: h = width // reduction, at least 1.
-        embedding: width of the embeddings of task, layer and position, at least 1.
+        embedding: width e of the embeddings of task, layer and position, at least 1.
         hidden: width of the hidden layer of the hypernetwork, at least 1.
-        projected: width of v, at least 1.
+        projected: width of v, from which Down, Up and LN are generated, at least 1.
         act: activation between Down and Up: `gelu_tanh`, `gelu`, `swish` or `relu`.
         materialized: the adapters have the parameters of their one task; set by `materialize`.
     Branches of other widths, as in the stages of Swin and ConvNeXt, have their own generators. They share the embeddings and the

@@ -76,7 +76,7 @@ class MadX(Method):
     BAD-X has one adapter for a pair of domains: train `mad_x` on images of both, in equal parts, and keep it for both.
 
     Args:
-        reduction: h = width // reduction of the bottlenecks, at least 1.
+        reduction: width of the bottlenecks, as a part of that of the model: h = width // reduction, at least 1.
         coupling_reduction: width between the layers of F and G, as a part of their input: d // coupling_reduction, at least 1.
     Without `block` in `where`, the embeddings are not adapted. Features with channels first, and first blocks that change the
     width, have no coupling.

@@ -103,7 +103,7 @@ class AutoPrompt(PEZ):
         tokens: M, tokens of the prompt, at least 1.
         position: position of the name: after the tokens, in their middle (after M // 2) or before them.
         words: initial words, such as `a photo of a`; M is then their number of tokens. Empty: random tokens.
-        candidates: k, at least 1.
+        candidates: k, tokens to try in each step, one forward pass for each, at least 1.
     Counts: M·width, as `pez`; the prompt itself is M integers.
     Source: Shin et al., AutoPrompt: Eliciting Knowledge from Language Models with Automatically Generated Prompts, EMNLP 2020,
     section 2.2, and the authors' code: one random position in a step, 10 candidates. Deviations: the paper's prompts are those of

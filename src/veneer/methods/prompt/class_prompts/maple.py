@@ -42,7 +42,7 @@ class MaPLe(Method):
     on one model must be attached in ascending order of depth.
 
     Args:
-        tokens: M, prompts per block, at least 1; at most the tokens of `words`, if given.
+        tokens: M, prompts per block, at least 1; at most the tokens of `words`, unless empty.
         words: words before the name, such as `a photo of a`. Empty: P_0 has the initial values of the other prompts.
         depth: J, blocks with own prompts, at least 1; at most the blocks of either tower, to which larger values are reduced.
     Counts: J·M·width + J·(width + 1)·width', width' of the image tower; CLIP ViT-B/16 3,555,072.

@@ -136,16 +136,17 @@ class PromptSRC(Method):
     term, `penalty` for the two before, `after_step` and `finalize` for the average. Strength and order of attaching: as `maple`.
 
     Args:
-        tokens: prompts per block of the text tower, at least 1; at most the tokens of `words`, if given.
+        tokens: prompts per block of the text tower, at least 1; at most the tokens of `words`, unless empty.
         image_tokens: prompts per block of the image tower, at least 1.
         words: words before the name, such as `a photo of a`; see `maple`.
         depth: J, blocks with own prompts, at least 1; at most the blocks of a tower.
-        text_weight: a, at least 0.
-        image_weight: b, at least 0.
-        logit_weight: c, at least 0. Without any of the three there is no second pass.
-        average_parts: E, at least 1; the authors' epochs.
-        average_mean: μ, in parts.
-        average_std: σ, in parts, above 0.
+        text_weight: a, weight of the distance of the text features g from those of the frozen CLIP, at least 0.
+        image_weight: b, weight of the distance of the image features f, at least 0.
+        logit_weight: c, weight of the distance of the class probabilities q, at least 0. Without any of the three there is no
+            second pass.
+        average_parts: E, number of equal parts of the run whose last prompts are averaged, at least 1; the authors' epochs.
+        average_mean: mean of the Gaussian w over the parts e, in parts.
+        average_std: standard deviation of w, in parts, above 0.
         templates: prompts of the frozen CLIP with `{}` for the name; the authors' 60 if empty.
     Counts: J·tokens·width + J·image_tokens·width', width' of the image tower; CLIP ViT-B/16 46,080.
     Source: Khattak et al., Self-regulating Prompts: Foundational Model Adaptation without Forgetting, ICCV 2023, equations 3 to

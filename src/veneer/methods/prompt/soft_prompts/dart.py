@@ -72,7 +72,8 @@ class DART(Method):
     Args:
         words: template before the class name; M is its number of tokens. Empty: N(0, 0.02²).
         tokens: M, if there are no words.
-        fluency: weight of the term, at least 0; above 0 each training step encodes the prompts twice.
+        fluency: weight of the distance of the class embeddings from those of real words, at least 0; above 0 each training step
+            encodes the prompts twice.
     In a training loop of your own: add `attachment.penalty()` to the loss.
     Counts: (M + number of tokens of all class names)·width; CLIP ViT-B/16 with ten class names of two tokens 12,288.
     Source: Zhang et al., Differentiable Prompt Makes Pre-trained Language Models Better Few-shot Learners, ICLR 2022, section 3,

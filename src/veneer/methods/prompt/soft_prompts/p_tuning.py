@@ -81,7 +81,7 @@ class PTuning(Method):
     `coop`; on an image tower (`where="tokens.tower"`) they are tokens, as in `prompt_tuning`. The function is theirs afterwards.
 
     Args:
-        tokens: p, at least 1.
+        tokens: p, number of trained vectors, at least 1.
         encoder: `lstm`, `mlp`, or `none`, which trains P directly.
         dropout: dropout probability between the layers of the LSTM, 0 to 1.
         position: position of the class name in prompts of classes: after the vectors, in their middle or before them.

@@ -40,7 +40,7 @@ class PromptTuning(Method):
     every prompt.
 
     Args:
-        tokens: p, at least 1.
+        tokens: p, number of trained vectors, at least 1.
         initialize: `uniform` is U(−limit, limit); `vocabulary` samples the 5,000 most frequent token embeddings; `classes` is the
             mean of the token embeddings of each class name, then `vocabulary`; `auto` is `vocabulary` for prompts of classes, and
             `uniform` for images, which have no vocabulary.

@@ -36,12 +36,12 @@ class DiffPruning(Method):
     Args:
         keep_ratio: part of the entries that remains, above 0, at most 1.
         gate_groups: entries with a common gate: `tensor` for a whole weight, `row` for an output channel, `none` for no z_g.
-        search: part of the steps with gates, above 0, at most 1; 1 leaves no step for the fixed entries.
+        search: part of the run that searches entries with gates, above 0, at most 1; 1 leaves no step for the fixed entries.
         sparsity_penalty: weight of the expected number of open gates, at least 0.
-        initial_logit: initial a and a_g; 5 opens a gate with probability 0.993.
+        initial_logit: initial value of the logits a and a_g of the gates; 5 opens a gate with probability 0.993.
         lower: lower end of the interval of a gate before it is clamped, below 0. `upper`: its upper end, above 1.
         gate_rate: ratio of the gates' learning rate to that of w, above 0.
-        phase: `search` to train; `fixed` of the file of a finished run, whose entries can be trained further.
+        phase: 'search' in a new run; 'fixed' in the file of a finished run, whose entries can be trained further.
     Training needs w, a, their noise, their gradients and their optimizer states, each of W's size. A custom training loop calls
     `tuned.begin_pass(seed, step)` before each forward pass, which samples u, adds `tuned.penalty()` to the loss, and calls
     `tuned.after_step(step, steps)` after each step and `tuned.finalize()` after the last one. Averaged weights (EMA) average w.

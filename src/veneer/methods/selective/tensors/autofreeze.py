@@ -82,7 +82,8 @@ class AutoFreeze(Full):
 
     Args:
         intervals: number of intervals of the run, at least 2; those of a run with fewer steps have one step.
-        percentile: of r over the blocks that are not frozen, 0 to 100; a higher one freezes more blocks at once, 0 none.
+        percentile: percentile of the relative change of the gradient over the blocks that are not frozen, 0 to 100; leading
+            blocks below it are frozen, so a higher one freezes more blocks at once, 0 none.
     `veneer transfer` and `veneer personalize` keep the schedule. A custom training loop calls `tuned.begin_pass(seed, step)`
     before each forward pass, with steps from 0, and `tuned.after_step(step, steps)` after each step, with steps from 1; without
     them a training pass is an error. Training needs another tensor of V's size, the sum of gradients. A tower without blocks is
