@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable
@@ -26,29 +27,29 @@ from .search import PromptMatch, SearchOptions, search_prompt
 METHOD = "pez"
 STEPS = 500
 """Default number of steps."""
+OPTIONS = ("photos", "base", "method", "options", "features", "steps", "learning_rate", "weight_decay", "batch", "seed", "out")
+"""Options of `veneer personalize` that the search has."""
 
 
 def search_photo_prompt(config: PersonalizeConfig, show: Callable[[str], Any]) -> Path:
     """Writes a prompt that describes the photos to `prompt.txt` in the run folder.
 
-    Of the options it has those of `pez`, and photos, base, features, steps, learning rate, weight decay, batch, seed and out.
+    Of the options it has those of `pez` and `OPTIONS`; others are rejected.
 
     Args:
         show: called with the prompt, its similarity, and the command that generates images with it, in lines.
     Returns:
         The run folder.
     Raises:
-        OptionError: no CLIP for `features`, or an option that needs an adapter. DataError: unreadable photos.
+        OptionError: no CLIP for `features`, an option that needs an adapter, or one out of range. DataError: unreadable photos.
     """
     method = PEZ(**config.options.get(METHOD, {}))
-    if method.position != "end" or config.resume or config.dry_run or config.check:
-        message = "pez for photos has no name of a class, no checkpoints and no preflight; leave the option out"
-        option = next((name for name in ("resume", "dry_run", "check") if getattr(config, name)), "position")
-        raise OptionError(message, option=option, method=METHOD)
+    _check(config, method)
+    options = _options(config, method)
     photos = find_photos(config.photos or base_models.examples())
     out = run_folder(config.out or new_folder(Path("runs"), METHOD), False)
     clip = _open_clip(config)
-    match = search_prompt(clip, [read_photo(photo.path) for photo in photos], _options(config, method), _Bar(config))
+    match = search_prompt(clip, [read_photo(photo.path) for photo in photos], options, _Bar(options.steps))
     write_atomically(out / "prompt.txt", f"{match.text}\n".encode())
     base = "" if config.base == "bundled" else f" --base {shlex.quote(config.base)}"
     show(f"prompt: {match.text}\nCLIP similarity to the photos: {match.similarity:.3f}")
@@ -56,11 +57,22 @@ def search_photo_prompt(config: PersonalizeConfig, show: Callable[[str], Any]) -
     return out
 
 
+def _check(config: PersonalizeConfig, method: PEZ) -> None:
+    """Raises `OptionError` for an option without effect that differs from its default."""
+    default = PersonalizeConfig()
+    names = (field.name for field in dataclasses.fields(config) if field.name not in OPTIONS)
+    option = next((name for name in names if getattr(config, name) != getattr(default, name)), None)
+    if option is None and method.position != "end":
+        option = "position"
+    if option is not None:
+        message = f"{option} has no effect with pez for photos, which searches a prompt and trains no adapter; leave it out"
+        raise OptionError(message, option=option, method=METHOD, given=getattr(config, option, method.position))
+
+
 def _options(config: PersonalizeConfig, method: PEZ) -> SearchOptions:
     rate = method.learning_rate if config.learning_rate is None else config.learning_rate
-    return SearchOptions(
-        method.tokens, method.words, config.steps or STEPS, rate, config.weight_decay, config.batch or 1, config.seed
-    )
+    steps, batch = (default if value is None else value for value, default in ((config.steps, STEPS), (config.batch, 1)))
+    return SearchOptions(method.tokens, method.words, steps, rate, config.weight_decay, batch, config.seed)
 
 
 def _open_clip(config: PersonalizeConfig) -> BaseClip:
@@ -88,8 +100,8 @@ def _open_clip(config: PersonalizeConfig) -> BaseClip:
 class _Bar:
     """A bar of the steps, on a terminal."""
 
-    def __init__(self, config: PersonalizeConfig) -> None:
-        self.steps, self.enabled = config.steps or STEPS, sys.stderr.isatty()
+    def __init__(self, steps: int) -> None:
+        self.steps, self.enabled = steps, sys.stderr.isatty()
 
     def __call__(self, step: int, best: PromptMatch | None) -> Any:
         if self.enabled:
