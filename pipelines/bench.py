@@ -53,10 +53,9 @@ class BenchConfig:
             SD 1.5 at 32×32 latents).
         latent: side of the UNet's input in latents (an eighth of the pixels), divisible by 8 (default: that of `size`).
         rows: benchmarks to run: `denoiser` (training step of a LoRA), `family` (training steps of its variants),
-            `side-networks` (training steps of LST and DTL on a ViT),
-            `conditional` (blocks on some tokens only, as `coda` has them),
-            `freezing` (training steps with frozen leading blocks, as
-            `autofreeze` has them), `attach` (a LoRA), `start` (attaching DoRA), `load` (a file), `merge` (into the weights),
+            `side-networks` (training steps of LST and DTL on a ViT), `conditional` (blocks on some tokens only, as `coda` has
+            them), `freezing` (training steps with frozen leading blocks, as `autofreeze` has them), `attach` (a LoRA), `start`
+            (attaching DoRA), `load` (a file), `merge` (into the weights),
             `switch` (between adapters) or `few-photos` (a whole `veneer personalize`) (default: all).
         rounds: timings of each implementation, interleaved.
         clock: `wall` time, or `cpu` time of all threads of this process, for one thread on a shared machine.

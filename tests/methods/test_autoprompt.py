@@ -100,6 +100,18 @@ def test_an_evaluation_has_the_tokens_and_no_candidate() -> None:
         torch.testing.assert_close(output, logits(tiny(), images, rows).detach())
 
 
+def test_a_candidate_whose_loss_is_not_a_number_is_no_choice() -> None:
+    tuned = attach(tiny(), "autoprompt", words="a photo", candidates=2)
+    adapter = tuned.parts["head.prompts"][1]
+    for losses, second in (([2.0, torch.nan, 3.0], "photo"), ([2.0, torch.nan, 1.0], "dog")):
+        adapter.place.fill_(1)
+        adapter.choices.copy_(torch.tensor([token("red"), token("dog")]))
+        tuned.begin_pass(0, 0)
+        tuned.compare_passes(torch.tensor(losses))
+        tuned.after_step(1, 2)
+        assert adapter.nearest()[0].tolist() == [token("a"), token(second)]
+
+
 def test_positions_are_uniform() -> None:
     counts = torch.tensor([position_of(step, 4) for step in range(400)]).bincount()
     assert counts.min() > 75

@@ -125,6 +125,20 @@ def test_incompatible_arguments_are_named(tmp_path: Path) -> None:
         personalize(PersonalizeConfig(method="pez", out=tmp_path / "run", features="timm:resnet18"))
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        *({"steps": 0}, {"steps": -3}, {"batch": 0}, {"learning_rate": 0.0}, {"weight_decay": -0.1}),
+        *({"ema": 0.9}, {"resolution": 64}, {"concept": "<toy>"}, {"quantize": ("int8",)}, {"where": ("attn",)}),
+    ],
+)
+def test_options_out_of_range_or_without_effect(option: dict[str, Any], tmp_path: Path) -> None:
+    ((name, given),) = option.items()
+    with raises(OptionError, method="pez", option=name, given=given):
+        personalize(PersonalizeConfig(method="pez", out=tmp_path / "run", **option))
+    assert not (tmp_path / "run").exists()
+
+
 def test_personalize_prints_a_prompt_that_names_the_bundled_subject(tmp_path: Path, capsys: Any) -> None:
     """From words that describe another image the search finds a prompt that is more similar to the photos."""
     out = personalize(

@@ -36,7 +36,7 @@ USED = frozenset(
 def search_photo_prompt(config: PersonalizeConfig, show: Callable[[str], Any]) -> Path:
     """Writes a prompt that describes the photos to `prompt.txt` in the run folder.
 
-    Of the options it has those of `pez`, and photos, base, features, steps, learning rate, weight decay, batch, seed and out.
+    Of the options it has those of `pez` and `USED`; others are rejected.
 
     Args:
         show: called with the prompt, its similarity, and the command that generates images with it, in lines.
@@ -51,10 +51,11 @@ def search_photo_prompt(config: PersonalizeConfig, show: Callable[[str], Any]) -
     if method.position != "end":
         message = f"position is {method.position!r}, but a prompt for photos has no name of a class; leave it out."
         raise OptionError(message, option="position", method=METHOD, given=method.position, expected="end")
+    options = _options(config, method)
     photos = find_photos(config.photos or base_models.examples())
     out = run_folder(config.out or new_folder(Path("runs"), METHOD), False)
     clip = _open_clip(config)
-    match = search_prompt(clip, [read_photo(photo.path) for photo in photos], _options(config, method), _Bar(config))
+    match = search_prompt(clip, [read_photo(photo.path) for photo in photos], options, _Bar(options.steps))
     write_atomically(out / "prompt.txt", f"{match.text}\n".encode())
     base = "" if config.base == "bundled" else f" --base {shlex.quote(config.base)}"
     show(f"prompt: {match.text}\nCLIP similarity to the photos: {match.similarity:.3f}")
@@ -78,9 +79,8 @@ def _reject_ignored(config: PersonalizeConfig) -> None:
 
 def _options(config: PersonalizeConfig, method: PEZ) -> SearchOptions:
     rate = method.learning_rate if config.learning_rate is None else config.learning_rate
-    return SearchOptions(
-        method.tokens, method.words, config.steps or STEPS, rate, config.weight_decay, config.batch or 1, config.seed
-    )
+    steps, batch = (default if value is None else value for value, default in ((config.steps, STEPS), (config.batch, 1)))
+    return SearchOptions(method.tokens, method.words, steps, rate, config.weight_decay, batch, config.seed)
 
 
 def _open_clip(config: PersonalizeConfig) -> BaseClip:
@@ -108,8 +108,8 @@ def _open_clip(config: PersonalizeConfig) -> BaseClip:
 class _Bar:
     """A bar of the steps, on a terminal."""
 
-    def __init__(self, config: PersonalizeConfig) -> None:
-        self.steps, self.enabled = config.steps or STEPS, sys.stderr.isatty()
+    def __init__(self, steps: int) -> None:
+        self.steps, self.enabled = steps, sys.stderr.isatty()
 
     def __call__(self, step: int, best: PromptMatch | None) -> Any:
         if self.enabled:

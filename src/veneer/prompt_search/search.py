@@ -26,6 +26,8 @@ class SearchOptions:
         tokens: M, number of tokens. `words`: initial text, whose number of tokens is then M; empty: random tokens.
         steps: optimizer steps. `learning_rate`, `weight_decay`: of AdamW. `batch`: photos per step, at random.
         seed: of the random tokens and photos.
+    Raises:
+        OptionError: a value out of range.
     """
 
     tokens: int = 16
@@ -35,6 +37,15 @@ class SearchOptions:
     weight_decay: float = 0.1
     batch: int = 1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option in ("steps", "batch"):
+            if getattr(self, option) < 1:
+                raise OptionError.of("pez", option, getattr(self, option), "at least 1")
+        if not self.learning_rate > 0:
+            raise OptionError.of("pez", "learning_rate", self.learning_rate, "above 0")
+        if not self.weight_decay >= 0:
+            raise OptionError.of("pez", "weight_decay", self.weight_decay, "at least 0")
 
 
 @dataclass(frozen=True)

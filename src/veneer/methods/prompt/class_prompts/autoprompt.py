@@ -68,7 +68,7 @@ class AutoPromptAdapter(PEZAdapter):
         """Uses the best candidate if it has a smaller loss than the token, else selects new candidates by the gradient."""
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(self.losses)
-        ids, best = self.current, int(self.losses.argmin())
+        ids, best = self.current, int(self.losses.nan_to_num(nan=torch.inf).argmin())  # NaN is the smallest for argmin
         gradient, table = self.context.grad, self.texts.table
         if self.place >= 0 and best > 0:
             ids[self.place] = self.choices[best - 1]

@@ -63,9 +63,9 @@ class PEZ(Method):
         words: initial words, such as `a photo of a`; M is then their number of tokens. Empty: random tokens.
     Counts: M·width; CLIP ViT-B/16 8,192 with M = 16. A prompt is M integers.
     Source: Wen et al., Hard Prompts Made Easy, NeurIPS 2023, algorithm 1, and the authors' code: cosine similarity, initial
-    values from random tokens, AdamW with rate 0.1 and weight decay 0.1. Deviations: a classifier has its own loss instead of the
-    similarity to images; the start and end token are left out; the epoch with the best validation score is kept, where the code
-    keeps the best step.
+    values from random tokens, AdamW with rate 0.1. Deviations: a classifier has its own loss instead of the similarity to images;
+    the weight decay is that of the command, in the code 0.1 (`--weight-decay 0.1`); the start and end token are left out; the
+    epoch with the best validation score is kept, where the code keeps the best step.
     """
 
     name: ClassVar[str] = "pez"

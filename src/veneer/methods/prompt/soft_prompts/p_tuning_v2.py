@@ -25,7 +25,8 @@ class PTuningV2(PrefixMethod):
     Supports the attention modules that `prefix_tuning` supports, with its strength.
     Source: Liu et al., P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across Scales and Tasks, ACL 2022,
     section 3.2, and the authors' code: p = 4, dropout 0.1, hidden 512 if enabled, and the learning rate of its RTE script.
-    Deviations: P_k and P_v trained directly are N(0, 0.02²), in the code N(0, 1); its head is that of the model.
+    Deviations: P_k and P_v trained directly are N(0, 0.02²), in the code N(0, 1); all samples of a batch have the same dropout,
+    in the code each its own; the head is that of the model.
     """
 
     name: ClassVar[str] = "p_tuning_v2"

@@ -44,7 +44,8 @@ class PromptTuning(Method):
         initialize: `uniform` is U(−limit, limit); `vocabulary` samples the 5,000 most frequent token embeddings; `classes` is the
             mean of the token embeddings of each class name, then `vocabulary`; `auto` is `vocabulary` for prompts of classes, and
             `uniform` for images, which have no vocabulary.
-        words: initial words of the first vectors, one for each, separated by white space; the others are as `initialize`.
+        words: initial words of the first vectors, one for each, separated by white space, instead of class names; the others are
+            as `initialize`.
         limit: bound of `uniform`, above 0.
     Counts: p·width; ViT-B/16 15,360 with p = 20, CLIP ViT-B/16 10,240.
     Source: Lester, Al-Rfou, Constant, The Power of Scale for Parameter-Efficient Prompt Tuning, EMNLP 2021, sections 2 and 3.2,
