@@ -216,17 +216,28 @@ def test_a_head_is_trained_on_features_that_are_computed_once(
 
 
 def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(
-    tmp_path: Path, pictures: Path, models: dict[str, Path]
+    tmp_path: Path, pictures: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the weights after 1, 2 and 3 steps, with the decays 0, 2/11 and 3/12 of the warm-up."""
+    """Against the weights after 1, 2 and 3 steps without averaging, with the decays 0, 2/11 and 3/12 of the warm-up."""
+    from veneer.training.loop.trainer import Trainer
 
-    def weights(steps: int, ema: float) -> dict[str, torch.Tensor]:
-        out = tmp_path / f"{steps}-{ema}"
-        options = {"method": "adaptformer", "schedule": "constant", "warmup": 0.0, "steps": steps, "ema": ema}
-        return load_file(transfer(config(pictures, models["vit"], out, **options)) / "adapter.safetensors")
+    steps: list[dict[str, torch.Tensor]] = []
+    report = Trainer._report
 
-    first, second, third = (weights(steps, 0.0) for steps in (1, 2, 3))
-    for name, tensor in weights(3, 0.9).items():
+    def keep(self: Trainer, *rest: Any) -> None:
+        steps.append({name: tensor.detach().clone() for name, tensor in self.named.items()})
+        report(self, *rest)
+
+    monkeypatch.setattr(Trainer, "_report", keep)
+    options = {"method": "adaptformer", "schedule": "constant", "warmup": 0.0, "steps": 3}
+    plain, averages = (
+        load_file(transfer(config(pictures, models["vit"], tmp_path / str(ema), **options, ema=ema)) / "adapter.safetensors")
+        for ema in (0.0, 0.9)
+    )
+    first, second, third = steps[:3]
+    assert plain.keys() == third.keys() == averages.keys()
+    for name, tensor in averages.items():
+        assert torch.equal(plain[name], third[name])
         average = 2 / 11 * first[name] + 9 / 11 * second[name]
         torch.testing.assert_close(tensor, 3 / 12 * average + 9 / 12 * third[name])
     assert any(not torch.equal(first[name], third[name]) for name in first)
