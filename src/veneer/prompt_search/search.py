@@ -94,8 +94,8 @@ class TokenPrompts:
 
     @torch.no_grad()
     def text(self, ids: Tensor) -> tuple[str, Tensor | None]:
-        """The text of ids, and its normalized features (width,), or None if it is empty or too long for the CLIP."""
-        text = self.tokenizer.text(ids.tolist())
+        """The text of ids in one line, and its normalized features (width,), or None if it is empty or too long for the CLIP."""
+        text = " ".join(self.tokenizer.text(ids.tolist()).split())  # some tokens of CLIP are line breaks
         if not 0 < len(self.tokenizer.tokens(text)) <= self.tokenizer.length - 2:
             return text, None
         return text, self.encoder.encode(self.tokenizer.ids([text]).to(self.table.device))[0]
