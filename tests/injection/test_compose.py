@@ -14,6 +14,7 @@ from torch import Tensor
 import veneer
 from tests.methods.bottlenecks import blocks_written_out, picture, stirred, tiny
 from tests.raising import raises
+from veneer.formats._core.format import formats
 from veneer.injection import Attachment, LoadError, OptionError, SaveError, StateError, UnknownName, UnsupportedSite, attach
 from veneer.injection.composition.compose import compose, composition_of
 from veneer.injection.composition.nodes import DEPTH, Average, Node, Parallel, Stack, node_from_json
@@ -169,6 +170,19 @@ def test_a_file_of_two_compositions_stacks_them(tmp_path: Path) -> None:
         raises(SaveError, where="composition", given=("a", "c", "b", "d")),
     ):
         veneer.formats.native.save(both, tmp_path / "overlap")
+
+
+def test_other_formats_have_no_nodes(tmp_path: Path) -> None:
+    """Adapters of different layers could be saved, but would be loaded without the weights of the average."""
+    model = tiny()
+    save = formats.get("lycoris")().save
+    attached = [attach(model, "lora", where=f"attn.v@{i}", rank=2, name=name) for i, name in enumerate("ab")]
+    with compose(model, Average("a", "b")):
+        with raises(SaveError, where="composition", given="lycoris", expected="native"):
+            save(attached, tmp_path / "both")
+        assert not list(tmp_path.iterdir())
+        save(attached[0], tmp_path / "one")
+    save(attached, tmp_path / "both")
 
 
 def test_trained_base_parameters_have_no_node() -> None:

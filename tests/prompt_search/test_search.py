@@ -108,8 +108,8 @@ def test_the_seed_decides_tokens_and_photos() -> None:
 def test_the_text_is_one_line() -> None:
     clip = tiny()
     clip.tokenizer.__class__ = type("Lines", (Words,), {"decode": lambda self, ids: "\n".join(f"w{i}" for i in ids)})
-    options = {"tokens": 3, "steps": 2}
-    assert search_prompt(clip, photos(), SearchOptions(**options)) == search_prompt(tiny(), photos(), SearchOptions(**options))
+    options = SearchOptions(tokens=3, steps=2)
+    assert search_prompt(clip, photos(), options) == search_prompt(tiny(), photos(), options)
 
 
 def test_incompatible_arguments_are_named(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
-from veneer.injection import Attachment, LoadError
+from veneer.injection import Attachment, LoadError, SaveError
+from veneer.injection.composition.compose import compositions_of
 from veneer.injection.registry import Registry
 
 from .._io.reader import SUFFIX, File
@@ -122,7 +123,16 @@ class Format(ABC):
             SaveError: the format cannot hold them, or the file cannot be written; an existing file stays unchanged.
         """
         several = [attachments] if isinstance(attachments, Attachment) else list(attachments)
+        if len(several) > 1 and self.name != "native":
+            self._reject_nodes(several, self.place(path))
         return self.write_to(several, self.place(path), provenance)
+
+    def _reject_nodes(self, attachments: Sequence[Attachment], target: Path) -> None:
+        """Raises `SaveError` for attachments that run in an `Average` or a `Parallel`, which only native files have."""
+        node = next((c.node for c in compositions_of(attachments) if c.is_routed), None)
+        if node is not None:
+            message = f"{target}: {node!r} can only be saved in the native format. Save each attachment alone, or call undo()."
+            raise SaveError(message, file=target, where="composition", given=self.name, expected="native")
 
     @abstractmethod
     def write_to(self, attachments: Sequence[Attachment], target: Path, provenance: Mapping[str, Any] | None) -> Path:
