@@ -97,6 +97,21 @@ def test_a_quantized_transformer_is_corrected(tmp_path: Path) -> None:
     assert torch.equal(model(**sample)[0], before)
 
 
+def test_a_base_of_another_quantization_is_noted(tmp_path: Path) -> None:
+    """The correction belongs to one quantization: on any other base, with it or without, the load report says so."""
+    model = dit()
+    quantize_model(model, "nf4+loftq8x2")
+    file = attach(model, "lora", rank=8, init="loftq", where="attn.{q,k,v,out}").save(tmp_path / "x")
+    for kind, noted in (("nf4+loftq8x2", False), ("nf4+loftq8x1", True), ("nf4", True), (None, True)):
+        other = dit()
+        if kind is not None:
+            quantize_model(other, kind)
+        notes = [note for note in veneer.load(other, file).loaded.notes if "nf4+loftq8x2" in note]
+        assert bool(notes) == noted, kind
+        if noted:
+            assert (kind or "float") in notes[0]
+
+
 def test_names_of_kinds() -> None:
     kinds = parse_quantize({"transformer": "nf4+loftq16", "unet": "fp4-dq+loftq4x12"})
     assert [(kind.name, kind.loftq) for kind in kinds.values()] == [("nf4", (16, 5)), ("fp4-dq", (4, 12))]  # type: ignore[union-attr]

@@ -101,9 +101,19 @@ def _difference(saved: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str
 
 def quantization_remark(component: str, saved: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
     """A remark if the quantization of a tower differs from that of training, which is no error."""
-    before, now = (
-        str(q.get("kind"))[:80] if isinstance(q := base.get("quantization"), dict) else "float" for base in (saved, found)
-    )
+    before, now = _quantization(saved), _quantization(found)
     if before != now:
-        name = component or "the model"
-        yield f"the base '{name}' was {before} in training and is {now} here: outputs differ by the error of the quantization"
+        name, error = component or "the model", "the error of the quantization"
+        if "loftq" in before:
+            error += f", and a LoRA of init='loftq' has the correction of {before} in its weights; quantize the base with it"
+        yield f"the base '{name}' was {before} in training and is {now} here: outputs differ by {error}"
+
+
+def _quantization(base: Mapping[str, Any]) -> str:
+    """The kind of quantization, with rank and iterations of its correction, such as `nf4+loftq16x5`; `float` without one."""
+    recipe = base.get("quantization")
+    if not isinstance(recipe, dict):
+        return "float"
+    correction = recipe.get("loftq")
+    suffix = "+loftq" + "x".join(str(n) for n in correction[:2]) if isinstance(correction, list) else ""
+    return f"{recipe.get('kind')}{suffix}"[:80]
