@@ -121,8 +121,10 @@ def test_incompatible_arguments_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    [{"steps": 0}, {"steps": -3}, {"batch": 0}, {"learning_rate": 0.0}, {"weight_decay": -0.1}]
-    + [{"ema": 0.9}, {"resolution": 64}, {"concept": "<toy>"}, {"quantize": ("int8",)}, {"where": ("attn",)}],
+    [
+        *({"steps": 0}, {"steps": -3}, {"batch": 0}, {"learning_rate": 0.0}, {"weight_decay": -0.1}),
+        *({"ema": 0.9}, {"resolution": 64}, {"concept": "<toy>"}, {"quantize": ("int8",)}, {"where": ("attn",)}),
+    ],
 )
 def test_options_out_of_range_or_without_effect(option: dict[str, Any], tmp_path: Path) -> None:
     ((name, given),) = option.items()
