@@ -26,7 +26,7 @@ class KeyValueSeam(HookSeam):
     While the module runs, a torch function mode changes its first call of `F.scaled_dot_product_attention`: this is after
     projections, norms of keys and rotations, the same for every library, and also captured by `torch.compile` and exports. All
     queries attend to the added keys: masks and relative positions get zero columns for them. Strength s multiplies the
-    unnormalized attention weights of the added keys, so that 0 is the host and no strength is negative. timm's `fused_attn` is
+    unnormalized attention weights of the added keys, so that 0 is the host and none is negative. timm's `fused_attn` is
     True during the call.
     """
 
