@@ -1,14 +1,13 @@
 """Two processes that train, with a sharded base model and with a replicated one, for `test_sharded_base.py`.
 
-`accelerate launch --multi_gpu --num_processes 2 -m tests.training.sharded_worker FOLDER` runs the jobs below one after the other
-and writes gradients, files of runs and, for each process, `facts-0.json` and `facts-1.json` into the folder.
+On each process of `accelerate launch --multi_gpu --num_processes 2`, `main(FOLDER)` runs the jobs below one after the other and
+writes gradients, files of runs and, for each process, `facts-0.json` and `facts-1.json` into the folder.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from veneer.pipelines.personalize import PersonalizeConfig, personalize
 from veneer.pipelines.transfer import TransferConfig, transfer
 
 import veneer
+from tests.classification.small import image_folder, model_folder
 from tests.training.images import save
 from veneer.injection import Attachment, HostChanged
 from veneer.testing.pipelines import tiny_pipeline
@@ -70,11 +70,13 @@ CONTROL: dict[str, Any] = {
 
 
 def inputs(folder: Path) -> None:
-    """Writes what all jobs read: three photos and a base model."""
+    """Writes what all jobs read: three photos and a base model; images of three colors and a ViT."""
     for i in range(3):
         save(folder / "photos" / f"{i}.png", 48, 40, seed=i)
     tiny_pipeline("sd").save_pretrained(folder / "base")
     (folder / "base" / "veneer.json").write_text('{"steps": 2}')
+    image_folder(folder / "colors", count=8)
+    model_folder(folder / "models", "vit")
 
 
 def personalized(folder: Path, name: str, **settings: Any) -> Path:
@@ -90,9 +92,10 @@ def controlled(folder: Path, name: str, **settings: Any) -> Path:
 
 
 def transferred(folder: Path, name: str) -> Path:
-    """A run of `transfer` on the digits: an adapter and a head on the bundled image encoder."""
+    """A run of `transfer` on the inputs: an adapter and a head."""
     config: dict[str, Any] = {"shots": 3, "steps": 3, "batch": 5, "optimizer": "sgd", "learning_rate": 0.01, "augment": "none"}
-    return transfer(TransferConfig(method="lora", out=folder / name, **config))
+    inputs = {"data": str(folder / "colors"), "model": str(folder / "models" / "vit")}
+    return transfer(TransferConfig(method="lora", out=folder / name, workers=1, **inputs, **config))
 
 
 def gradients(case: Case, photos: Path, shard: bool) -> tuple[dict[str, Tensor], tuple[int, ...]]:
@@ -202,7 +205,3 @@ def rewind(run: Path, copy: Path) -> None:
     shutil.rmtree(max(copy.glob("checkpoint-*")))
     for file in (*copy.glob("*.safetensors"), copy / "result.json"):
         file.unlink()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
