@@ -50,6 +50,7 @@ ALLOWED = {
     },
     "classification": JOBS,
     "publishing": {*JOBS, "version"},
+    "prompt_transfer": {"formats", "injection"},
     "prompt_search": {"atomic_files", "base_models", "functional", "injection", "methods", "models", "training"},
     "control": JOBS,
     "captioning": {"extras", "hub", "injection"},
@@ -62,7 +63,8 @@ ALLOWED = {
     "cli": {"allocator", "command_line", "commands", "extras", "version"},
     "pipelines": {
         *JOBS, "adapter_merging", "attention_heads", "benchmarks", "captioning", "classification", "cli", "config_conversion",
-        "config_file", "control", "flags", "methods", "prompt_search", "publishing",
+        "config_file", "control", "flags", "methods", "prompt_search", "prompt_transfer",
+        "publishing",
     },
     "apps": {
         *JOBS, "adapter_merging", "allocator", "classification", "cli", "config_file", "control", "flags", "full_size_models",

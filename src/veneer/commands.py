@@ -221,6 +221,15 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
             ),
         ),
     ),
+    "prompts": (
+        "compare trained prompts of several tasks",
+        _command_group(
+            similarity=(
+                "rank pairs of trained prompts by similarity, to choose the initial prompt of another task",
+                _config_command("prompts", "prompt_similarity", "PromptSimilarityConfig", ("files",), True),
+            ),
+        ),
+    ),
     "control": (
         "train control adapters (ControlNet and others), and generate with them",
         _command_group(

@@ -43,6 +43,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "veneer analyze heads runs/clothes clothes/",
         "veneer analyze heads bundled --prompts 'a photo of a blue car, white background'",
     ),
+    "prompts similarity": (
+        "veneer prompts similarity runs/pets runs/flowers runs/clothes",
+        "veneer prompts similarity runs/pets runs/flowers --images photos/",
+    ),
     "control train": (
         "veneer control train --condition canny --method t2i_adapter",
         "veneer control train photos/ --condition soft_edge --base owner/model",

@@ -39,6 +39,11 @@ NOTES: dict[str, tuple[str, ...]] = {
         "maps) and, for a diffusion model with a CLIP tokenizer, `words.png` (where the image reads each word of the first "
         "prompt). `veneer transfer --method head_pruning` prunes heads.",
     ),
+    "prompts": ("The flags are shown by `veneer prompts similarity --help`.",),
+    "prompts similarity": (
+        "Prints a line for each pair, the most similar one first. `veneer transfer --init-from FILE` trains the prompts of "
+        "another task from those of FILE, with the same model, method and options.",
+    ),
     "control": (
         "A control adapter makes images follow a map, such as edges, or an example image. The flags are shown by "
         "`veneer control train --help` and `veneer control generate --help`.",
