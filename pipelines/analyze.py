@@ -239,4 +239,4 @@ def _line(report: HeadReport, way: str, measurement: str) -> str:
 
 
 def _bar() -> Callable[[int, int], None]:
-    return lambda done, total: show_bar(sys.stderr, "disabling heads", done, total, "heads")
+    return lambda done, total: show_bar(sys.stderr, "disabling heads", done, total, "passes")

@@ -321,3 +321,9 @@ def _flags_of(line: str) -> set[str]:
     parser = parser_for(words)._subparsers
     assert parser is not None
     return set(parser._group_actions[0].choices[words[0]]._option_string_actions)  # type: ignore[index]
+
+
+def test_the_example_of_a_method_for_several_tasks_names_them(scripts: ModuleType) -> None:
+    pages = {method.name: scripts.method_page(method) for method in scripts.catalog()}
+    assert 'veneer.attach(model, "hyperformer", tasks=("pets", "clothes"))' in pages["hyperformer"]
+    assert 'veneer.attach(model, "lora")' in pages["lora"]

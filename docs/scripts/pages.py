@@ -67,11 +67,11 @@ def generated_pages() -> dict[str, str]:
 
 
 def survey_page(methods: Sequence[str]) -> str:
-    """The survey's systems over the whole width, with links to the methods and to the papers on arXiv."""
+    """Systems of the literature over the whole width, with links to the methods and to the papers on arXiv."""
     names = "|".join(methods)
     text = re.sub(rf"`({names})`", r"[`\1`](methods/\1.md)", survey())
-    text = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
-    return f"---\nhide: [toc, navigation]\n---\n\n{text}\n"
+    linked = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+    return f"---\nhide: [toc, navigation]\n---\n\n{linked}\n"
 
 
 def matrix_page() -> str:
@@ -119,7 +119,8 @@ def method_page(method: MethodEntry) -> str:
     """The page of one method: docstring, options, supported hosts."""
     title, _, about = method.about.partition(": ")
     lines = [f"# {escaped(title)}", "", f"`{method.name}` – {escaped(about or title)}", "", escaped(method.formula), ""]
-    lines += ["```python", f'veneer.attach(model, "{method.name}")', "```", ""]
+    tasks = ', tasks=("pets", "clothes")' if "tasks" in (option.name for option in method.options) else ""
+    lines += ["```python", f'veneer.attach(model, "{method.name}"{tasks})', "```", ""]
     facts = {"Paper": method.paper, "Adapts": method.needs, "Conditions": ", ".join(method.conditions), "Group": method.kind}
     lines += [f"- **{name}**: {escaped(' '.join(text.split()))}" for name, text in facts.items() if text]
     lines += ["", *_options(method)]

@@ -23,7 +23,8 @@ PAGE = Path(__file__).parents[1] / "terminal.md"
 WIDTH = 120
 INTRODUCTION = " ".join(
     [
-        f"# What the commands print\n\nRecorded on a terminal of {WIDTH} columns, on two CPU cores under other load, by",
+        "---\nhide: [toc, navigation]\n---\n\n# What the commands print\n\nRecorded",
+        f"on a terminal of {WIDTH} columns, on two CPU cores under other load, by",
         "`docs/scripts/record_terminal.py`. A bar is shown as it stood at its end. In a log, without a terminal, a line is",
         "printed every few seconds instead. `--quiet` prints errors only; `--json` prints the result as one JSON object on",
         "stdout, and all of this on stderr.",

@@ -57,7 +57,7 @@ def write_task_results(
     verdicts = {name: verdict(Evidence(test.by_task[name], validation.by_task[name]), config) for name in test.by_task}
     record = run_record(config, data, classifier, attached, result, test) | {"stored_bytes": stored, "search": None}
     record["tasks"] = {task.name: _entry(data, trainer, task, test, validation, verdicts[task.name]) for task in data.tasks}
-    record["verdict"] = _worst(verdicts).as_dict()
+    record["verdict"] = worst_verdict(verdicts).as_dict()
     with writing(out, "result.json"):
         write_json(out / "result.json", record)
     return record
@@ -79,11 +79,12 @@ def _entry(
     }
 
 
-def _worst(verdicts: dict[str, Verdict]) -> Verdict:
-    """The verdict of the run: the worst outcome of its tasks, with the sentences of each."""
+def worst_verdict(verdicts: dict[str, Verdict]) -> Verdict:
+    """The verdict of the run: the worst outcome of its tasks, named if the others have a better one, with the reasons of each."""
     name, worst = min(verdicts.items(), key=lambda item: OUTCOMES.index(item[1].outcome))
     reasons = tuple(f"{task}: {reason}" for task, each in verdicts.items() for reason in each.reasons)
-    return Verdict(worst.outcome, f"{name}: {worst.summary}", reasons, worst.advice)
+    summary = worst.summary if {each.outcome for each in verdicts.values()} == {worst.outcome} else f"{name}: {worst.summary}"
+    return Verdict(worst.outcome, summary, reasons, worst.advice)
 
 
 def _reader(data: Data, task: Task) -> Callable[[int], Image.Image]:

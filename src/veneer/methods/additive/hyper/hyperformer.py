@@ -30,7 +30,7 @@ class HyperFormer(HyperMethod):
         hidden: width of the hidden layer of the hypernetwork, at least 1.
         projected: width of v, at least 1.
         act: activation between Down and Up: `gelu_tanh`, `gelu`, `swish` or `relu`.
-        materialized: the adapters have the parameters of their one task; set by `materialize`.
+        materialized: the adapters have the parameters of their one task; `attachment.materialize` sets it.
         generators: one for each `role` (attention, MLP) or for each `site`.
     Branches of other widths, as in the stages of Swin and ConvNeXt, have their own generators. A layer is a block of one tower.
     Counts: by `role` e (tasks + layers) + 128 (2 e + 1) + 64·129 + 128 for v, and 65 (2·width·h + h + 3·width) for each role and

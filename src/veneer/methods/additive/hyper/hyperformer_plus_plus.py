@@ -27,7 +27,7 @@ class HyperFormerPlusPlus(HyperMethod):
         hidden: width of the hidden layer of the hypernetwork, at least 1.
         projected: width of v, from which Down, Up and LN are generated, at least 1.
         act: activation between Down and Up: `gelu_tanh`, `gelu`, `swish` or `relu`.
-        materialized: the adapters have the parameters of their one task; set by `materialize`.
+        materialized: the adapters have the parameters of their one task; `attachment.materialize` sets it.
     Branches of other widths, as in the stages of Swin and ConvNeXt, have their own generators. They share the embeddings and the
     layers before v. A layer is a block of one tower.
     Counts: e (tasks + layers + positions) + 128 (3 e + 1) + 64·129 + 128 for v, and 65 (2·width·h + h + 3·width) for each width;
