@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from veneer.classification.config import TransferConfig
 from veneer.classification.data.run_data import Data, Views, open_data
 from veneer.classification.data.sources import local_data
+from veneer.classification.data.unlabeled import read_unlabeled
 from veneer.classification.models.cached_features import CachedFeatures
 from veneer.classification.models.classifier import Classifier
 from veneer.classification.models.loading import open_classifier
@@ -83,7 +84,10 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
     fixed = read_fixed(config.with_)
     attach_fixed(classifier.model, fixed)
     report.close()
-    with Views(data, classifier.data, config.augment, squash=config.squash, seed=config.seed, workers=config.workers) as views:
+    unlabeled = None if config.unlabeled is None else read_unlabeled(config.unlabeled, data.source.mirror)
+    with Views(
+        data, classifier.data, config.augment, squash=config.squash, seed=config.seed, workers=config.workers, unlabeled=unlabeled
+    ) as views:
         features = CachedFeatures(classifier, views, config.batch, AUTOCAST[config.mixed_precision])
         config = search_hyperparameters(config, classifier, views, out, accelerator, features)
         attached = attach_methods(classifier, config, data)

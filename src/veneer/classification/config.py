@@ -20,6 +20,7 @@ from veneer.training.report.run_folder import new_folder
 from veneer.training.training_options import BY_CONTENT, SiteOptions, TrainingOptions
 
 from .data.transforms import Augmentation
+from .data.unlabeled import check_unlabeled
 from .objectives.support import check_support
 from .tasks.options import check_task_options
 from .tasks.task import task_sources
@@ -61,6 +62,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
         batch_norm: BatchNorm statistics: `frozen`, or `moving` to update them in training (default: moving with random weights,
             else frozen).
         shots: training images per class (default: all).
+        unlabeled: images without labels for methods that train on such, such as `pet`: an image, a folder, or a list of paths.
         validation: share of the images for the validation split, which selects the epoch, 0 to 1; not used if the data has one.
         test: share of the images for the test split, which is evaluated at the end, 0 to 1; not used if the data has one.
         split_seed: seed of the validation and test splits.
@@ -122,6 +124,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
     templates: tuple[str, ...] = ("a photo of a {}.",)
     batch_norm: Literal["frozen", "moving"] | None = None
     shots: int | None = None
+    unlabeled: Path | None = None
     validation: float = 0.1
     test: float = 0.15
     split_seed: int = 0
@@ -199,6 +202,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
         self.selection()  # rejects two selections
         self.check_multi_label()
         self.check_tasks()
+        check_unlabeled(self.unlabeled, self.names())
         if self.lp_ft and self.init_from is not None:
             message = "lp_ft and init_from both initialize the head; leave out one of --lp-ft and --init-from."
             raise OptionError(message, option="init_from", given=str(self.init_from), expected=None)

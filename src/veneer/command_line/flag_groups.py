@@ -13,8 +13,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "concept", "class_word", "class_images", "prior_loss_weight", "condition", "generated_images", "template",
         "caption_dropout", "image_dropout", "tag_dropout", "shuffle_tags", "keep_tokens", "truncate", "resolution", "crop",
         "flip", "buckets", "masks", "datasets", "multi_label", "more_data", "tasks", "task_temperature", "protocol",
-        "base_to_new", "shots", "validation", "validation_share", "validation_every", "test", "split_seed", "augment", "squash",
-        "size", "workers",
+        "base_to_new", "shots", "unlabeled", "validation", "validation_share", "validation_every", "test", "split_seed",
+        "augment", "squash", "size", "workers",
     ),
     "method": (
         "method", "methods", "baseline", "where", "target_modules", "text_encoder", "head", "lp_ft", "templates", "batch_norm",

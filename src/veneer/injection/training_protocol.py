@@ -19,9 +19,12 @@ class TrainingProtocol:
 
     A method with `needs_tasks` has the option `tasks`, names of tasks, and computes another function for each of them. It
     implements `select_task`. Other methods share their parameters among all tasks.
+
+    A method with `needs_unlabeled` has steps on images without labels. It implements `unlabeled_passes` and `unlabeled_loss`.
     """
 
     needs_tasks: ClassVar[bool] = False
+    needs_unlabeled: ClassVar[bool] = False
 
     @property
     def passes(self) -> int:
@@ -49,6 +52,17 @@ class TrainingProtocol:
             outputs: logits or predictions of the passes. `distance`: of two outputs.
         """
         raise NotImplementedError(f"{type(self).__name__} has several passes and does not implement consistency_loss")
+
+    def unlabeled_passes(self, adapters: Iterable[tuple[Site, Any]]) -> int:
+        """Forward passes of the next step if it has images without labels instead of a labeled batch, else 0.
+
+        `begin_pass` runs before each of them. The first has gradients and runs last. Only classifiers ask.
+        """
+        return 0
+
+    def unlabeled_loss(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Loss of each image without a label, (batch,), of the logits of the `unlabeled_passes`."""
+        raise NotImplementedError(f"{type(self).__name__} has passes without labels and does not implement unlabeled_loss")
 
     def compare_passes(self, adapters: Iterable[tuple[Site, Any]], losses: Tensor) -> None:
         """Called with the losses (passes,) of the forward passes of each micro-batch, without gradients, if it is overridden.

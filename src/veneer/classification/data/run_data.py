@@ -24,6 +24,7 @@ from .sources import open_source
 from .split_files import check_options, load_splits, save_splits
 from .splits import Splits, split
 from .transforms import Augmentation, EvalView, TrainView
+from .unlabeled import UnlabeledImages
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,22 @@ class Views:
 
     Args:
         data: the images. `entry`: the model's data config (`Classifier.data`).
-        augment, squash, seed, workers: as in `TransferConfig`.
+        augment, squash, seed, workers: as in `TransferConfig`. `unlabeled`: images without labels, or None.
     """
 
     def __init__(
-        self, data: Data, entry: Mapping[str, Any], augment: str, *, squash: bool = False, seed: int = 0, workers: int = 0
-    ) -> None:
+        self, data: Data, entry: Mapping[str, Any], augment: str, *, squash: bool = False, seed: int = 0, workers: int = 0,
+        unlabeled: Source | None = None,
+    ) -> None:  # fmt: skip
         self.data, self.workers = data, workers
         self.plain = ImageLoader(DecodedImages(data.source, 2**28), EvalView(entry, squash=squash), workers)
         self._view = partial(TrainView, entry, cast(Augmentation, augment), mirror=data.mirror, squash=squash)
         view = self._view(seed)
         self._images = DecodedImages(data.source, side=view.side)
         self.train = ImageLoader(self._images, view, workers)
+        self.unlabeled: UnlabeledImages | None = None
+        if unlabeled is not None:
+            self.unlabeled = UnlabeledImages(unlabeled, self._view(seed, mirror=unlabeled.mirror), seed, workers)
 
     def reseed(self, seed: int) -> None:
         """Changes the seed of the augmentation; prefetched images are dropped."""
@@ -126,6 +131,8 @@ class Views:
         """Stops the loader threads."""
         self.train.close()
         self.plain.close()
+        if self.unlabeled is not None:
+            self.unlabeled.close()
 
     def __enter__(self) -> Views:
         return self

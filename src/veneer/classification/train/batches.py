@@ -60,6 +60,7 @@ class ClassifyingLoss:
         mixing: mixup and CutMix, or None.
         objective: computes the loss of logits and targets.
         passes: runs the forward passes that the methods ask for.
+        unlabeled: returns the unlabeled images of rows of a step, or None.
     """
 
     def __init__(
@@ -75,7 +76,9 @@ class ClassifyingLoss:
         mixing: Mixing | None = None,
         objective: Objective = SINGLE_LABEL,
         passes: ForwardPasses | None = None,
+        unlabeled: Callable[[int, list[int], int], Tensor] | None = None,
     ) -> None:
+        self.unlabeled = unlabeled
         self.objective, self.passes = objective, passes or ForwardPasses()
         self.class_weights = None if class_weights is None else class_weights.to(device)
         self.mixing = mixing if mixing is not None and mixing.enabled else None
@@ -84,6 +87,23 @@ class ClassifyingLoss:
         self.prefetch, self.smoothing, self.device = prefetch, smoothing, device
 
     def __call__(self, step: int, rows: list[int]) -> Tensor:
+        loss = self._without_labels(step, rows)
+        return self._with_labels(step, rows) if loss is None else loss
+
+    def _without_labels(self, step: int, rows: list[int]) -> Tensor | None:
+        """The loss of a step without labels, or None if the methods ask for a labeled step."""
+        if self.unlabeled is None:
+            return None
+        load, images = self.unlabeled, dict[str, Tensor]()
+
+        def compute() -> Tensor:
+            if not images:
+                images["inputs"] = load(step, rows, self.samples).to(self.device)
+            return self.logits(images["inputs"]).float()
+
+        return self.passes.without_labels(step, compute)
+
+    def _with_labels(self, step: int, rows: list[int]) -> Tensor:
         needed = rows if self.mixing is None else [*dict.fromkeys([*rows, *(self.mixing.partner(r, self.samples) for r in rows)])]
         samples, following = ([self.order.at(n * self.samples + row) for row in needed] for n in (step, step + 1))
         if self.prefetch is not None:

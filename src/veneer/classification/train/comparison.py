@@ -66,7 +66,7 @@ class RunMetrics:
 
 DEFAULTS: Mapping[str, Any] = {
     **IF_SET, "block_lr": {}, "layer_decay": 1.0, "head_learning_rate": None, "multi_label": False, "init_from": None,
-    "keep_epoch": "best", "with_": (),
+    "keep_epoch": "best", "with_": (), "unlabeled": None,
 }  # fmt: skip
 """Options that are part of the hash of a run only if they differ from these."""
 

@@ -170,6 +170,7 @@ class ClassifierTrainer:
             self.mixing,
             self.views.data.objective,
             ForwardPasses(self.attached, self.config.seed),
+            self.views.unlabeled,
         )
 
     def _class_weights(self) -> Tensor | None:

@@ -93,6 +93,14 @@ class TrainingHooks:
         """
         return self.method.consistency_loss(outputs[: self.method.passes], distance)
 
+    def unlabeled_passes(self) -> int:
+        """Forward passes of the next step if it has images without labels instead of a labeled batch, else 0.
+
+        With n passes, run them without gradients from number n − 1 down to 1, then number 0 with gradients, `begin_pass` before
+        each, and minimize the mean of `method.unlabeled_loss` of their logits, in order of the numbers.
+        """
+        return self.method.unlabeled_passes(list(self.parts.values()))
+
     def compare_passes(self, losses: Tensor) -> None:
         """Gives the method the losses (passes,) of the forward passes of a micro-batch; most methods do not read them."""
         self.method.compare_passes(list(self.parts.values()), losses[: self.method.passes])

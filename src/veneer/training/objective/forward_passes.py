@@ -24,6 +24,7 @@ class ForwardPasses:
         self.sampled = [a for a in attached if type(a.method).begin_pass is not Method.begin_pass]
         self.consistent = [a for a in attached if a.method.passes > 1]
         self.comparing = [a for a in attached if type(a.method).compare_passes is not Method.compare_passes]
+        self.unlabeled = [a for a in attached if a.method.needs_unlabeled]
         self.count, self.seed = max((a.method.passes for a in attached), default=1), seed
 
     def __call__(
@@ -50,6 +51,22 @@ class ForwardPasses:
                 attachment.compare_passes(by_pass)
         losses = [a.consistency_loss(outputs, distance) for a in self.consistent]
         return outputs[0], torch.stack(losses).sum(0) if losses else None
+
+    def without_labels(self, step: int, compute: Callable[[], Tensor]) -> Tensor | None:
+        """The mean loss of a step on images without labels, or None if no method asks for one.
+
+        Args:
+            step: of the run. `compute`: a forward pass of the images.
+        """
+        losses = []
+        for attachment in self.unlabeled if torch.is_grad_enabled() else ():
+            outputs: list[Tensor] = []
+            for number in reversed(range(attachment.unlabeled_passes())):
+                self._begin(step, number)
+                with torch.set_grad_enabled(number == 0):
+                    outputs.insert(0, compute())
+            losses += [attachment.method.unlabeled_loss(outputs).mean()] if outputs else []
+        return torch.stack(losses).sum() if losses else None
 
     def _run(self, step: int, number: int, compute: Callable[[], Tensor]) -> Tensor:
         self._begin(step, number)

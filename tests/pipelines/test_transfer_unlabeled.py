@@ -1,0 +1,78 @@
+"""`veneer transfer --unlabeled`: a run of PET on images with and without labels, and which options it needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from veneer.pipelines.transfer import transfer
+
+from tests.classification.small import image_folder
+from tests.raising import raises
+from veneer.classification.config import TransferConfig
+from veneer.classification.data.unlabeled import UnlabeledImages, read_unlabeled
+from veneer.classification.predict import open_predictor
+from veneer.injection import OptionError, VeneerError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    parent = tmp_path_factory.mktemp("unlabeled")
+    image_folder(parent / "labeled", count=6)
+    image_folder(parent / "more", count=3, seed=1)
+    return parent
+
+
+def config(folder: Path, **options: Any) -> TransferConfig:
+    usual: dict[str, Any] = {
+        "data": str(folder / "labeled"), "model": "bundled_clip", "method": "pet", "unlabeled": folder / "more", "steps": 6,
+        "batch": 4, "augment": "none", "workers": 1, "test": 0.25, "options": {"pet": {"patterns": ("{}", "a {}.")}},
+    }  # fmt: skip
+    return TransferConfig(**{**usual, **options})
+
+
+def test_a_run_saves_the_distilled_model(folder: Path, tmp_path: Path) -> None:
+    out = transfer(config(folder, out=tmp_path / "run"))
+    with safe_open(out / "adapter.safetensors", "pt") as file:
+        (entry,) = json.loads(file.metadata()["veneer"])["attachments"]
+    tensors = load_file(out / "adapter.safetensors")
+    assert entry["config"]["distilled"]
+    assert {tensor.shape[0] for tensor in tensors.values()} == {1}
+    assert sum(bool(tensor.any()) for tensor in tensors.values()) > len(tensors) / 2
+    assert json.loads((out / "result.json").read_text())["chosen"]["step"] >= 4
+    predictor = open_predictor(out)
+    assert torch.isfinite(predictor.logits(torch.zeros(1, 3, *predictor.classifier.data["input_size"][1:]))).all()
+
+
+def test_options(folder: Path, tmp_path: Path) -> None:
+    for options, option, given in (
+        ({"unlabeled": None}, "unlabeled", None),
+        ({"method": "lora", "options": {}}, "unlabeled", str(folder / "more")),
+    ):
+        with raises(OptionError, option=option, given=given):
+            config(folder, **options, out=tmp_path / "run").with_defaults()
+    with raises(VeneerError, file=tmp_path / "none"):
+        read_unlabeled(tmp_path / "none")
+
+
+def test_each_step_reads_further_images(folder: Path) -> None:
+    """Every image once before the first is repeated, and the same ones for the same step."""
+    source = read_unlabeled(folder / "more")
+    assert len(source) == 9
+
+    class Index:
+        side = None
+
+        def __call__(self, image: Any, epoch: int, index: int) -> torch.Tensor:
+            return torch.full((3, 1, 1), float(index))
+
+    images = UnlabeledImages(source, Index(), seed=0, threads=1)
+    steps = [images(step, [0, 1, 2], 3)[:, 0, 0, 0].tolist() for step in range(3)]
+    assert sorted(index for step in steps for index in step) == [*range(9)]
+    assert images(1, [2], 3)[:, 0, 0, 0].tolist() == steps[1][2:]
+    images.close()
