@@ -55,7 +55,7 @@ def prompt_similarity(config: PromptSimilarityConfig) -> list[str]:
         A line for each pair, the most similar one first: cosine of the average tokens, mean cosine of the tokens, and with images
         the overlap of activated neurons.
     Raises:
-        PromptError: a file has no prompts, or two files have prompts of other sites or widths. LoadError: a corrupt file.
+        StoredPromptError: a file has no prompts, or two files have prompts of other sites or widths. LoadError: a corrupt file.
         VeneerError: images without run folders, or no images.
     """
     prompts = [read_prompts(file) for file in config.files]

@@ -65,8 +65,9 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
 
 def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
     config.build_methods()
-    data_of_run = next(iter(config.task_sources().values()), config.data)
-    out = run_folder(config.out, config.resume, None if data_of_run in (None, "digits") else local_data(data_of_run))
+    sources = [data for data in config.task_sources().values() or (config.data,) if data not in (None, "digits")]
+    for data in sources or (None,):
+        out = run_folder(config.out, config.resume, None if data is None else local_data(data))
     if (out / "result.json").exists():
         print(f"{out}: this run is already finished.")
         return out

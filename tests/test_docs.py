@@ -31,7 +31,14 @@ RUN = [
     "coming-from",
 ]
 OWN = [name for name in methods.names() if methods.source(name) == "veneer"]
-GENERATED = {"cli.md", "support-matrix.md", "source-files.md", "methods/index.md", *(f"methods/{name}.md" for name in OWN)}
+GENERATED = {
+    "cli.md",
+    "support-matrix.md",
+    "survey.md",
+    "source-files.md",
+    "methods/index.md",
+    *(f"methods/{name}.md" for name in OWN),
+}
 FOREIGN = {
     "train_dreambooth_lora.py": "diffusers",
     "textual_inversion.py": "diffusers",
@@ -92,7 +99,7 @@ def test_the_navigation_names_every_page() -> None:
     named = list(_named(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
     assert len(named) == len(set(named))
     on_disk = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
-    assert set(named) - {"methods/", "cli.md", "support-matrix.md", "source-files.md", "contributing.md"} == on_disk
+    assert set(named) - {"methods/", "cli.md", "support-matrix.md", "survey.md", "source-files.md", "contributing.md"} == on_disk
 
 
 def _anchors(text: str) -> set[str]:
@@ -310,7 +317,8 @@ def test_the_command_line_page_has_every_command_and_flag(scripts: ModuleType) -
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
 def test_flags_in_pages_exist(scripts: ModuleType, page: str) -> None:
     """Flags with an underscore are of other tools; those of `python -m` commands are not checked."""
-    known = set(re.findall(r"`(--[\w.-]+)`", scripts.command_page())) | _flags_of("personalize photos --method lokr+head_pruning")
+    known = set(re.findall(r"`(--[\w.-]+)`", scripts.command_page()))
+    known |= _flags_of("personalize photos --method lokr+head_pruning") | _flags_of("personalize photos --method pez")
     code = [code for code in _code(page) if not code.startswith("python -m")]
     named = {flag for text in code for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", text) if "_" not in flag}
     assert named - known - set(FOREIGN_FLAGS) == set()

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from veneer.injection.towers import sites
     from veneer.methods.additive.clip.tip_adapter import TipAdapterError
     from veneer.models.tokenizer import TextError
+    from veneer.prompt_transfer.stored_prompts import StoredPromptError
     from veneer.training.data.image_io import DataError, DataWarning, PhotoError
     from veneer.training.data.latent_cache import CacheWarning
     from veneer.training.families.errors import PromptError, PromptWarning
@@ -75,11 +76,12 @@ __all__ = [
     "Attachment", "Average", "BaseModelError", "BenchError", "BlockedGradient", "CacheWarning", "CaptionError",
     "CheckpointError", "CheckpointWarning", "CombineError", "ConditionError", "DataError", "DataWarning", "DeadSite",
     "DiskFull", "Diverged", "EmptySelection", "ExportError", "HeadsError", "HostChanged", "HubError", "LoadError",
-    "MissingExtra", "ModelError", "NotSelected", "OptimizerWarning", "OptionError", "Parallel", "PhotoError", "PreflightError",
-    "PromptError", "PromptWarning", "SaveError", "SelectionError", "Stack", "StateError", "TextError", "TipAdapterError",
-    "TrainError", "UnknownName", "UnknownOption", "UnsupportedSite", "VeneerError", "VeneerWarning", "ViewError", "activate",
-    "adapter_merging", "attach", "attachments", "base_models", "classification", "compose", "control", "formats", "functional",
-    "hosts", "injection", "load", "load_all", "merges", "methods", "mixed", "models", "sites", "testing", "training",
+    "MissingExtra", "ModelError", "NotSelected", "OptimizerWarning", "OptionError", "Parallel", "PhotoError",
+    "PreflightError", "PromptError", "PromptWarning", "SaveError", "SelectionError", "Stack", "StateError",
+    "StoredPromptError", "TextError", "TipAdapterError", "TrainError", "UnknownName", "UnknownOption", "UnsupportedSite",
+    "VeneerError", "VeneerWarning", "ViewError", "activate", "adapter_merging", "attach", "attachments", "base_models",
+    "classification", "compose", "control", "formats", "functional", "hosts", "injection", "load", "load_all", "merges",
+    "methods", "mixed", "models", "sites", "testing", "training",
 ]  # fmt: skip
 
 _MODULES = {
@@ -103,6 +105,7 @@ _MODULES = {
     "injection.towers": ("sites",),
     "methods.additive.clip.tip_adapter": ("TipAdapterError",),
     "models.tokenizer": ("TextError",),
+    "prompt_transfer.stored_prompts": ("StoredPromptError",),
     "training.data.image_io": ("DataError", "DataWarning", "PhotoError"),
     "training.data.latent_cache": ("CacheWarning",),
     "training.families.errors": ("PromptError", "PromptWarning"),

@@ -14,7 +14,7 @@ from tests.raising import raises
 from veneer.injection import attach
 from veneer.injection.registry import hosts
 from veneer.prompt_transfer import (
-    PromptError,
+    StoredPromptError,
     activated_neurons,
     average_similarity,
     neuron_overlap,
@@ -62,12 +62,14 @@ def test_prompts_of_files(tmp_path: Path) -> None:
 
 def test_files_without_prompts_and_other_models(tmp_path: Path) -> None:
     lora = attach(vit(), "lora").save(tmp_path / "lora")
-    with raises(PromptError, file=lora, where="prompts", given=("lora",)):
+    with raises(StoredPromptError, file=lora, where="prompts", given=("lora",)):
         read_prompts(lora)
     first = prompts(0, 3)
     check_comparable(first, prompts(1, 9), "b")
     for other in ({"blocks.0": first["blocks.0"]}, {site: prompt[:, 1:] for site, prompt in first.items()}):
-        with raises(PromptError, file="b", where="prompts", given={site: prompt.shape[1] for site, prompt in other.items()}):
+        with raises(
+            StoredPromptError, file="b", where="prompts", given={site: prompt.shape[1] for site, prompt in other.items()}
+        ):
             check_comparable(first, other, "b")
 
 
@@ -98,5 +100,5 @@ def test_overlap() -> None:
 
 def test_a_convolutional_network_has_no_such_neurons() -> None:
     model = hosts.get("timm_conv")().tiny()["resnet"]()
-    with raises(PromptError, where="mlp.in"):
+    with raises(StoredPromptError, where="mlp.in"):
         activated_neurons(model, [])

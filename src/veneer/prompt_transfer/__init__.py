@@ -2,6 +2,6 @@
 
 from .neurons import activated_neurons, neuron_overlap
 from .similarity import average_similarity, token_similarity
-from .stored_prompts import PromptError, read_prompts
+from .stored_prompts import StoredPromptError, read_prompts
 
-__all__ = ["PromptError", "activated_neurons", "average_similarity", "neuron_overlap", "read_prompts", "token_similarity"]
+__all__ = ["StoredPromptError", "activated_neurons", "average_similarity", "neuron_overlap", "read_prompts", "token_similarity"]

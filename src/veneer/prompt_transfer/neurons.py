@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from veneer.injection import sites
 from veneer.injection.sites import BranchSite, WeightSite
 
-from .stored_prompts import PromptError
+from .stored_prompts import StoredPromptError
 
 
 @torch.no_grad()
@@ -24,13 +24,13 @@ def activated_neurons(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
     Args:
         model: a classifier with its adapters. `batches`: preprocessed images (batch, channels, height, width).
     Raises:
-        PromptError: the image tower has no MLP whose layers are called.
+        StoredPromptError: the image tower has no MLP whose layers are called.
     """
     table = [site for site in sites(model) if site.tower == "vision"]
     layers = [site for site in table if isinstance(site, WeightSite) and site.role == "mlp.in" and site.called]
     if not layers:
         message = f"{type(model).__name__} has no MLP in its image tower; neurons are compared in vision transformers."
-        raise PromptError(message, where="mlp.in", given=type(model).__name__, expected="vision transformer")
+        raise StoredPromptError(message, where="mlp.in", given=type(model).__name__, expected="vision transformer")
     has_class_token = any(isinstance(site, BranchSite) and site.prefix_tokens > 0 for site in table)
     outputs: dict[str, Tensor] = {}
     hooks = {site.path: partial(_keep, outputs, site.name, has_class_token) for site in layers}

@@ -15,7 +15,7 @@ PARAMETERS = ("prompt", "context")
 """Names of the parameters that are prompts: of tokens, and of class prompts."""
 
 
-class PromptError(VeneerError, ValueError):
+class StoredPromptError(VeneerError, ValueError):
     """A file without prompts, or prompts that cannot be compared."""
 
 
@@ -23,7 +23,7 @@ def read_prompts(path: str | PathLike[str]) -> dict[str, Tensor]:
     """Prompts (tokens, width) of a native file, by site; those of each class one after the other.
 
     Raises:
-        LoadError: the file is of another format or corrupt. PromptError: it has no prompts.
+        LoadError: the file is of another format or corrupt. StoredPromptError: it has no prompts.
     """
     file = read_native(locate(path))
     prompts = {
@@ -35,12 +35,12 @@ def read_prompts(path: str | PathLike[str]) -> dict[str, Tensor]:
     if not prompts:
         trained = tuple(entry["method"] for entry in file.entries)
         message = f"{file.path}: has no prompts, but {', '.join(trained)}; expected a file of a method such as vpt or coop."
-        raise PromptError(message, file=file.path, where="prompts", given=trained, expected=PARAMETERS)
+        raise StoredPromptError(message, file=file.path, where="prompts", given=trained, expected=PARAMETERS)
     return prompts
 
 
 def check_comparable(first: Mapping[str, Tensor], second: Mapping[str, Tensor], file: str) -> None:
-    """Raises `PromptError` if prompts are at other sites or have another width; their numbers of tokens may differ.
+    """Raises `StoredPromptError` if prompts are at other sites or have another width; their numbers of tokens may differ.
 
     Args:
         file: of the second prompts.
@@ -48,7 +48,7 @@ def check_comparable(first: Mapping[str, Tensor], second: Mapping[str, Tensor], 
     given, expected = ({site: prompt.shape[-1] for site, prompt in prompts.items()} for prompts in (second, first))
     if given != expected:
         message = f"{file}: prompts are at {_text(given)}; expected {_text(expected)}. Compare prompts of one model and method."
-        raise PromptError(message, file=file, where="prompts", given=given, expected=expected)
+        raise StoredPromptError(message, file=file, where="prompts", given=given, expected=expected)
 
 
 def _text(widths: Mapping[str, int]) -> str:

@@ -21,7 +21,7 @@ from veneer.injection.sites import ParamSite, PromptSite, Site
 
 from ._fixed_prompts import FixedPromptAdapter
 
-PATTERNS = ("{}", "a photo of a {}.", "a picture showing {}.", "this is {}.")
+PATTERNS = ("{}", "a photo of a {}.", "an image of {}.", "this is {}.")
 
 
 class PETBiasAdapter(Adapter):
