@@ -65,9 +65,9 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
 
 def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
     config.build_methods()
-    sources = [data for data in config.task_sources().values() or (config.data,) if data not in (None, "digits")]
-    for data in sources or (None,):
-        out = run_folder(config.out, config.resume, None if data is None else local_data(data))
+    sources = [source for source in config.task_sources().values() or (config.data,) if source not in (None, "digits")]
+    for source in sources or (None,):
+        out = run_folder(config.out, config.resume, None if source is None else local_data(source))
     if (out / "result.json").exists():
         print(f"{out}: this run is already finished.")
         return out
