@@ -241,7 +241,8 @@ def calls_sdpa(attn: Any) -> bool:
         return not any(hasattr(attn, name) for name in ("lambda_q1", "temperature"))  # two softmaxes; attention of channels
     if hasattr(attn, "processor"):
         return not any(kind in type(attn.processor).__name__ for kind in ("Linear", "XFormers", "Flash", "Sliced"))
-    return getattr(getattr(attn, "config", None), "_attn_implementation", None) == "sdpa"
+    recorded = getattr(attn, "attention_implementation", None)  # of modules without a config, see `skeletons.recording`
+    return getattr(getattr(attn, "config", None), "_attn_implementation", recorded) == "sdpa"
 
 
 def channel_dim(module: nn.Module) -> int:

@@ -10,7 +10,7 @@ from .run_record import RunRecord
 
 HIDDEN = frozenset({
     "base", "model", "method", "options", "concept", "class_word", "steps",
-    "photos", "data", "datasets", "weights", "init_from", "with_", "cache_folder", "features", "out",
+    "photos", "data", "datasets", "weights", "unlabeled", "init_from", "with_", "cache_folder", "features", "out",
     "prompts", "drift_prompts", "eval", "eval_seeds", "grid_images", "validation_every", "preview_every", "preview_steps",
     "preview_scheduler", "checkpoint_every", "resume", "dry_run", "check", "tracker", "cache", "workers",
 })  # fmt: skip

@@ -54,6 +54,9 @@ class Recorder:
         attributes = {k: v for k, v in vars(module).items() if k not in PLAIN and self._is_recorded(module, k, v)}
         if attributes["training"]:
             del attributes["training"]  # the default
+        implementation = getattr(vars(module).get("config"), "_attn_implementation", None)
+        if isinstance(implementation, str) and arguments is None:
+            attributes["attention_implementation"] = implementation
         objects = {k: {"class": self._class(type(vars(module)[k]))} for k in OBJECTS if k in vars(module)}
         record = ModuleRecord(
             kind=self._class(type(module), arguments),

@@ -97,10 +97,10 @@ class GatedUpdate(SparseAdapter):
             self.noise, self.group_noise = torch.zeros_like(self.logits), torch.zeros((), device=device)
             return
         digest = hashlib.blake2b(repr((*key, self.name)).encode(), digest_size=8).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
-        self.noise = logistic_noise(self.logits.shape, generator, self.logits.dtype)
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)  # on the CPU: equal on every device
+        self.noise = logistic_noise(self.logits.shape, generator, self.logits.dtype).to(device)
         if self.group_logits is not None:
-            self.group_noise = logistic_noise(self.group_logits.shape, generator, self.logits.dtype)
+            self.group_noise = logistic_noise(self.group_logits.shape, generator, self.logits.dtype).to(device)
 
     def omit_noise(self) -> None:
         """No noise, for passes with fixed entries, which have no gates."""
