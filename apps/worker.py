@@ -24,6 +24,8 @@ def work(folder: Path) -> int:
     from veneer.cli import main
 
     job = Job(folder)
+    if not job.command:
+        return 0  # deleted before this process began: the lock would create the folder again
     lock = FileLock(folder / "lock", timeout=5)
     try:
         lock.acquire()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from veneer.apps import jobs
+from veneer.apps import jobs, worker
 from veneer.apps.job_queue import JobQueue
 from veneer.apps.jobs import MAX_ATTEMPTS, Job
 
@@ -102,6 +102,11 @@ def test_job_that_dies_repeatedly_fails(tmp_path: Path) -> None:
     assert job.failure().startswith(f"It died {MAX_ATTEMPTS} times at step 0: the machine may be out of memory")
     job.resume()
     assert job.state == "waiting", "somebody asked for another try"
+
+
+def test_a_job_that_was_deleted_before_its_process_began_stays_deleted(tmp_path: Path) -> None:
+    assert worker.work(tmp_path / "deleted") == 0
+    assert not (tmp_path / "deleted").exists()
 
 
 def test_corrupt_job_files_are_tolerated(tmp_path: Path) -> None:
