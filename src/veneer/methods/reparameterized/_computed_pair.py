@@ -13,7 +13,7 @@ from veneer.functional.low_rank_autograd import project
 from veneer.injection.method import Adapter
 from veneer.injection.sites import WeightSite
 
-from .low_rank._low_rank import factor_pairs
+from .low_rank._low_rank import by_group, factor_pairs, pair_of_each_group, product_of_pair
 
 
 class ComputedPairAdapter(Adapter):
@@ -40,27 +40,21 @@ class ComputedPairAdapter(Adapter):
         site, (down, up), scale = self.site, self.computed_pair(self.training), self.strength * self.scaling
         geometry = (site.stride, site.padding, site.dilation, site.groups)
         if self.pairs != site.groups:
-            return y + convolve(x, self._product(down, up) * scale, *geometry)
+            return y + convolve(x, product_of_pair(site, self.pairs, down, up) * scale, *geometry)
         low = project(x, down) if site.kind == "linear" else convolve(x, down, *geometry)
         low = torch.nn.functional.dropout(low, self.dropout, self.training) * scale
         return y + convolve(low, up, groups=site.groups)
 
     def weight(self, weight: Tensor) -> Tensor:
         """W + s·B A, in W's shape."""
-        return weight + self._product(*self.computed_pair(self.training)) * (self.strength * self.scaling)
+        product = product_of_pair(self.site, self.pairs, *self.computed_pair(self.training))
+        return weight + product * (self.strength * self.scaling)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """(down, up) of the same update as a LoRA with this scale; if groups share A, each gets a copy."""
-        down, up = self.computed_pair(training=False)
-        return (down if self.pairs == self.site.groups else torch.cat([down] * self.site.groups)), up
+        return pair_of_each_group(self.site, self.pairs, *self.computed_pair(training=False))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """C (groups, d_out / groups, rank) and D (groups, rank, width), s in C: W' = W + C D with W flattened by groups."""
-        down, up = self.pair()
-        left, right = (t.flatten(1).unflatten(0, (self.site.groups, -1)) for t in (up, down))
+        left, right = by_group(self.site, *self.pair())
         return left * (self.strength * self.scaling), right
-
-    def _product(self, down: Tensor, up: Tensor) -> Tensor:
-        """B A in the weight's shape."""
-        left, right = (t.flatten(1).unflatten(0, (self.pairs, -1)) for t in (up, down))
-        return torch.bmm(left, right).reshape(self.site.weight_shape)

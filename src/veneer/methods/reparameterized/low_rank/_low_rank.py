@@ -28,6 +28,25 @@ def factor_pairs(site: WeightSite, rank: int) -> int:
     return 1 if rank % site.groups else site.groups
 
 
+def product_of_pair(site: WeightSite, pairs: int, down: Tensor, up: Tensor) -> Tensor:
+    """B A in the weight's shape, of a linear layer or a convolution."""
+    if pairs == 1:
+        return (up.flatten(1) @ down.flatten(1)).reshape(site.weight_shape)
+    left, right = by_group(site, down, up)
+    return torch.bmm(left, right).reshape(site.weight_shape)
+
+
+def pair_of_each_group(site: WeightSite, pairs: int, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """(down, up) with one pair per group: if groups share A, each gets a copy."""
+    return (down if pairs == site.groups else torch.cat([down] * site.groups)), up
+
+
+def by_group(site: WeightSite, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """C (groups, d_out / groups, rank) and D (groups, rank, width) of a pair per group: W + C D with W flattened by groups."""
+    left, right = (t.flatten(1).unflatten(0, (site.groups, -1)) for t in (up, down))
+    return left, right
+
+
 def join_pairs(adapter: LoRAAdapter, downs: Sequence[Tensor], ups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """(down, up) of the sum of several products of an adapter's shapes: A's stacked, B's side by side; with groups, per group."""
     if adapter.site.kind == "embedding":
@@ -111,13 +130,7 @@ class LoRAAdapter(Adapter):
         return self._product(*self.own_pair())
 
     def _product(self, down: Tensor, up: Tensor) -> Tensor:
-        site = self.site
-        if site.kind == "embedding":
-            return down @ up.T
-        if self.pairs == 1:
-            return (up.flatten(1) @ down.flatten(1)).reshape(site.weight_shape)
-        pairs = [t.flatten(1).unflatten(0, (site.groups, -1)) for t in (up, down)]
-        return torch.bmm(*pairs).reshape(site.weight_shape)
+        return down @ up.T if self.site.kind == "embedding" else product_of_pair(self.site, self.pairs, down, up)
 
     def own_pair(self) -> tuple[Tensor, Tensor]:
         """(down, up) of the same update as an ordinary LoRA with this scale and the same number of `pairs`."""
@@ -128,8 +141,7 @@ class LoRAAdapter(Adapter):
 
         If groups share A, each gets a copy: rank groups·rank.
         """
-        down, up = self.own_pair()
-        return (down if self.pairs == self.site.groups else torch.cat([down] * self.site.groups)), up
+        return pair_of_each_group(self.site, self.pairs, *self.own_pair())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """C (groups, d_out / groups, rank) and D (groups, rank, width), s in C: W' = W + C D with W flattened group by group.
@@ -137,10 +149,7 @@ class LoRAAdapter(Adapter):
         An embedding is one group, whose outputs are its rows.
         """
         down, up = self.pair()
-        if self.site.kind == "embedding":
-            left, right = down[None], up.T[None]
-        else:
-            left, right = (t.flatten(1).unflatten(0, (self.site.groups, -1)) for t in (up, down))
+        left, right = (down[None], up.T[None]) if self.site.kind == "embedding" else by_group(self.site, down, up)
         return left * (self.strength * self.scaling), right
 
 

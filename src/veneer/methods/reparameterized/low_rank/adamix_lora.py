@@ -16,7 +16,7 @@ from veneer.injection.method import Need
 from veneer.injection.sites import WeightSite
 from veneer.methods.additive.experts._experts import ExpertAdapter, ExpertMethod, stack_of
 
-from ._low_rank import factor_pairs
+from ._low_rank import by_group, factor_pairs, pair_of_each_group, product_of_pair
 from .lora import LoRA
 
 
@@ -41,30 +41,22 @@ class AdaMixLoRAAdapter(ExpertAdapter):
             return y + F.linear(project(x, down) * scale, up)
         geometry = (site.stride, site.padding, site.dilation, site.groups)
         if self.pairs != site.groups:
-            return y + convolve(x, self._product(down, up) * scale, *geometry)
+            return y + convolve(x, product_of_pair(site, self.pairs, down, up) * scale, *geometry)
         return y + convolve(convolve(x, down, *geometry) * scale, up, groups=site.groups)
 
     def weight(self, weight: Tensor) -> Tensor:
         """W + s·B A with the experts of this pass, or their averages."""
-        product = self._product(self.expert(self.down, 0), self.expert(self.up, 1))
+        product = product_of_pair(self.site, self.pairs, self.expert(self.down, 0), self.expert(self.up, 1))
         return weight + product * (self.strength * self.scaling)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """(down, up) of a LoRA with the averages; if groups share A, each gets a copy."""
-        down, up = self.down.mean(0), self.up.mean(0)
-        return (down if self.pairs == self.site.groups else torch.cat([down] * self.site.groups)), up
+        return pair_of_each_group(self.site, self.pairs, self.down.mean(0), self.up.mean(0))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """C (groups, d_out / groups, rank) and D (groups, rank, width) of the averages, s in C."""
-        down, up = self.pair()
-        left, right = (t.flatten(1).unflatten(0, (self.site.groups, -1)) for t in (up, down))
+        left, right = by_group(self.site, *self.pair())
         return left * (self.strength * self.scaling), right
-
-    def _product(self, down: Tensor, up: Tensor) -> Tensor:
-        if self.pairs == 1:
-            return (up.flatten(1) @ down.flatten(1)).reshape(self.site.weight_shape)
-        pairs = [t.flatten(1).unflatten(0, (self.pairs, -1)) for t in (up, down)]
-        return torch.bmm(*pairs).reshape(self.site.weight_shape)
 
 
 @dataclass(frozen=True)
