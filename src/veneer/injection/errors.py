@@ -57,6 +57,13 @@ class OptionError(VeneerError, ValueError):
         message = f"{method}: {option} must be {expected}, got {given!r}"
         return cls(message, option=option, method=method, given=given, expected=expected)
 
+    @classmethod
+    def check(cls, method: Any, checks: Mapping[str, tuple[bool, str]]) -> None:
+        """Raises the error for the first invalid option of a method. `checks`: option to (is valid, expected, as for `of`)."""
+        for option, (is_valid, expected) in checks.items():
+            if not is_valid:
+                raise cls.of(method.name, option, getattr(method, option), expected)
+
 
 class MissingExtra(VeneerError, ImportError):
     """A library that is not installed, which an extra of the package installs.

@@ -146,9 +146,7 @@ class E2VPT(Method):
             **{o: (0 < getattr(self, o) <= 1, "above 0 and at most 1") for o in ("keep", "keep_segments", "prune_at")},
             "dropout": (0 <= self.dropout < 1, "in [0, 1)"),
         }
-        for option, (is_valid, expected) in checks.items():
-            if not is_valid:
-                raise OptionError.of(self.name, option, getattr(self, option), expected)
+        OptionError.check(self, checks)
 
     @classmethod
     def examples(cls) -> tuple[E2VPT, E2VPT]:

@@ -129,9 +129,7 @@ class Lion(Method):
             "steps": (self.steps >= 1, "at least 1"),
             **{option: (0 < getattr(self, option) <= 1, "above 0 and at most 1") for option in ("keep", "prune_at")},
         }
-        for option, (is_valid, expected) in checks.items():
-            if not is_valid:
-                raise OptionError.of(self.name, option, getattr(self, option), expected)
+        OptionError.check(self, checks)
 
     def build(self, site: StreamSite | FeatureSite) -> ImplicitLayer:
         """The implicit layer at one place."""

@@ -82,9 +82,7 @@ class SparseBottleneck(Method):
             "samples": (self.samples >= 1, "at least 1"),
             "std": (self.std > 0, "above 0"),
         }
-        for option, (is_valid, expected) in checks.items():
-            if not is_valid:
-                raise OptionError.of(self.name, option, getattr(self, option), expected)
+        OptionError.check(self, checks)
 
     def build_shared(self, sites: Sequence[BranchSite]) -> Entries:
         """The entries of all matrices of a tower."""

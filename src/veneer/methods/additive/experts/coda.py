@@ -143,9 +143,7 @@ class Coda(Method):
             "epsilon": (self.epsilon > 0, "above 0"),
             "steps": (self.steps >= 1, "at least 1"),
         }
-        for option, (is_valid, expected) in checks.items():
-            if not is_valid:
-                raise OptionError.of(self.name, option, getattr(self, option), expected)
+        OptionError.check(self, checks)
 
     @classmethod
     def examples(cls) -> tuple[Coda, Coda]:

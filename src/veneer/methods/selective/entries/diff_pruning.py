@@ -86,9 +86,7 @@ class DiffPruning(Method):
             "gate_rate": (self.gate_rate > 0, "above 0"),
             "phase": (self.phase in get_args(Phase), f"one of {', '.join(get_args(Phase))}"),
         }
-        for option, (is_valid, expected) in checks.items():
-            if not is_valid:
-                raise OptionError.of(self.name, option, getattr(self, option), expected)
+        OptionError.check(self, checks)
 
     def build_shared(self, sites: Sequence[WeightSite | ParamSite]) -> Entries | None:
         """The entries of a finished run; None in `search`."""

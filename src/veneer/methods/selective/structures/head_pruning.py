@@ -105,9 +105,7 @@ class HeadPruning(Method):
             "final": (self.final >= 0 and self.warmup + self.final < 1, "from 0 to less than 1 - warmup"),
             "every": (self.every >= 1, "at least 1"),
         }
-        for option, (is_valid, expected) in checks.items():
-            if not is_valid:
-                raise OptionError.of(self.name, option, getattr(self, option), expected)
+        OptionError.check(self, checks)
 
     def build(self, site: WeightSite) -> HeadGates:
         """Gates of 1 for the heads of one attention."""
