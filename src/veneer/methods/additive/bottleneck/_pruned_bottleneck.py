@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from veneer.functional.channels import add_channels_product, channels_product
 from veneer.injection.attachment.deferred_init import is_init_deferred
-from veneer.injection.method import Adapter
 from veneer.injection.sites import BranchSite
-from veneer.methods.selective.entries._entries import Entries
+from veneer.methods.selective.entries._entries import Entries, EntriesAdapter
 
 MATRICES = ("down", "up")
 
 
-class PrunedBottleneck(Adapter):
+class PrunedBottleneck(EntriesAdapter):
     """y' = y + Up(ReLU(Down(y))), whose matrices are zero except at the entries that they share with the tower.
 
     Args:
@@ -43,18 +42,6 @@ class PrunedBottleneck(Adapter):
             PrunedMatrix(self, name, shape) for name, shape in zip(MATRICES, matrix_shapes(site, bottleneck), strict=True)
         )
 
-    @property
-    def own(self) -> Entries:
-        """The entries of all matrices of the tower."""
-        children: Any = self._modules
-        entries: Entries = children["shared"]
-        return entries
-
-    @property
-    def is_selected(self) -> bool:
-        """True after `Entries.select`."""
-        return self.own.is_selected
-
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y: the branch, in the site's layout."""
         layout = self.site.layout
@@ -77,16 +64,6 @@ class PrunedBottleneck(Adapter):
     def drop_initial(self) -> None:
         """Frees the initial matrices."""
         self.initial_down = self.initial_up = None
-
-    def check_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Checks the indices of a file."""
-        for key, tensor in tensors.items():
-            if key.rpartition(".")[2] == "indices":
-                self.own.check(tensor)
-
-    def after_load(self) -> None:
-        """Reads the number of entries of each matrix."""
-        self.own.refresh()
 
 
 class PrunedMatrix:

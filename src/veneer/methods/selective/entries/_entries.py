@@ -92,7 +92,33 @@ class Entries(nn.Module):
             raise OptionError(message, option="indices", given=given, expected=(0, total - 1))
 
 
-class SparseAdapter(Adapter):
+class EntriesAdapter(Adapter):
+    """Base of adapters with values at selected entries."""
+
+    @property
+    def own(self) -> Entries:
+        """The entries: those of this adapter, or those that all adapters of the tower share."""
+        children: Any = self._modules
+        found: Entries = children["entries"] if "entries" in children else children["shared"]
+        return found
+
+    @property
+    def is_selected(self) -> bool:
+        """True after `Entries.select`."""
+        return self.own.is_selected
+
+    def check_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Checks the indices of a file."""
+        for key, tensor in tensors.items():
+            if key.rpartition(".")[2] == "indices":
+                self.own.check(tensor)
+
+    def after_load(self) -> None:
+        """Reads the number of entries of each tensor."""
+        self.own.refresh()
+
+
+class SparseAdapter(EntriesAdapter):
     """W' = W + ΔW, where ΔW has values at the selected entries and is zero elsewhere.
 
     Attributes:
@@ -110,18 +136,6 @@ class SparseAdapter(Adapter):
         if entries is not None:
             self.entries = entries
 
-    @property
-    def own(self) -> Entries:
-        """The entries: those of this adapter, or those that all adapters of the tower share."""
-        children: Any = self._modules
-        found: Entries = children["entries"] if "entries" in children else children["shared"]
-        return found
-
-    @property
-    def is_selected(self) -> bool:
-        """True after `select`."""
-        return self.own.is_selected
-
     def weight(self, weight: Tensor) -> Tensor:
         """W with the sums at the selected entries, rounded once to W's dtype."""
         if self.probing:
@@ -132,16 +146,6 @@ class SparseAdapter(Adapter):
         flat = weight.reshape(-1)
         sums = flat[indices] + values * self.strength
         return flat.index_copy(0, indices, sums.to(flat.dtype)).reshape(weight.shape)
-
-    def check_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Checks the indices of a file."""
-        for key, tensor in tensors.items():
-            if key.rpartition(".")[2] == "indices":
-                self.own.check(tensor)
-
-    def after_load(self) -> None:
-        """Reads the number of entries of each tensor."""
-        self.own.refresh()
 
 
 def count_entries(sizes: Sequence[int], ratio: float) -> int:
