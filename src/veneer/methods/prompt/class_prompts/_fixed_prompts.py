@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from veneer.injection.method import Adapter
-from veneer.injection.sites import PromptSite
+from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.sites import ParamSite, PromptSite
 
 
 class FixedPromptAdapter(Adapter):
@@ -38,3 +39,16 @@ class FixedPromptAdapter(Adapter):
     @abstractmethod
     def weights(self) -> Tensor:
         """Class weights (classes, features) of the prompts."""
+
+
+@dataclass(frozen=True)
+class FixedPromptMethod(Method):
+    """Base of methods that replace the classifier's templates by fixed prompts and train deltas of the biases of both towers."""
+
+    needs: ClassVar[tuple[Need, ...]] = (
+        Need(PromptSite),
+        Need(ParamSite, roles=("bias", "bias.*"), where={"prompted": True}),
+    )
+    default: ClassVar[tuple[str, ...]] = ("prompts", "bias", "text/bias")
+    identity_at_start: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 1e-3

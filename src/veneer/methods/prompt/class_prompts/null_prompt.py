@@ -9,11 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from veneer.injection.method import Method, Need
 from veneer.injection.sites import ParamSite, PromptSite
 from veneer.methods.selective.tensors.bitfit import BitFitAdapter
 
-from ._fixed_prompts import FixedPromptAdapter
+from ._fixed_prompts import FixedPromptAdapter, FixedPromptMethod
 
 
 class NullPromptAdapter(FixedPromptAdapter):
@@ -26,7 +25,7 @@ class NullPromptAdapter(FixedPromptAdapter):
 
 
 @dataclass(frozen=True)
-class NullPrompt(Method):
+class NullPrompt(FixedPromptMethod):
     """Prompt of class k: [start] name_k [end], without a template; y = W x + (b + db) at every bias of both towers.
 
     The prompts replace the classifier's own templates. The deltas db are zero initially, so that a new adapter is the zero-shot
@@ -44,13 +43,6 @@ class NullPrompt(Method):
     name: ClassVar[str] = "null_prompt"
     uses: ClassVar[tuple[str, ...]] = ("few_labels", "smallest_file")
     paper: ClassVar[str] = "Logan et al., Cutting Down on Prompts and Parameters, Findings of ACL 2022"
-    needs: ClassVar[tuple[Need, ...]] = (
-        Need(PromptSite),
-        Need(ParamSite, roles=("bias", "bias.*"), where={"prompted": True}),
-    )
-    default: ClassVar[tuple[str, ...]] = ("prompts", "bias", "text/bias")
-    identity_at_start: ClassVar[bool] = False
-    learning_rate: ClassVar[float] = 1e-3
 
     def build(self, site: PromptSite | ParamSite) -> NullPromptAdapter | BitFitAdapter:
         """The prompts of the names, or a zero delta of a bias.

@@ -16,10 +16,10 @@ from typing_extensions import Self
 
 from veneer.injection.attachment.deferred_init import zeros
 from veneer.injection.errors import OptionError
-from veneer.injection.method import Adapter, Method, Need
+from veneer.injection.method import Adapter
 from veneer.injection.sites import ParamSite, PromptSite, Site
 
-from ._fixed_prompts import FixedPromptAdapter
+from ._fixed_prompts import FixedPromptAdapter, FixedPromptMethod
 
 PATTERNS = ("{}", "a photo of a {}.", "an image of {}.", "this is {}.")
 
@@ -84,7 +84,7 @@ class PETPromptAdapter(FixedPromptAdapter):
 
 
 @dataclass(frozen=True)
-class PET(Method):
+class PET(FixedPromptMethod):
     """L_i = CE(f_i(x), label) for each pattern i; then L = T²·KL(softmax(mean_i f_i(x) / T) ‖ softmax(f(x) / T)) without labels.
 
     Each of P patterns, prompts with `{}` for a label word, has a model f_i: biases of both towers with their own deltas, as
@@ -114,13 +114,6 @@ class PET(Method):
     name: ClassVar[str] = "pet"
     uses: ClassVar[tuple[str, ...]] = ("few_labels",)
     paper: ClassVar[str] = "Schick, Schütze, Exploiting Cloze Questions for Few Shot Text Classification, EACL 2021"
-    needs: ClassVar[tuple[Need, ...]] = (
-        Need(PromptSite),
-        Need(ParamSite, roles=("bias", "bias.*"), where={"prompted": True}),
-    )
-    default: ClassVar[tuple[str, ...]] = ("prompts", "bias", "text/bias")
-    identity_at_start: ClassVar[bool] = False
-    learning_rate: ClassVar[float] = 1e-3
     needs_unlabeled: ClassVar[bool] = True
 
     patterns: tuple[str, ...] = PATTERNS
