@@ -63,16 +63,10 @@ def transfer(config: TransferConfig, accelerator: Accelerator | None = None) -> 
         return _run(config, accelerator)
 
 
-def _folder(config: TransferConfig) -> Path:
-    """Creates the folder of the run. Raises `DataError` if the data of one of its tasks does not exist."""
-    inputs = config.task_sources().values() or (config.data,)
-    paths = [local_data(source) for source in inputs if source not in (None, "digits")]
-    return [run_folder(config.out, config.resume, path) for path in paths or (None,)][-1]
-
-
 def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
     config.build_methods()
-    out = _folder(config)
+    inputs = config.task_sources().values() or (config.data,)
+    out = run_folder(config.out, config.resume, *(local_data(data) for data in inputs if data not in (None, "digits")))
     if (out / "result.json").exists():
         print(f"{out}: this run is already finished.")
         return out

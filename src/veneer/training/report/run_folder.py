@@ -32,17 +32,18 @@ def new_folder(parent: Path, name: str, resume: bool = False) -> Path:
     return next(parent / n for n in names if not (parent / n).exists())
 
 
-def run_folder(out: Path | None, resume: bool, data: str | Path | None = None) -> Path:
+def run_folder(out: Path | None, resume: bool, *inputs: str | Path | None) -> Path:
     """Creates the folder for results if needed; a finished run in it is not overwritten.
 
     Args:
-        data: input file or folder of the run, which must exist.
+        inputs: files and folders that the run reads, which must exist; None for none.
     Raises:
-        VeneerError: the folder has a finished run, and `resume` is False. DataError: `data` does not exist.
+        VeneerError: the folder has a finished run, and `resume` is False. DataError: one of `inputs` does not exist.
     """
     assert out is not None
-    if data is not None and not Path(data).expanduser().exists():
-        raise DataError(f"{data}: no such file or folder. Check the name.", file=data, given="missing")
+    for data in inputs:
+        if data is not None and not Path(data).expanduser().exists():
+            raise DataError(f"{data}: no such file or folder. Check the name.", file=data, given="missing")
     if (out / "result.json").exists() and not resume:
         message = f"{out} has a finished run. Choose another --out, or delete the folder."
         raise VeneerError(message, file=out, where="out", given="finished")
