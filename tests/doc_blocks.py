@@ -16,7 +16,7 @@ import pytest
 from veneer import transformer_records
 from veneer.cli import main
 from veneer.injection import hosts, methods
-from veneer.testing import case, trace
+from veneer.testing.trace import forget_models
 
 FIRST_USE = ("clone", "make", "app", "git", "pip")
 """Words of commands that install the project or start a server; other tests run them."""
@@ -65,8 +65,7 @@ def namespace() -> Iterator[types.ModuleType]:
         for registry, names in before:
             for name in set(registry.names()) - names:
                 registry.unregister(name)
-        for cached in (case._build_model, case.sites_of, trace.trace):  # small models by name: other files have some of the same
-            cached.cache_clear()
+        forget_models()
 
 
 def run_page(blocks: Iterable[tuple[str, str]], page: str, capsys: pytest.CaptureFixture[str]) -> None:

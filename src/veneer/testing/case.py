@@ -28,7 +28,7 @@ from .records import Skip
 
 
 @functools.cache
-def _build_model(host: type[Host], model: str) -> nn.Module:
+def build_model(host: type[Host], model: str) -> nn.Module:
     """A small model in evaluation mode, seeded, with all parameters perturbed, because zeros hide mistakes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -42,13 +42,13 @@ def _build_model(host: type[Host], model: str) -> nn.Module:
 
 def fresh_model(host: Host, model: str) -> nn.Module:
     """A new copy of a small model."""
-    return copy_module(_build_model(type(host), model))
+    return copy_module(build_model(type(host), model))
 
 
 @functools.cache
 def sites_of(host: type[Host], model: str) -> tuple[Site, ...]:
     """The sites of a small model without attachments."""
-    return Tower("", _build_model(host, model), host(), True).sites
+    return Tower("", build_model(host, model), host(), True).sites
 
 
 def is_supported(method: Method, host: Host, model: str) -> bool:
@@ -153,7 +153,7 @@ class Case:
 
     def is_quantized_at(self, site: Any) -> bool:
         """True if the weight of a site is quantized."""
-        model = _build_model(type(self.host), self.model)
+        model = build_model(type(self.host), self.model)
         return is_quantized(base_tensor(model, site.path, site.param))
 
     def plain(self, model: nn.Module) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from veneer.injection.host import Host
 from veneer.injection.sites import BranchSite, Port, Site, StreamSite, TokenSite
 
-from .case import fresh_model, sites_of
+from .case import build_model, fresh_model, sites_of
 
 PortKey = tuple[str, str]
 
@@ -79,3 +79,9 @@ def ports(site: Site) -> tuple[Port, Port] | None:
 def width(tensor: Tensor, layout: str) -> int:
     """The number of channels of a tensor."""
     return tensor.shape[1 if layout == "NCHW" else -1]
+
+
+def forget_models() -> None:
+    """Clears the cached small models and traces, after a record or host was replaced by another of the same name."""
+    for cached in (build_model, sites_of, trace):
+        cached.cache_clear()
