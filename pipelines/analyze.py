@@ -48,7 +48,7 @@ class AnalyzeHeadsConfig:
         model: run folder of `veneer transfer` with one task and one label per image (of a frozen model: `--method linear_probe`),
             or a diffusion model: `bundled`, a diffusers folder, a .safetensors file or a hub name.
         data: of a run folder, required: labeled images of its classes, as for `veneer transfer`. The validation images of the
-            run or of the data are measured, all images if there are none.
+            run or of the data are measured; without validation images, all images.
         prompts: of a diffusion model: prompts to generate with (default: the first two of its preset).
         images: of a run folder: images to measure, at most; the same number of each class as far as possible.
         batch: of a run folder: images per forward pass.

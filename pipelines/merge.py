@@ -163,9 +163,9 @@ def _merge_native(config: MergeConfig, files: Sequence[Path], out: Path) -> list
         return [str(path), str(tree)]
     weights = weights if config.images is None and not config.domains else _select(config, weights)
     path = adapter_merging.average_files(files, out, weights, aligned=config.method == "aligned")
-    numbers = weights or [1.0] * len(files)
-    shares = zip(config.files, numbers, strict=True)
-    return [str(path), *(f"{file.name}: {number / sum(numbers):.3g}" for file, number in shares)]
+    weights = weights or [1.0] * len(files)
+    parts = zip(config.files, weights, strict=True)
+    return [str(path), *(f"{file.name}: {weight / sum(weights):.3g}" for file, weight in parts)]
 
 
 def _number(text: str) -> float:

@@ -55,7 +55,7 @@ def average_files(
     """
     target = new_file(out, "native")
     files = read_files(paths)
-    numbers = _weights(weights, len(files))
+    shares = _weights(weights, len(files))
     for other in files[1:]:
         _compare_entries(files[0], other)
     states = []
@@ -64,18 +64,18 @@ def average_files(
         _compare_shapes(files, several)
         if aligned and not is_head_method(entry["method"]):
             several = [_align_state(several[0], each, _pair(activations, n)) for n, each in enumerate(several)]
-        states.append(_mean(several, numbers))
-    header = merged_header(files, "aligned" if aligned else "parameters", numbers)
+        states.append(_mean(several, shares))
+    header = merged_header(files, "aligned" if aligned else "parameters", shares)
     header |= {"base": files[0].header["base"], **_tree(files[0], files[0])}
     return write_native(target, header, files[0].entries, states)
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    numbers = torch.tensor([1.0] * count if weights is None else list(weights), dtype=torch.float64)
-    if len(numbers) != count or not numbers.isfinite().all() or not numbers.sum():
+    shares = torch.tensor([1.0] * count if weights is None else list(weights), dtype=torch.float64)
+    if len(shares) != count or not shares.isfinite().all() or not shares.sum():
         expected = f"{count} finite numbers, one for each file, with a sum other than 0"
         raise OptionError.of("merge", "weights", weights, expected)
-    return [float(n) for n in numbers / numbers.sum()]
+    return [float(share) for share in shares / shares.sum()]
 
 
 def _compare_entries(first: StoredFile, other: StoredFile) -> None:
