@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
 from veneer.commands import COMMANDS
 from veneer.discovery import find_entries
-from veneer.listing import SURVEY, survey
+from veneer.listing import PARITY, SURVEY, format_difference, survey
 
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
@@ -55,3 +56,25 @@ def test_hosts_of_a_method() -> None:
     assert hosts["BitFit"] == "all"
     assert hosts["CoCoOp"] == "`clip_classifier`"
     assert hosts["SAN"] == hosts["AdapterSoup"] == ""
+
+
+def test_comparisons_of_a_method() -> None:
+    """The largest recorded difference of each kind of oracle; nothing for a command."""
+    column = {
+        cells[0]: cells[4]
+        for line in survey().splitlines()
+        if (cells := [c.strip() for c in line.strip("|").split("|")])[0] in SYSTEMS
+    }
+    recorded = json.loads(PARITY.read_text("utf-8"))
+
+    def largest(kind: str, *methods: str) -> str:
+        return format_difference(max(row["difference"] for row in recorded if row["method"] in methods and row["kind"] == kind))
+
+    assert column["Compacter"] == f"official code, {largest('official code', 'compacter')}"
+    both = ("hyperformer", "hyperformer_plus_plus")
+    assert column["HyperFormer, HyperFormer++"] == f"official code, {largest('official code', *both)}"
+    assert column["(IA)³"] == f"lycoris, {largest('lycoris', 'ia3')}; peft, {largest('peft', 'ia3')}"
+    assert column["BitFit"] == "explicit reference"
+    assert column["AdapterSoup"] == column["SAN"] == ""
+    for name, row in SYSTEMS.items():
+        assert bool(column[name]) == bool(re.match(r"`(\w+|veneer [a-z ]+`, `\w+)`", row[2])), name

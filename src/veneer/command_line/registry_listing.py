@@ -19,7 +19,7 @@ def registry_command(kind: str) -> AddFlags:
 
     def add(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         if kind == "methods":
-            text = "print the systems of the literature, with their names here, the hosts that they adapt, and their papers"
+            text = "print the systems of the literature: names here, hosts, what they were compared with, papers"
             parser.add_argument("--survey", action="store_true", default=False, help=text)
 
         def run(namespace: argparse.Namespace) -> object:

@@ -1,0 +1,37 @@
+"""Methods whose reference is written out in their test file, with the reason why no oracle was run."""
+
+from __future__ import annotations
+
+NO_CODE = "no code is public"
+NOT_RUN = "the public code was not run"
+BASE = "trains tensors of the base model as they are"
+
+EXPLICIT = {
+    "adamix_lora": NOT_RUN,
+    "adapter_drop": NOT_RUN,
+    "autoprompt": NOT_RUN,
+    "bitfit": BASE,
+    "ciat": "the authors' code is for TensorFlow",
+    "controlnext": NOT_RUN,
+    "dart": NOT_RUN,
+    "delta_lora": NO_CODE,
+    "difffit": "the authors' code is not public",
+    "evp": NOT_RUN,
+    "full": BASE,
+    "hadamard": NO_CODE,
+    "head_pruning": NOT_RUN,
+    "linear_probe": BASE,
+    "lion": NO_CODE,
+    "llama_adapter_v2": NOT_RUN,
+    "lora_fa": NOT_RUN,
+    "mask": NOT_RUN,
+    "mpo": NOT_RUN,
+    "norm_tuning": BASE,
+    "null_prompt": NOT_RUN,
+    "prompt_tuning": "the authors' code is for JAX",
+    "special_tokens": NO_CODE,
+    "textual_inversion": NOT_RUN,
+    "tiny_attention": NO_CODE,
+    "y_tuning": NO_CODE,
+}
+"""Method to the reason. The tests are in `tests/methods/test_NAME.py`."""
