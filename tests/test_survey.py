@@ -74,6 +74,7 @@ def test_comparisons_of_a_method() -> None:
     both = ("hyperformer", "hyperformer_plus_plus")
     assert column["HyperFormer, HyperFormer++"] == f"official code, {largest('official code', *both)}"
     assert column["(IA)³"] == f"lycoris, {largest('lycoris', 'ia3')}; peft, {largest('peft', 'ia3')}"
+    assert column["E²VPT"] == f"official code, {largest('official code', 'e2vpt')}"  # of several rows
     assert column["BitFit"] == "explicit reference"
     assert column["AdapterSoup"] == column["SAN"] == ""
     for name, row in SYSTEMS.items():
