@@ -22,22 +22,22 @@ METHODS = {entry.name for entry in find_entries("veneer.methods", "veneer.method
 MEASURED = [row for row in ROWS if row["kind"] != REFERENCE]
 
 
-def declared() -> dict[str, dict[str, Any]]:
+def read_scripts() -> dict[str, dict[str, Any]]:
     """Script to its `METHODS` and the arguments of its `ORACLE`, read from the source."""
-    found = {}
+    scripts = {}
     for path in ORACLES.rglob("[!_]*.py"):
         lines = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)]
-        assigned = {ast.unparse(node.targets[0]): node.value for node in lines}
-        oracle: Any = assigned["ORACLE"]
-        found[".".join(path.relative_to(ORACLES).with_suffix("").parts)] = {
-            "methods": set(ast.literal_eval(assigned["METHODS"])),
+        values = {ast.unparse(node.targets[0]): node.value for node in lines}
+        oracle: Any = values["ORACLE"]
+        scripts[".".join(path.relative_to(ORACLES).with_suffix("").parts)] = {
+            "methods": set(ast.literal_eval(values["METHODS"])),
             "oracle": [ast.literal_eval(argument) for argument in oracle.args],
             "class": oracle.func.id,
         }
-    return found
+    return scripts
 
 
-SCRIPTS = declared()
+SCRIPTS = read_scripts()
 
 
 def test_every_method_has_a_row_and_the_others_a_reason() -> None:

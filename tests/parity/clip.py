@@ -25,7 +25,7 @@ def clip(repository: Repository, *design: dict[str, Any]) -> list[Any]:
     """The repository's CLIP in float64, one for each design of prompts, or one without a design. The first one is perturbed."""
     code = repository.definitions("clip/model.py", OrderedDict=OrderedDict, Tuple=tuple, Union=Any, replace=HALF)
     code.CLIP.dtype = property(lambda self: torch.float64)
-    models = [code.CLIP(*SHAPE, *given).double() for given in ([(one,) for one in design] or [()])]
+    models = [code.CLIP(*SHAPE, *arguments).double() for arguments in ([(one,) for one in design] or [()])]
     perturb(models[0], 0.02)
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict(), strict=False)

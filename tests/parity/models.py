@@ -81,6 +81,6 @@ def link(tensor: Tensor) -> Any:
     return lambda read: read(tensor)
 
 
-def shifted(parameter: Tensor, offset: Tensor | float) -> Any:
+def offset_link(parameter: Tensor, offset: Tensor | float) -> Any:
     """Reads a parameter of the oracle minus its value without an adapter; gradients are unchanged."""
     return lambda read: parameter - offset if read(parameter) is parameter else read(parameter)

@@ -67,21 +67,21 @@ class Repository:
             raise OracleMissing(f"{self.name} @ {self.commit[:12]}", folder)
         return done.stdout.decode()
 
-    def definitions(self, path: str, *names: str, replace: Mapping[str, str] | None = None, **known: Any) -> Any:
+    def definitions(self, path: str, *names: str, replace: Mapping[str, str] | None = None, **namespace: Any) -> Any:
         """Classes, functions and assignments of a file by name, executed without the rest of the file.
 
         Args:
             path: file in the repository.
             names: top-level definitions, in any order; without names the whole file except its imports.
             replace: text to text, before parsing: devices and number formats.
-            known: names that the definitions use besides torch, nn, F, math and np.
+            namespace: names that the definitions use besides torch, nn, F, math and np.
         """
         body = [
             node
             for node in ast.parse(_replace(self.read(path), replace)).body
             if (names and _names_of(node) & {*names}) or (not names and not isinstance(node, ast.Import | ast.ImportFrom))
         ]
-        return _execute(ast.Module(body, []), path, known)
+        return _execute(ast.Module(body, []), path, namespace)
 
     def module(self, path: str, name: str, replace: Mapping[str, str] | None = None) -> Any:
         """A whole file with its imports as the module `name`, in `sys.modules` for files that import it."""
@@ -159,7 +159,7 @@ def _names_of(node: ast.stmt) -> set[str]:
     return {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef) else set()
 
 
-def _execute(tree: ast.Module, path: str, known: Mapping[str, Any]) -> Any:
+def _execute(tree: ast.Module, path: str, namespace: Mapping[str, Any]) -> Any:
     module = types.ModuleType(f"oracle_{path.replace('/', '_').removesuffix('.py')}")
     base = {
         "torch": torch,
@@ -170,7 +170,7 @@ def _execute(tree: ast.Module, path: str, known: Mapping[str, Any]) -> Any:
         "Tensor": torch.Tensor,
         "partial": functools.partial,
     }
-    vars(module).update({**base, **known})
+    vars(module).update({**base, **namespace})
     sys.modules[module.__name__] = module  # where dataclasses look up annotations
     exec(compile(tree, path, "exec"), vars(module))
     return module

@@ -50,9 +50,9 @@ def render(rows: list[dict[str, Any]]) -> str:
     """The page, one table for each drawer."""
     drawers = {entry.name: drawer_of(entry.module) for entry in find_entries("veneer.methods", "veneer.methods") if entry.module}
     methods = {row["method"] for row in rows}
-    measured = {row["method"] for row in rows if row["difference"] is not None}
+    with_numbers = {row["method"] for row in rows if row["difference"] is not None}
     official = {row["method"] for row in rows if row["kind"] == "official code"}
-    others = len(measured - official)
+    others = len(with_numbers - official)
     counts = f"Of {len(methods)} methods, {len(official)} are beside their authors' code, {others} beside other implementations."
     parts = [INTRODUCTION.format(counts=counts)]
     for drawer in DRAWERS:

@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from tests.parity import oracles
 from tests.parity.explicit import EXPLICIT
 from tests.parity.oracle import OracleMissing
@@ -42,6 +44,7 @@ def run_script(name: str) -> list[dict[str, Any]]:
         script = importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise OracleMissing(str(error.name), None) from error
+    torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows = script.rows()
@@ -72,11 +75,11 @@ def explicit_rows() -> list[dict[str, Any]]:
 
 def collect(only: str) -> list[dict[str, Any]]:
     """Rows of all oracles: measured now, or recorded where the name has no `only` in it or the oracle is missing."""
-    recorded = load_rows() if PARITY.exists() else []
+    record = load_rows() if PARITY.exists() else []
     rows = explicit_rows()
     for name in scripts():
         short = name.removeprefix(f"{oracles.__name__}.")
-        before = [row for row in recorded if row["script"] == short]
+        before = [row for row in record if row["script"] == short]
         try:
             rows += before if only not in short else run_script(name)
         except OracleMissing as missing:

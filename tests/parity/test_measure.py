@@ -22,9 +22,9 @@ def test_the_largest_relative_difference_of_pairs() -> None:
 
 
 def test_an_oracle_that_is_all_zero_proves_nothing() -> None:
-    with pytest.raises(EmptyComparison) as caught:
+    with pytest.raises(EmptyComparison) as info:
         largest_difference([(torch.ones(2), torch.ones(2)), (torch.zeros(2), torch.zeros(2))])
-    assert caught.value.index == 1
+    assert info.value.index == 1
 
 
 def test_shapes_must_agree() -> None:
@@ -70,6 +70,6 @@ def test_files_are_those_of_the_commit(tmp_path: Path, monkeypatch: pytest.Monke
     assert code.f() == 10
     assert not hasattr(code, "g")
     for missing in (Repository("owner/name", "0" * 40), Repository("owner/other", commits[0])):
-        with pytest.raises(OracleMissing) as caught:
+        with pytest.raises(OracleMissing) as info:
             missing.read("code.py")
-        assert caught.value.where == tmp_path / missing.name.replace("/", "+")
+        assert info.value.where == tmp_path / missing.name.replace("/", "+")

@@ -19,8 +19,8 @@ def test_an_oracle(name: str) -> None:
         rows = run_script(name)
     except OracleMissing as missing:
         pytest.skip(str(missing))
-    recorded = {(row["method"], row["compared"]): row["difference"] for row in load_rows()}
+    record = {(row["method"], row["compared"]): row["difference"] for row in load_rows()}
     for row in rows:
-        known = recorded[row["method"], row["compared"]]
-        assert row["difference"] <= max(ROUNDING[row["dtype"]], 4 * known)
-        assert known <= (FLOAT32_CONSTANTS if row["dtype"] == "float64" else ROUNDING["float32"])
+        before = record[row["method"], row["compared"]]
+        assert row["difference"] <= max(ROUNDING[row["dtype"]], 4 * before)
+        assert before <= (FLOAT32_CONSTANTS if row["dtype"] == "float64" else ROUNDING["float32"])

@@ -45,7 +45,7 @@ def rows() -> list[Row]:
 
 
 def _difference(
-    method: str, form: str, sites: dict[str, str], given: dict[str, Any], scaling: Any = 1.0, act_layer: Any = nn.GELU
+    method: str, form: str, sites: dict[str, str], arguments: dict[str, Any], scaling: Any = 1.0, act_layer: Any = nn.GELU
 ) -> float:
     model, theirs = vits()
     timm_block = timm.models.vision_transformer.Block
@@ -68,7 +68,7 @@ def _difference(
             block.get_submodule(name).requires_grad_(True)
         theirs.blocks[depth] = block
     perturb_trained(theirs)
-    tuned = attach(model, method, **given)
+    tuned = attach(model, method, **arguments)
     links: Any = []
     for depth in range(DEPTH):
         for name, site in sites.items():

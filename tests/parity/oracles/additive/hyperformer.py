@@ -58,8 +58,8 @@ def _difference(shared: bool) -> float:
     theirs = kind(config, LAYERS).double()
     call = code["adapter_controller"].MetaLayersAdapterController(config).double()
     perturb(nn.ModuleList([tasks, theirs]), 0.2)
-    given: dict[str, Any] = {"tasks": TASKS, "reduction": 16}
-    method: Any = HyperFormerPlusPlus(**given) if shared else HyperFormer(generators="role", **given)
+    arguments: dict[str, Any] = {"tasks": TASKS, "reduction": 16}
+    method: Any = HyperFormerPlusPlus(**arguments) if shared else HyperFormer(generators="role", **arguments)
     network = method.build_shared(SITES).double()
     adapters: Any = [method.build(site).double() for site in SITES]
     for adapter in adapters:

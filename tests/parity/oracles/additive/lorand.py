@@ -20,8 +20,8 @@ FACTORS = {"in": "A", "kernel": "g", "out": "B"}
 
 def rows() -> list[Row]:
     """One adapter with four branches of rank 8 and separate kernels."""
-    known = {"BaseModule": nn.Module, "Parameter": nn.Parameter, "init": nn.init}
-    code = ORACLE.definitions("MMDetection/mmdet/models/backbones/swin_lorand.py", "Lorand_Multi", "Lorand", **known)
+    namespace = {"BaseModule": nn.Module, "Parameter": nn.Parameter, "init": nn.init}
+    code = ORACLE.definitions("MMDetection/mmdet/models/backbones/swin_lorand.py", "Lorand_Multi", "Lorand", **namespace)
     theirs = code.Lorand(16, factor=2)
     perturb_trained(theirs)
     ours: Any = LoRand(branches=4, rank=8, reduction=2, share_kernel=False).build(branch(width=16)).double()

@@ -21,8 +21,8 @@ def rows() -> list[Row]:
     activation = ORACLE.definitions(
         "src/adapters/methods/modeling.py", "Activation_Function_Class", get_activation=get_activation
     )
-    known = {"Activation_Function_Class": activation.Activation_Function_Class}
-    code = ORACLE.definitions("src/adapters/methods/modeling.py", *names, **known)
+    namespace = {"Activation_Function_Class": activation.Activation_Function_Class}
+    code = ORACLE.definitions("src/adapters/methods/modeling.py", *names, **namespace)
     theirs = code.NICECouplingBlock([[13]], reduction_factor=2)
     perturb_trained(theirs)
     ours = Coupling(13, 2).double()

@@ -57,17 +57,17 @@ def _difference(score: str, ratio: float) -> float:
                 linear.weight.normal_(std=0.02)
                 linear.bias.zero_()
     data = [randn(5, 7, WIDTH, seed=seed) for seed in range(3)]
-    masked = [
+    masks = [
         (mask, linear.weight) for a in theirs.adapters for mask, linear in ((a.down_mask, a.down_proj), (a.up_mask, a.up_proj))
     ]
-    pruner = getattr(pruners, PRUNERS[score])(masked)
+    pruner = getattr(pruners, PRUNERS[score])(masks)
     _score(pruner, score, theirs, data)
     pruner.mask(ratio, "global")
     adapters = _ours(score, ratio, theirs, data)
-    kept = torch.cat([(matrix.dense() != 0).double().flatten() for a in adapters for matrix in (a.down, a.up)])
-    reference = torch.cat([mask.double().flatten() for mask, _ in masked])
+    entries = torch.cat([(matrix.dense() != 0).double().flatten() for a in adapters for matrix in (a.down, a.up)])
+    reference = torch.cat([mask.double().flatten() for mask, _ in masks])
     with torch.no_grad():
-        return largest_difference([(kept, reference), (_run(theirs, adapters, data[0]), theirs(data[0]))])
+        return largest_difference([(entries, reference), (_run(theirs, adapters, data[0]), theirs(data[0]))])
 
 
 def _loss(y: Tensor) -> Tensor:

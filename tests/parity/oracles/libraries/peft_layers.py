@@ -9,7 +9,7 @@ import torch
 from peft.utils.incremental_pca import IncrementalPCA
 
 from tests.parity.measure import Row, largest_difference, measure, randn
-from tests.parity.models import DEPTH, images, links, perturb_trained, shifted, vits
+from tests.parity.models import DEPTH, images, links, offset_link, perturb_trained, vits
 from tests.parity.oracle import Package
 from veneer.injection import attach
 from veneer.methods.reparameterized.low_rank._explained_variance import PrincipalComponents
@@ -25,17 +25,17 @@ ADALORA = {"down": "lora_A.default", "up": "lora_B.default"}
 def rows() -> list[Row]:
     """Every kind that both have, and the starts of LoRA."""
     target = {"target_modules": ["fc1", "fc2"]}
-    scaled = {"r": 3, "lora_alpha": 6, **target}
+    lora = {"r": 3, "lora_alpha": 6, **target}
     ours = {"rank": 3, "alpha": 6.0}
     hadamard = {f"{side}{i}": f"hada_w{i}_{end}.default" for i in (1, 2) for side, end in (("up", "a"), ("down", "b"))}
     kron = {"left": "lokr_w1.default", "right_up": "lokr_w2_a.default", "right_down": "lokr_w2_b.default"}
     adalora = peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=8, total_step=20, **target)
     return [
-        _row("lora", peft.LoraConfig(**scaled), LORA, ours),
-        _row("lora", peft.LoraConfig(use_rslora=True, **scaled), LORA, {**ours, "rslora": True}, "rslora, "),
+        _row("lora", peft.LoraConfig(**lora), LORA, ours),
+        _row("lora", peft.LoraConfig(use_rslora=True, **lora), LORA, {**ours, "rslora": True}, "rslora, "),
         _starts(),
         _components(),
-        _row("dora", peft.LoraConfig(use_dora=True, **scaled), LORA, ours),
+        _row("dora", peft.LoraConfig(use_dora=True, **lora), LORA, ours),
         _row("loha", peft.LoHaConfig(r=3, alpha=1.5, **target), hadamard, {"rank": 3, "alpha": 1.5}),
         _row("lokr", peft.LoKrConfig(r=2, alpha=3.0, **target), kron, {"rank": 2, "alpha": 3.0, "factor": -1}),
         _row(
@@ -55,22 +55,22 @@ def rows() -> list[Row]:
 
 def _row(method: str, config: Any, names: dict[str, str], options: dict[str, Any], kind: str = "") -> Row:
     model, theirs = vits()
-    wrapped: Any = peft.get_peft_model(theirs, config)
-    for name, p in wrapped.named_parameters():
+    peer: Any = peft.get_peft_model(theirs, config)
+    for name, p in peer.named_parameters():
         p.requires_grad_(p.requires_grad and "ranknum" not in name)  # a number of triplets, which peft leaves trainable
-    perturb_trained(wrapped)
-    wrapped.eval()
+    perturb_trained(peer)
+    peer.eval()
     sites = {"fc2": "mlp.fc2"} if method == "ia3" else LINEARS
     tuned = attach(model, method, where="mlp.out" if method == "ia3" else "mlp.in mlp.out", **options)
     pairs: Any = []
     for depth in range(DEPTH):
         for name, site in sites.items():
             adapter: Any = tuned.parts[f"blocks.{depth}.{site}"][1]
-            layer = wrapped.base_model.model.blocks[depth].mlp.get_submodule(name)
+            layer = peer.base_model.model.blocks[depth].mlp.get_submodule(name)
             pairs += [*links(adapter, layer, **names), *_more(method, adapter, layer)]
     if method == "vera":
-        _copy_random_factors(adapter.shared, wrapped.base_model)
-    run = (lambda: model(images()), lambda: wrapped.base_model.model(images()))
+        _copy_random_factors(adapter.shared, peer.base_model)
+    run = (lambda: model(images()), lambda: peer.base_model.model(images()))
     compared = f"{kind}{COMPARED}"
     if method == "boft":  # peft trains a full matrix, whose skew part is a projection
         return Row(method, compared.replace(", gradients", ""), measure(*run, pairs, gradients=False))
@@ -81,7 +81,7 @@ def _more(method: str, adapter: Any, layer: Any) -> list[Any]:
     """Links that are no plain copies."""
     if method == "dora":
         norm = layer.get_base_layer().weight.detach().norm(dim=1)
-        return [(adapter.magnitude_delta, shifted(layer.lora_magnitude_vector["default"].weight, norm))]
+        return [(adapter.magnitude_delta, offset_link(layer.lora_magnitude_vector["default"].weight, norm))]
     if method == "adalora":
         return [(adapter.values, lambda read: read(layer.lora_E["default"]).flatten())]
     if method == "ia3":
@@ -105,11 +105,11 @@ def _starts() -> Row:
     pairs = []
     for init in ("pissa", "olora"):
         model, theirs = vits()
-        wrapped: Any = peft.get_peft_model(
+        peer: Any = peft.get_peft_model(
             theirs.float(), peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights=init, target_modules=["fc1"])
         )
         adapter: Any = attach(model.float(), "lora", rank=3, alpha=6.0, init=init, where="mlp.in").parts["blocks.0.mlp.fc1"][1]
-        layer = wrapped.base_model.model.blocks[0].mlp.fc1
+        layer = peer.base_model.model.blocks[0].mlp.fc1
         pairs += [(adapter.up @ adapter.down, layer.lora_B["default"].weight @ layer.lora_A["default"].weight)]
     return Row("lora", "initial B A of PiSSA and OLoRA", largest_difference(pairs), "float32")
 

@@ -28,12 +28,12 @@ def rows() -> list[Row]:
 def _trainer(path: str, **config: Any) -> tuple[Any, Any]:
     (base,) = clip(ORACLE)
     base.requires_grad_(False)
-    known = {"clip": CLIP, "_tokenizer": TOKENIZER, "OrderedDict": OrderedDict, "print": lambda *text: None}
-    text = ORACLE.definitions(path, "TextEncoder", **known)
+    namespace = {"clip": CLIP, "_tokenizer": TOKENIZER, "OrderedDict": OrderedDict, "print": lambda *text: None}
+    text = ORACLE.definitions(path, "TextEncoder", **namespace)
     learner = ORACLE.definitions(
-        path, "PromptLearner", replace={".half()": HALF[".half()"]} if "cocoop" in path else None, **known
+        path, "PromptLearner", replace={".half()": HALF[".half()"]} if "cocoop" in path else None, **namespace
     )
-    code = ORACLE.definitions(path, "CustomCLIP", TextEncoder=text.TextEncoder, PromptLearner=learner.PromptLearner, **known)
+    code = ORACLE.definitions(path, "CustomCLIP", TextEncoder=text.TextEncoder, PromptLearner=learner.PromptLearner, **namespace)
     name = "COCOOP" if "cocoop" in path else "COOP"
     theirs = code.CustomCLIP(
         options(TRAINER=options(**{name: options(**config)}), INPUT=options(SIZE=(32, 32))), NAMES, base
@@ -54,6 +54,7 @@ def _cocoop() -> float:
     theirs.eval()
     ours: Any = attach(model, "cocoop").parts["head.prompts"][1]
     net = theirs.prompt_learner.meta_net
+    net.linear1.bias.data.add_(0.5)  # its two hidden units are above zero
     pairs: Any = [(ours.context, link(theirs.prompt_learner.ctx))]
     mine = [p for name, p in ours.named_parameters() if name != "context"]
     pairs += [(p, link(other)) for p, other in zip(mine, net.parameters(), strict=True)]

@@ -70,7 +70,7 @@ def _label_maps() -> float:
     pairs = []
     for _ in range(50):
         table = torch.randint(0, 9, (12, 5), generator=generator)
-        chosen = torch.nonzero(code.predictive_distribution_based_multi_label_mapping(table.clone(), 1))
-        order = torch.sort(chosen[:, 1]).indices
-        pairs.append((one_to_one(table).double(), chosen[:, 0][order].double()))
+        indices = torch.nonzero(code.predictive_distribution_based_multi_label_mapping(table.clone(), 1))
+        order = torch.sort(indices[:, 1]).indices
+        pairs.append((one_to_one(table).double(), indices[:, 0][order].double()))
     return largest_difference(pairs)

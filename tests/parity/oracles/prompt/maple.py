@@ -23,9 +23,9 @@ def rows() -> list[Row]:
     (base,) = clip(ORACLE, DESIGN)
     base.requires_grad_(False)
     widths = {"768": "128", "512": "64", ".half()": ".double()"}
-    known = {"clip": CLIP, "_tokenizer": TOKENIZER, "copy": copy, "print": lambda *text: None}
+    namespace = {"clip": CLIP, "_tokenizer": TOKENIZER, "copy": copy, "print": lambda *text: None}
     names = ("TextEncoder", "_get_clones", "MultiModalPromptLearner", "CustomCLIP")
-    code = ORACLE.definitions("trainers/maple.py", *names, replace=widths, **known)
+    code = ORACLE.definitions("trainers/maple.py", *names, replace=widths, **namespace)
     trainer = options(MAPLE=options(N_CTX=2, CTX_INIT="a photo of a", PROMPT_DEPTH=3))
     theirs = code.CustomCLIP(options(TRAINER=trainer, INPUT=options(SIZE=(32, 32))), NAMES, base).double().eval()
     learner = theirs.prompt_learner

@@ -49,11 +49,11 @@ def _difference(method: str, hidden: int) -> float:
             *links(shared.layer, theirs.trans[0], weight="weight", bias="bias"),
         ]
 
-    def encoded() -> Any:
+    def encode() -> Any:
         halves = [half.transpose(0, 1).flatten(1) for ours in adapters for half in ours.keys_values()]
         return torch.cat(halves, 1)
 
-    return measure(encoded, lambda: theirs(torch.arange(TOKENS)), pairs)
+    return measure(encode, lambda: theirs(torch.arange(TOKENS)), pairs)
 
 
 def _rows(tensor: Any, rows_of: slice) -> Any:

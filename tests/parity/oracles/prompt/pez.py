@@ -63,17 +63,17 @@ def _official(model: Any, tokenizer: Any, targets: Tensor, start: Tensor) -> lis
     path: list[Any] = []
     project = code.nn_project
 
-    def recorded(*given: Any, **options_: Any) -> Any:
-        found = project(*given, **options_)
-        path.append(found[1][0].tolist())
-        return found
+    def record(*arguments: Any, **options_: Any) -> Any:
+        result = project(*arguments, **options_)
+        path.append(result[1][0].tolist())
+        return result
 
-    code.nn_project = recorded
-    draw, torch.randint = torch.randint, lambda *given, **_: start
+    code.nn_project = record
+    draw, torch.randint = torch.randint, lambda *arguments, **_: start
     try:
-        arguments = {"prompt_len": 5, "prompt_bs": 1, "iter": STEPS, "lr": 0.1, "weight_decay": 0.1, "print_step": None}
-        given = options(batch_size=None, loss_weight=1.0, **arguments)
-        code.optimize_prompt_loop(model, tokenizer, model.token_embedding, targets, given, "cpu")
+        fields = {"prompt_len": 5, "prompt_bs": 1, "iter": STEPS, "lr": 0.1, "weight_decay": 0.1, "print_step": None}
+        arguments = options(batch_size=None, loss_weight=1.0, **fields)
+        code.optimize_prompt_loop(model, tokenizer, model.token_embedding, targets, arguments, "cpu")
     finally:
         torch.randint = draw
     return path
@@ -83,12 +83,12 @@ def _ours(model: Any, tokenizer: Any, targets: Tensor, start: Tensor) -> list[An
     path: list[Any] = []
     project, draw = search.nearest_rows, search.random_rows
 
-    def recorded(*given: Any) -> Any:
-        found = project(*given)
-        path.append(found.tolist())
-        return found
+    def record(*arguments: Any) -> Any:
+        result = project(*arguments)
+        path.append(result.tolist())
+        return result
 
-    search.nearest_rows, search.random_rows = recorded, lambda *given: start[0]
+    search.nearest_rows, search.random_rows = record, lambda *arguments: start[0]
     try:
         base = BaseClip(model, lambda image: image, tokenizer)
         search.search_prompt(base, list(targets), search.SearchOptions(tokens=5, steps=STEPS, batch=3))

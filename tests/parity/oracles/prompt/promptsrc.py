@@ -27,12 +27,18 @@ def rows() -> list[Row]:
         {"trainer": "IVLP", "vision_depth": d, "language_depth": d, "vision_ctx": c, "language_ctx": c}
         for d, c in ((0, 0), (3, 4))
     )
-    frozen, base = clip(ORACLE, *designs)
+    plain, base = clip(ORACLE, *designs)
     templates = ORACLE.definitions("trainers/imagenet_templates.py", "IMAGENET_TEMPLATES").IMAGENET_TEMPLATES
-    known = {"clip": CLIP, "_tokenizer": TOKENIZER, "copy": copy, "print": lambda *text: None, "IMAGENET_TEMPLATES": templates}
+    namespace = {
+        "clip": CLIP,
+        "_tokenizer": TOKENIZER,
+        "copy": copy,
+        "print": lambda *text: None,
+        "IMAGENET_TEMPLATES": templates,
+    }
     code = ORACLE.definitions(
-        "trainers/promptsrc.py", "TextEncoder", "VLPromptLearner", "CustomCLIP", load_clip_to_cpu=lambda *given: frozen,
-        replace={".half()": ".double()", ".cuda()": "", ".float()": ""}, **known,
+        "trainers/promptsrc.py", "TextEncoder", "VLPromptLearner", "CustomCLIP", load_clip_to_cpu=lambda *arguments: plain,
+        replace={".half()": ".double()", ".cuda()": "", ".float()": ""}, **namespace,
     )  # fmt: skip
     trainer = options(PROMPTSRC=options(N_CTX_TEXT=4, CTX_INIT="a photo of a", PROMPT_DEPTH_TEXT=3, N_CTX_VISION=4))
     config = options(TRAINER=trainer, INPUT=options(SIZE=(32, 32)), OPTIM=options(MAX_EPOCH=20))
@@ -41,7 +47,7 @@ def rows() -> list[Row]:
     images = [visual.VPT, *(visual.transformer.resblocks[i].VPT_shallow for i in (1, 2))]
     texts = [blocks[i].VPT_shallow for i in (1, 2)]
     perturb(torch.nn.ParameterList([*images, *texts, theirs.prompt_learner.ctx]), 0.05)
-    model = classifier(frozen).train()
+    model = classifier(plain).train()
     tuned = attach(model, "promptsrc", depth=3)
     ours: Any = tuned.parts["head.prompts"][1]
     pairs: Any = [(ours.context, link(theirs.prompt_learner.ctx)), (ours.deep, _stacked(texts)), (ours.images, _stacked(images))]

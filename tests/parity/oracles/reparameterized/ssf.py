@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.parity.measure import Row, measure
-from tests.parity.models import DEPTH, HEADS, WIDTH, images, link, perturb_trained, shifted, vits
+from tests.parity.models import DEPTH, HEADS, WIDTH, images, link, offset_link, perturb_trained, vits
 from tests.parity.oracle import Repository
 from veneer.injection import attach
 
@@ -45,7 +45,7 @@ def rows() -> list[Row]:
         for site, name in SITES.items():
             ours: Any = tuned.parts[f"blocks.{depth}.{site}"][1]
             pairs.append((ours.shift, link(block.get_parameter(name.format("shift")))))
-            pairs.append((ours.gain, shifted(block.get_parameter(name.format("scale")), 1)))
+            pairs.append((ours.gain, offset_link(block.get_parameter(name.format("scale")), 1)))
     difference = measure(lambda: model(images()), lambda: theirs(images()), pairs)
     text = "on Swin and ConvNeXt the authors scale no downsampling layer; veneer scales its norm and reduction"
     return [Row("ssf", "blocks of a ViT: outputs, gradients", difference, deviations=text)]

@@ -21,8 +21,8 @@ STEPS = 4
 
 def rows() -> list[Row]:
     """Weights after four steps with a mask of the Fisher information."""
-    known = {"Optimizer": Optimizer, "Iterable": Iterable, "Tuple": tuple, "Callable": Callable, "Bernoulli": None}
-    code = ORACLE.definitions("ChildTuningOptimizer.py", "ChildTuningAdamW", **known)
+    namespace = {"Optimizer": Optimizer, "Iterable": Iterable, "Tuple": tuple, "Callable": Callable, "Bernoulli": None}
+    code = ORACLE.definitions("ChildTuningOptimizer.py", "ChildTuningAdamW", **namespace)
     model, theirs = vits()
     tuned = attach(model, "child_tuning", where="mlp.in mlp.out", samples=4, batch=1, max_grad_norm=0.0)
     data = [(randn(1, 3, 32, 32, seed=20 + i), torch.tensor([i % 5])) for i in range(STEPS)]
@@ -31,9 +31,9 @@ def rows() -> list[Row]:
     masks, start = {}, 0
     for name in tuned.parts:
         weight = theirs.get_parameter(f"{name}.weight").requires_grad_(True)
-        chosen = own.own.indices.long() - start
+        indices = own.own.indices.long() - start
         mask = torch.zeros(weight.numel(), dtype=torch.float64)
-        mask[chosen[(chosen >= 0) & (chosen < weight.numel())]] = 1
+        mask[indices[(indices >= 0) & (indices < weight.numel())]] = 1
         masks[weight], start = mask.view_as(weight), start + weight.numel()
     before = [weight.detach().clone() for weight in masks]
     peer = code.ChildTuningAdamW(list(masks), lr=1e-3, eps=1e-8, mode="ChildTuning-D")

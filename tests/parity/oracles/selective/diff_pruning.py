@@ -41,24 +41,24 @@ def _sample(gate: Any, ours: Any, weight: Tensor, inputs: Tensor, seed: int) -> 
     torch.manual_seed(seed)
     group_gate, group_slope = gate(group, LOWER, UPPER)
     gates, slope = gate(logits, LOWER, UPPER)
-    changed = (weight + group_gate * gates * delta).requires_grad_()
-    loss = _loss(changed, inputs)
+    total = (weight + group_gate * gates * delta).requires_grad_()
+    loss = _loss(total, inputs)
     loss.backward()
     one, all_of = (tensor.clone().requires_grad_() for tensor in (logits, group))
     penalty = PENALTY * (torch.sigmoid(one).sum() + torch.sigmoid(all_of).sum())  # log(−lower / upper) is 0
     penalty.backward()
     gradients = [
-        changed.grad * (gates * group_gate),
-        changed.grad * (delta * group_gate) * slope + one.grad,
-        torch.sum(changed.grad * (delta * gates) * group_slope).view(1, 1) + all_of.grad,
+        total.grad * (gates * group_gate),
+        total.grad * (delta * group_gate) * slope + one.grad,
+        torch.sum(total.grad * (delta * gates) * group_slope).view(1, 1) + all_of.grad,
     ]
     torch.manual_seed(seed)
     ours.group_noise, ours.noise = _noise(group), _noise(logits)
     ours.zero_grad()
     mine = _loss(ours.weight(weight), inputs) + PENALTY * ours.expected_open()
     mine.backward()
-    found = [tensor.grad.clone() for tensor in (ours.delta, ours.logits, ours.group_logits)]
-    return [mine.detach(), *found], [(loss + penalty).detach(), *(gradient.detach() for gradient in gradients)]
+    own = [tensor.grad.clone() for tensor in (ours.delta, ours.logits, ours.group_logits)]
+    return [mine.detach(), *own], [(loss + penalty).detach(), *(gradient.detach() for gradient in gradients)]
 
 
 def _noise(logits: Tensor) -> Tensor:

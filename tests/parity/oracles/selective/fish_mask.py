@@ -29,9 +29,9 @@ def _difference(score: str) -> float:
     names = [f"blocks.{d}.mlp.{layer}.weight" for d in range(2) for layer in ("fc1", "fc2")]
     for name, p in theirs.named_parameters():
         p.requires_grad_(name in names)
-    trained = [(name, p) for name, p in theirs.named_parameters() if name in names]
+    parameters = [(name, p) for name, p in theirs.named_parameters() if name in names]
     call: Any = lambda batch: {"logits": theirs(batch["input"])}  # noqa: E731
-    call.named_parameters, call.zero_grad = lambda: iter(trained), theirs.zero_grad
+    call.named_parameters, call.zero_grad = lambda: iter(parameters), theirs.zero_grad
     batches = [{"input": image, "target": label} for image, label in data]
     scores = code.calculate_the_importance_label(call, batches, SAMPLES, "cpu", score)
     flat = torch.cat([scores[name].flatten() for name in names])
