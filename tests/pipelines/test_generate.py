@@ -43,7 +43,7 @@ def test_a_file_that_records_a_former_name_of_the_bundled_base_names_the_bundled
 
 
 def draw(made: tuple[str, str], out: Path, *adapter: str, **settings: object) -> list[np.ndarray]:
-    config = GenerateConfig(("a cat",), adapter, base=made[0], steps=2, out=out, **settings)  # type: ignore[arg-type]
+    config = GenerateConfig(adapter=adapter, base=made[0], steps=2, out=out, **{"prompt": ("a cat",), **settings})  # type: ignore[arg-type]
     return [np.asarray(Image.open(path), dtype=int) for path in generate(config)]
 
 
@@ -51,6 +51,26 @@ def test_strength_zero_is_the_base_and_one_is_not(made: tuple[str, str], tmp_pat
     base, none, full = (draw(made, tmp_path / str(i), *given)[0] for i, given in enumerate([(), (f"{made[1]}:0",), (made[1],)]))
     assert np.array_equal(base, none)
     assert not np.array_equal(base, full)
+
+
+def test_a_token_of_each_layer_is_loaded_and_scaled(made: tuple[str, str], tmp_path: Path) -> None:
+    """Also beside a file of another token."""
+    pipe = veneer.base_models.load(made[0])
+    files = []
+    for token in ("<toy>", "<other>"):
+        tuned = veneer.attach(pipe, "p_plus", tokens=token, initialize="duck")
+        torch.manual_seed(0)
+        with torch.no_grad():
+            next(iter(tuned.parameters())).normal_()
+        files.append(str(tuned.save(tmp_path / token[1:-1])))
+        tuned.detach()
+    prompts = {"prompt": ("a <toy>",)}
+    off, on, both = (
+        draw(made, tmp_path / str(i), *adapters, **prompts)[0]
+        for i, adapters in enumerate([(f"{files[0]}:0",), (files[0],), files])
+    )
+    assert not np.array_equal(off, on)
+    assert np.abs(on - both).max() <= 1
 
 
 def test_two_adapters_work_together(made: tuple[str, str], tmp_path: Path) -> None:

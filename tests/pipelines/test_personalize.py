@@ -41,6 +41,7 @@ def run(base: str, photos: Path, out: Path, **settings: Any) -> Path:
     [
         ("sd", "lora", {"pytorch_lora_weights"}),
         ("sd", "textual_inversion", {"learned_embeds"}),
+        ("sd", "p_plus", set()),
         ("sd", "pivotal", {"pytorch_lora_weights", "learned_embeds"}),
         ("sd", "bitfit", set()),
         ("sd2", "lora", {"pytorch_lora_weights"}),

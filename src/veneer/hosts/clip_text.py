@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from veneer.injection.attention_sites import TextReaders
 from veneer.injection.host import Host, module_names
 from veneer.injection.sites import Port, Site, VocabularySite
 
 from ._describe import SampleInputs, TowerPart
+from .diffusers_unet import text_readers
 
 FAMILIES = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 CLIP_MLP = {"fc1": "mlp.in", "fc2": "mlp.out"}
@@ -35,7 +37,9 @@ class ClipText(Host):
     def sites(self, model: nn.Module, component: str = "", components: Mapping[str, Any] | None = None) -> Iterator[Site]:
         part = TowerPart(model, self.tower, component)
         tokenizer = (components or {}).get(component.replace("text_encoder", "tokenizer")) if component else None
-        return _t5(part, tokenizer) if part.module("encoder.block") is not None else clip_sites(part, tokenizer)
+        if part.module("encoder.block") is not None:
+            return _t5(part, tokenizer)
+        return clip_sites(part, tokenizer, text_readers(components or {}) if component else TextReaders())
 
     def sample(self, model: nn.Module) -> dict[str, Any]:
         bare: Any = model
@@ -81,10 +85,10 @@ def _build_t5() -> nn.Module:
     return model.eval()
 
 
-def clip_sites(part: TowerPart, tokenizer: Any) -> Iterator[Site]:
-    """The sites of a CLIP or SigLIP text tower, bare or at `text_model`."""
+def clip_sites(part: TowerPart, tokenizer: Any, readers: TextReaders | None = None) -> Iterator[Site]:
+    """The sites of a CLIP or SigLIP text tower, bare or at `text_model`. `readers`: the modules that read its text states."""
     root = "text_model." if part.module("text_model") is not None else ""
-    yield from _vocabulary(part, f"{root}embeddings.token_embedding", tokenizer)
+    yield from _vocabulary(part, f"{root}embeddings.token_embedding", tokenizer, readers)
     yield from part.layer(f"{root}embeddings.position_embedding", "embed.position")
     start = int(part.module("text_model.head") is None)  # SigLIP, which has a head, has no start token
     for depth in range(len(part.module(f"{root}encoder.layers"))):
@@ -134,10 +138,10 @@ def _t5_block(part: TowerPart, path: str) -> Iterator[Site]:
     yield part.stream(path, width)
 
 
-def _vocabulary(part: TowerPart, path: str, tokenizer: Any) -> Iterator[Site]:
+def _vocabulary(part: TowerPart, path: str, tokenizer: Any, readers: TextReaders | None = None) -> Iterator[Site]:
     table = part.module(path)
     yield VocabularySite(
         name=f"{path}.vocabulary", role="vocabulary", path=path, ids=Port("", "in"), rows=table.num_embeddings,
-        width=table.embedding_dim, tokenizer=tokenizer, **part.labels,
+        width=table.embedding_dim, tokenizer=tokenizer, readers=readers, **part.labels,
     )  # fmt: skip
     yield from part.layer(path, "embed.token")

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from veneer.injection.attention_sites import TextReaders
 from veneer.injection.host import Host, module_names
 from veneer.injection.sites import Site
 
 from ._describe import SampleInputs, TowerPart
-from ._diffusers import attention, basic_block, is_attention, processor_order, remaining
+from ._diffusers import NAMES, attention, basic_block, is_attention, processor_order, remaining
 from ._diffusers_control import residual_site, skips
 
 RESNET = {"conv1": "conv.res", "conv2": "conv.res", "conv_shortcut": "conv.res", "time_emb_proj": "time.res"}
@@ -90,6 +91,22 @@ def _build(**options: Any) -> nn.Module:
     }  # fmt: skip
     model: Any = UNet2DConditionModel(**{**shape, **options})
     return model.eval()
+
+
+def text_readers(components: Mapping[str, Any]) -> TextReaders | None:
+    """The modules of a pipeline's UNet that read the states of its text encoders, or None if they are read in another way."""
+    unet: Any = components.get("unet")
+    if not isinstance(unet, nn.Module) or not DiffusersUNet().matches(unet):
+        return None
+    config: Any = unet.config
+    encoders = [components.get(name) for name in ("text_encoder", "text_encoder_2")]
+    widths = tuple(encoder.config.hidden_size for encoder in encoders if encoder is not None)
+    blocks = (module for _, path in stages(unet) for module in unet.get_submodule(path).modules())
+    cross = tuple(module for module in blocks if is_attention(module) and NAMES.is_cross(module))
+    if config["encoder_hid_dim_type"] is not None or {module.cross_attention_dim for module in cross} != {sum(widths)}:
+        return None
+    others = (unet.get_submodule("add_embedding"),) if config["addition_embed_type"] == "text" else ()
+    return TextReaders(cross, others, widths)
 
 
 def stages(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -14,6 +14,7 @@ the forms are protocols, checked once, when the adapter is attached.
 | `TokenAdapter` | `insert(tokens)`, `remove(tokens)` | `TokenSite`; `StreamSite` to leave out tokens | `TokenSeam` |
 | `ImagePromptAdapter` | `output(x, y)`, `append(i, tokens)`, `remove(i, tokens)` | `MultimodalPromptSite` | `PromptSeam` |
 | `VocabularyAdapter` | `ids(ids)`, `output(ids, rows)` | `VocabularySite` | `VocabularySeam` |
+| `LayeredVocabularyAdapter` | `ids(ids)`, `contains(ids)`, `output(ids, layer, rows)` | the same | `LayeredVocabularySeam` |
 | `AttentionAdapter` | `attend(inner, attn, hidden_states, **kwargs)` | `AttentionSite` | `ProcessorSeam` |
 | | the same | `SelfAttentionSite` | `SelfAttentionSeam` |
 | `KeyValueAdapter` | `keys_values()` | weights of output projections with `sdpa` | `KeyValueSeam` |
@@ -157,6 +158,24 @@ class VocabularyAdapter(Blended, Protocol):
 
     def output(self, ids: Tensor, rows: Tensor, /) -> Tensor:
         """The rows of the table with the trained embeddings of the new ids."""
+
+
+@runtime_checkable
+class LayeredVocabularyAdapter(Blended, Protocol):
+    """Embeds new token ids, for each cross-attention layer that reads the text in another way."""
+
+    @property
+    def layers(self) -> int:
+        """Number of cross-attention layers."""
+
+    def ids(self, ids: Tensor, /) -> Tensor:
+        """Token ids that the host's embedding table has."""
+
+    def contains(self, ids: Tensor, /) -> Tensor:
+        """True (batch,) for the rows of ids (batch, length) with new ids."""
+
+    def output(self, ids: Tensor, layer: Tensor, rows: Tensor, /) -> Tensor:
+        """The rows of the table with the trained embeddings of the new ids. `layer`: (batch,), of each row of ids."""
 
 
 @runtime_checkable

@@ -1,8 +1,13 @@
-"""The site of a self-attention without a processor, whose layers an adapter may call."""
+"""The site of a self-attention whose layers an adapter may call, and the cross-attention modules that read a text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .sites import Site, WeightSite
 
@@ -29,3 +34,57 @@ class SelfAttentionSite(Site):
     query_norm: str = ""
     key_norm: str = ""
     can_extend: bool = False
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """A forward pre-hook that takes one layer's text states of those that a text encoder wrote side by side.
+
+    Args:
+        layer: number of the layer, or None for the mean over layers. `layers`: their number, L.
+        widths: of the text encoders, whose states follow each other: (batch, tokens, L·w₁ + L·w₂) to (batch, tokens, w₁ + w₂).
+    """
+
+    layer: int | None
+    layers: int
+    widths: tuple[int, ...]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Replaces the text states among the arguments of the module; those of a single layer are left unchanged."""
+        return tuple(map(self.take, args)), {name: self.take(value) for name, value in kwargs.items()}
+
+    def take(self, value: Any) -> Any:
+        """The states of the layer if a value is the states of all layers, else the value."""
+        if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[-1] != self.layers * sum(self.widths):
+            return value
+        encoders = value.split([self.layers * width for width in self.widths], -1)
+        layers = [states.unflatten(-1, (self.layers, width)) for states, width in zip(encoders, self.widths, strict=True)]
+        if self.layer is not None:
+            return torch.cat([states[:, :, self.layer] for states in layers], -1)
+        first = torch.cat([states[:, :, 0] for states in layers], -1)
+        change = [(states - states[:, :, :1]).mean(2) for states in layers]
+        return first + torch.cat(change, -1)  # exact for equal layers
+
+
+@dataclass(frozen=True, eq=False)
+class TextReaders:
+    """The modules of a denoiser that read text states (batch, tokens, width). Empty for a text encoder without a denoiser.
+
+    Args:
+        cross: the cross-attention modules, in the order of the forward pass. `others`: others, such as a pooled embedding.
+        widths: of the pipeline's text encoders, whose states are concatenated.
+    """
+
+    cross: tuple[nn.Module, ...] = ()
+    others: tuple[nn.Module, ...] = ()
+    widths: tuple[int, ...] = ()
+
+    def register(self, layers: int) -> list[RemovableHandle]:
+        """Registers a hook on each module that takes its states of those of `layers` layers."""
+        numbers = [*range(len(self.cross)), *(None for _ in self.others)]
+        hooks = [LayerStates(number, layers, self.widths) for number in numbers]
+        modules = (*self.cross, *self.others)
+        return [m.register_forward_pre_hook(h, with_kwargs=True) for m, h in zip(modules, hooks, strict=True)]
+
+    def __deepcopy__(self, memo: Any) -> TextReaders:
+        return self

@@ -214,6 +214,7 @@ class VocabularySite(Site):
     Args:
         path: the embedding module. `ids`: port at which the token ids enter (argument `argument` of that module).
         rows, width: size of the base table. `tokenizer`: the tokenizer of the ids, or None for a bare model.
+        readers: `attention_sites.TextReaders` of the text states, or None if they are read in another way.
     """
 
     path: str
@@ -222,6 +223,7 @@ class VocabularySite(Site):
     rows: int
     width: int
     tokenizer: Any = field(default=None, compare=False, repr=False)
+    readers: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

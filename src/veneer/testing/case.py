@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from veneer.injection import Attachment, attach
-from veneer.injection.adapter_forms import BiasAdapter, ImagePromptAdapter, TokenAdapter, WeightAdapter
+from veneer.injection.adapter_forms import (
+    BiasAdapter,
+    ImagePromptAdapter,
+    LayeredVocabularyAdapter,
+    TokenAdapter,
+    WeightAdapter,
+)
 from veneer.injection.attachment.condition_scope import example_conditions
 from veneer.injection.attachment.plan import supports
 from veneer.injection.attachment.probe import tensors
@@ -20,7 +26,7 @@ from veneer.injection.method import Method
 from veneer.injection.multimodal_prompt_site import MultimodalPromptSite
 from veneer.injection.quantized_weight import is_quantized
 from veneer.injection.seams.adapter_calls import base_tensor
-from veneer.injection.sites import Site, StreamSite, TokenSite
+from veneer.injection.sites import Site, StreamSite, TokenSite, VocabularySite
 from veneer.injection.towers import Tower
 
 from .copies import copy_module
@@ -137,9 +143,9 @@ class Case:
 
     @property
     def switches(self) -> bool:
-        """True if the adapters can only be on or off, such as inserted tokens."""
-        forms = (TokenAdapter, ImagePromptAdapter)
-        changed = [site for site in self.sites if isinstance(site, (StreamSite, MultimodalPromptSite))]
+        """True if the adapters can only be on or off, such as inserted tokens, or change the shape of the output."""
+        forms = (TokenAdapter, ImagePromptAdapter, LayeredVocabularyAdapter)
+        changed = [site for site in self.sites if isinstance(site, (StreamSite, MultimodalPromptSite, VocabularySite))]
         changes = any(isinstance(self.method.at(site).build(site), forms) for site in changed)
         return changes or any(isinstance(site, TokenSite) for site in self.sites)
 

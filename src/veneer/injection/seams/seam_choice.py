@@ -13,6 +13,7 @@ from ..adapter_forms import (
     ImagePromptAdapter,
     InputAdapter,
     KeyValueAdapter,
+    LayeredVocabularyAdapter,
     OutputAdapter,
     ResidualAdapter,
     TokenAdapter,
@@ -45,6 +46,7 @@ from .attention_seam import ProcessorSeam
 from .call_seam import CallSeam, SwitchSeam
 from .effective_weight import BiasForm, EffectiveWeight, bias_site
 from .key_value_seam import KeyValueSeam, attention_of
+from .layered_vocabulary_seam import LayeredVocabularySeam
 from .prompt_seam import PromptSeam
 from .residual_seam import ResidualSeam
 from .seam import Seam
@@ -106,6 +108,8 @@ def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
     if isinstance(site, ResidualSite):
         _require(site, adapter, ResidualAdapter, "residuals")
         return (ResidualSeam, site.name)
+    if isinstance(site, VocabularySite) and isinstance(adapter, LayeredVocabularyAdapter):
+        return (LayeredVocabularySeam, site.name)
     if isinstance(site, VocabularySite):
         _require(site, adapter, VocabularyAdapter, "ids")
         return (VocabularySeam, site.name)

@@ -38,7 +38,7 @@ def _write_files(run: PersonalizationRun) -> list[str]:
         native.save(run.attached, run.out / ADAPTER, provenance=provenance)
     files = [ADAPTER]
     for attachment in run.attached:
-        if attach_methods.trains_token_embeddings(attachment.method):
+        if attachment.method.name == "textual_inversion":
             name, save = "learned_embeds.safetensors", embeddings.save
         elif attachment.method.name == "lora":
             name, save = "pytorch_lora_weights.safetensors", diffusers_format.save

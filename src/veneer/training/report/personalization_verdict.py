@@ -186,7 +186,7 @@ def _longer(config: PersonalizeConfig) -> tuple[str, ...]:
     """Advice if too little was learned."""
     usual, steps = config.default_steps(), config.steps or 0
     found = [f"train longer: --steps {max(usual, 2 * steps)}"]
-    if config.method == "textual_inversion":
+    if config.method in ("textual_inversion", "p_plus"):
         found.append("train more parameters: --method lora")
     return (*found, *_words(config), *_base(config))
 
