@@ -90,11 +90,17 @@ def _generation(
         half = options.population // 2
         add(half, lambda: space.mutate(rng.choice(parents), rng, options.mutation))
         if len(parents) > 1:
-            add(half, lambda: space.cross(*rng.sample(parents, 2), rng))
+            add(half, lambda: _cross(space, parents, rng))
     else:
         chosen.update(dict.fromkeys(_new(space, iter(space.initial()), chosen, known)))
     add(max(0, options.population - len(chosen)), lambda: space.sample(rng))
     return list(chosen)
+
+
+def _cross(space: Space, parents: Sequence[SubNetwork], rng: random.Random) -> SubNetwork:
+    """The crossover of two random parents."""
+    first, second = rng.sample(parents, 2)
+    return space.cross(first, second, rng)
 
 
 def _new(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import cached_property
 
+from .block_sites import BlockSites
 from .space import Space
 from .sub_network import SubNetwork
 
@@ -23,6 +25,10 @@ class SpindleSpace(Space):
     groups tuned, methods by group. The paper's S4 is evaluated first if the methods have its four kinds and there are four
     groups. Deviation: the paper chooses the groups' methods one group after the other, by random samples; here all evolve.
     """
+
+    def __init__(self, sites: BlockSites, budget: int) -> None:
+        super().__init__(sites, budget)
+        self._known_sizes: dict[tuple[int, frozenset[int]], dict[int, int]] = {}
 
     def least_parameters(self) -> int:
         """The budget from which each block's share suffices for one method."""
@@ -48,12 +54,12 @@ class SpindleSpace(Space):
 
     def sample(self, rng: random.Random) -> SubNetwork:
         """Samples methods of each group, each with probability one half."""
-        return self.allocate([self._some({m for m in members if rng.random() < 0.5}, g, rng) for g, members in self._members()])
+        return self.allocate([self._some({m for m in members if rng.random() < 0.5}, g, rng) for g, members in self._members])
 
     def mutate(self, sub: SubNetwork, rng: random.Random, probability: float) -> SubNetwork:
         """Adds or removes each method of each group with a probability."""
         chosen = []
-        for group, members in self._members():
+        for group, members in self._members:
             current = _methods_of(sub, group)
             changed = {m for m in members if (m in current) != (rng.random() < probability)}
             chosen.append(self._some(changed, group, rng))
@@ -69,8 +75,14 @@ class SpindleSpace(Space):
         methods = range(len(self.sites.methods))
         return SubNetwork(tuple(tuple(column.get(m, 0) for column in columns) for m in methods))
 
-    def _sizes(self, group: int, chosen: set[int]) -> dict[int, int]:
+    def _sizes(self, group: int, chosen: Collection[int]) -> dict[int, int]:
         """Sizes of the methods of one group."""
+        key = group, frozenset(chosen)
+        if key not in self._known_sizes:
+            self._known_sizes[key] = self._largest_sizes(group, chosen)
+        return self._known_sizes[key]
+
+    def _largest_sizes(self, group: int, chosen: Collection[int]) -> dict[int, int]:
         first, end = self.sites.groups[group]
         share = self.budget * (end - first) / self.sites.blocks
         remaining = sorted(chosen)
@@ -82,6 +94,7 @@ class SpindleSpace(Space):
             remaining.remove(max(too_large, key=lambda m: self.sites.count(m, group, self.sites.methods[m].sizes[0])))
         return {}
 
+    @cached_property
     def _members(self) -> list[tuple[int, list[int]]]:
         """Groups with the methods whose smallest size is within the share of the group."""
         groups, methods = range(len(self.sites.groups)), range(len(self.sites.methods))
@@ -89,7 +102,7 @@ class SpindleSpace(Space):
 
     def _some(self, chosen: set[int], group: int, rng: random.Random) -> set[int]:
         """The methods, or a random one of the group if there are none."""
-        members = self._members()[group][1]
+        members = self._members[group][1]
         return chosen or ({rng.choice(members)} if members else set())
 
 
