@@ -27,7 +27,8 @@ from veneer.classification.search.spaces import build_space
 from veneer.classification.search.sub_network import SubNetwork
 from veneer.classification.search.sub_network_config import config_of, single_method
 from veneer.classification.search.trial_log import TrialLog
-from veneer.injection.errors import OptionError, VeneerError
+from veneer.config_file import CONFIG, write_config
+from veneer.injection import OptionError, VeneerError
 from veneer.training.report.run_folder import discard_unused, run_folder
 
 __all__ = ["SearchConfig", "search"]
@@ -36,9 +37,10 @@ __all__ = ["SearchConfig", "search"]
 def search(config: SearchConfig, accelerator: Accelerator | None = None) -> Path:
     """Searches on the training and validation splits, trains the chosen sub-network, and evaluates the test split once.
 
-    The folder then has `trials.jsonl` (a line for each trial), `result.json`, `search.md`, `pareto.png`, the run folder `best` of
-    the chosen sub-network, whose `config.toml` repeats it by `veneer transfer --config`, and with `baselines` a run folder
-    `single-METHOD` for each method alone. A stopped search continues with `resume`, with the same result.
+    The folder then has `trials.jsonl` (a line for each trial), `result.json`, `search.md`, `pareto.png`, the options
+    (`config.toml`), the run folder `best` of the chosen sub-network, whose `config.toml` repeats it by `veneer transfer
+    --config`, and with `baselines` a run folder `single-METHOD` for each method alone. A stopped search continues with `resume`,
+    with the same result.
 
     Returns:
         The folder with the results.
@@ -90,6 +92,7 @@ def _evolve(
     names, numbers = space.sites.names, iter(range(1, config.trials + 1))
     with Views(data, classifier.data, base.augment, squash=base.squash, seed=base.seed, workers=base.workers) as views:
         score = scorer(config, base, space, classifier, views, log.file.parent, accelerator)
+        write_config(log.file.parent / CONFIG, "search", config)
 
         def evaluate(sub: SubNetwork) -> Trial:
             trial = log.evaluate(sub, space.parameters(sub), lambda: score(sub))

@@ -130,7 +130,7 @@ def test_a_search_that_is_killed_twice_makes_the_same_choice(noah: Path, inputs:
         assert checkpoints == ["checkpoint-000002", "checkpoint-000004"][: 1 if where == "supernet" else 2]
         assert (out / "trials.jsonl").exists() == (where == "trial")
     assert not (out / "trials.jsonl").read_bytes().endswith(b"\n")
-    search(SearchConfig(**OPTIONS, **inputs, out=out, resume=True))
+    assert main(["search", "--config", str(out / "config.toml"), "--resume", "--out", str(out)]) == 0
     assert_same_search(out, noah)
 
 

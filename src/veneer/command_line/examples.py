@@ -27,7 +27,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "search": (
         "veneer search photos/ --budget-parameters 100000 --trials 64",
-        "veneer search photos/ --budget-parameters 100000 --methods 'lora, vpt(tokens=4)' --space blocks --groups 4 --trials 16",
+        "veneer search photos/ --budget-parameters 100000 --space blocks --methods 'lora, vpt' --trials 16",
         "veneer search photos/ --budget-parameters 200000 --space s4 --trials 16 --out runs/s4",
     ),
     "predict": (

@@ -20,7 +20,8 @@ def test_sizes_that_differ_are_options_by_site() -> None:
     config = config_of(TransferConfig(epochs=3), tiny_sites(), SubNetwork(((0, 0, 0, 0), (2, 0, 4, 2), (0, 0, 0, 1))))
     assert (config.method, config.epochs) == ("adaptformer+vpt", 3)
     assert config.method_where == {
-        "adaptformer": "name:blocks.0.mlp.branch name:blocks.2.mlp.branch name:blocks.3.mlp.branch", "vpt": "name:blocks.3.tokens",
+        "adaptformer": "name:blocks.0.mlp.branch name:blocks.2.mlp.branch name:blocks.3.mlp.branch",
+        "vpt": "name:blocks.3.tokens",
     }  # fmt: skip
     assert config.options == {
         "adaptformer": {"bottleneck": 2, "by_site": {"name:blocks.2.mlp.branch": {"bottleneck": 4}}}, "vpt": {"tokens": 1},

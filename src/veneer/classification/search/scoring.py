@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import shutil
 from collections.abc import Callable
@@ -76,7 +77,7 @@ def scorer(
     config: SearchConfig, base: TransferConfig, space: Space, classifier: Classifier, views: Views, out: Path,
     accelerator: Accelerator,
 ) -> Scorer:  # fmt: skip
-    """The function that scores the sub-networks of a search. NOAH's supernet is trained, or continued, first.
+    """The function that scores the sub-networks of a search. NOAH's supernet is trained, or continued, before its first score.
 
     Args:
         base: options of the training. `out`: run folder; the supernet's checkpoints are in `supernet`.
@@ -87,7 +88,12 @@ def scorer(
         check_supernet([method.build(method.sizes[-1]) for method in space.sites.methods])
         whole = dataclasses.replace(base, epochs=config.supernet_epochs, cache=False)
         supernet = Supernet(whole, classifier, views, space, out / "supernet", accelerator)
-        supernet.fit()
-        return supernet.evaluate
+        fit = functools.cache(supernet.fit)
+
+        def score(sub: SubNetwork) -> tuple[float, float]:
+            fit()
+            return supernet.evaluate(sub)
+
+        return score
     trial = dataclasses.replace(base, epochs=config.trial_epochs)
     return CandidateTraining(trial, classifier, views, space.sites, out / "trial", accelerator)
