@@ -35,6 +35,18 @@ def test_trials_are_different_and_a_function_of_the_seed(name: str) -> None:
     assert all(space.has(trial.sub) for trial in trials)
 
 
+@pytest.mark.parametrize("name", SPACES)
+def test_no_sub_network_is_evaluated_twice(name: str) -> None:
+    space, calls = tiny_space(name), list[SubNetwork]()
+
+    def evaluate(sub: SubNetwork) -> Trial:
+        calls.append(sub)
+        return Trial(sub, space.parameters(sub), *metrics(sub))
+
+    evolve(space, OPTIONS, evaluate)
+    assert len(calls) == len({*calls}) == OPTIONS.trials
+
+
 def test_more_trials_continue_the_same_search() -> None:
     space = tiny_space("noah")
     assert search(space, Evolution(25, 10, 4, 0.2, 0)) == search(space)[:25]
