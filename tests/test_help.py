@@ -33,6 +33,7 @@ CONFIGS = [
     ("veneer.pipelines.personalize", "PersonalizeConfig"),
     ("veneer.pipelines.transfer", "TransferConfig"),
     ("veneer.pipelines.compare", "CompareConfig"),
+    ("veneer.pipelines.search", "SearchConfig"),
     ("veneer.pipelines.control", "ControlConfig"),
     ("veneer.pipelines.control", "ControlGenerateConfig"),
     ("veneer.pipelines.merge", "MergeConfig"),

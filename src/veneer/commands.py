@@ -204,6 +204,10 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
         "compare methods on a classification dataset, over several seeds",
         _config_command("compare", "compare", "CompareConfig", ("data",), grouped=True),
     ),
+    "search": (
+        "search combinations of methods, blocks and sizes under a parameter budget",
+        _config_command("search", "search", "SearchConfig", ("data",), grouped=True),
+    ),
     "predict": (
         "classify images with a fine-tuned model",
         _config_command("predict", "predict", "PredictConfig", ("folder", "images"), True),

@@ -16,7 +16,7 @@ from tests.methods.bottlenecks import blocks_written_out, picture, random, stirr
 from tests.raising import raises
 from veneer.injection import attach, hosts
 from veneer.injection.attachment.plan import supports
-from veneer.injection.errors import OptionError, StateError
+from veneer.injection.errors import OptionError, StateError, UnsupportedSite
 from veneer.injection.towers import sites
 from veneer.methods.prompt.soft_prompts.prefix_tuning import PrefixTuning
 
@@ -180,3 +180,14 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
     ((option, given),) = options.items()
     with raises(OptionError, method="prefix_tuning", option=option, given=given):
         PrefixTuning(**options)
+
+
+def test_tokens_by_site_without_the_mlp_only(tmp_path: Path) -> None:
+    """Without the MLP the tables of the sites are independent, and a file keeps their lengths."""
+    options = {"name:blocks.1.attn.proj": {"tokens": 5}}
+    tuned = attach(tiny(), "prefix_tuning", tokens=2, hidden=0, by_site=options)
+    assert [{len(p) for p in adapter.parameters()} for _, adapter in tuned.parts.values()] == [{2}, {5}]
+    loaded = veneer.load(tiny(), tuned.save(tmp_path / "prefix"))
+    assert {name: p.shape for name, p in loaded.named_parameters()} == {name: p.shape for name, p in tuned.named_parameters()}
+    with raises(UnsupportedSite, option="by_site", method="prefix_tuning", site="blocks.1.attn.proj"):
+        attach(tiny(), "prefix_tuning", tokens=2, hidden=8, by_site=options)

@@ -17,7 +17,7 @@ from veneer.training.loop.config import TrainConfig, loop_config, run_identity
 from veneer.training.loop.optimizer_step import AUTOCAST
 from veneer.training.method_names import split_methods
 from veneer.training.report.run_folder import new_folder
-from veneer.training.training_options import BY_CONTENT, SiteOptions, TrainingOptions
+from veneer.training.training_options import BY_CONTENT, MethodSiteOptions, TrainingOptions
 
 from .data.transforms import Augmentation
 from .data.unlabeled import check_unlabeled
@@ -33,7 +33,7 @@ SOLVED_HEAD_RATE = 1e-3
 
 
 @dataclass(frozen=True)
-class TransferConfig(TrainingOptions, SiteOptions):
+class TransferConfig(TrainingOptions, MethodSiteOptions):
     """Configuration of `veneer transfer` and its defaults.
 
     Args:
@@ -241,6 +241,7 @@ class TransferConfig(TrainingOptions, SiteOptions):
         if stray:
             message = f"options for {', '.join(stray)}, but the run trains {', '.join(names)}."
             raise OptionError(message, option="options", given=tuple(stray), expected=tuple(names))
+        self.check_method_where(names)
         data = {"classes": classes, "shots": shots, "tasks": tuple(self.task_sources())}
         return [methods.get(name).from_config(self._method_options(name, **data)) for name in names]
 
@@ -285,4 +286,5 @@ class TransferConfig(TrainingOptions, SiteOptions):
 
     def identity(self) -> dict[str, Any]:
         """Options that a resumed run must share, beyond those of the training loop and the hashes of the images."""
-        return run_identity(self, WITHOUT_EFFECT if self.tasks else (*WITHOUT_EFFECT, "tasks", "task_temperature"))
+        unused = () if self.tasks else ("tasks", "task_temperature")
+        return run_identity(self, (*WITHOUT_EFFECT, *unused, *(() if self.method_where else ("method_where",))))

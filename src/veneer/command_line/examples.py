@@ -25,6 +25,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "veneer compare photos/ --methods 'lora, ssf, vpt' --seeds 3",
         "veneer compare photos/ --methods 'lora(rank=4), lora(rank=16), full' --epochs 10",
     ),
+    "search": (
+        "veneer search photos/ --budget-parameters 100000 --trials 64",
+        "veneer search photos/ --budget-parameters 100000 --space blocks --methods 'lora, vpt' --trials 16",
+        "veneer search photos/ --budget-parameters 200000 --space s4 --trials 16 --out runs/s4",
+    ),
     "predict": (
         "veneer predict runs/clothes new-photos/",
         "veneer predict runs/clothes new-photos/ --top 1 --format csv",

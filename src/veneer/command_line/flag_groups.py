@@ -17,14 +17,16 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "augment", "squash", "size", "workers",
     ),
     "method": (
-        "method", "methods", "baseline", "where", "target_modules", "text_encoder", "head", "lp_ft", "templates", "batch_norm",
-        "train", "init_from", "with_",
+        "method", "methods", "budget_parameters", "space", "sizes", "groups", "baseline", "baselines", "where",
+        "target_modules", "method_where", "text_encoder", "head", "lp_ft", "templates", "batch_norm", "train", "init_from",
+        "with_",
     ),
     "optimization": (
         "seeds", "first_seed", "steps", "epochs", "batch", "gradient_accumulation_steps", "learning_rate", "head_learning_rate",
         "text_learning_rate", "token_learning_rate", "schedule", "warmup", "cycles", "power", "min_lr_ratio", "block_lr",
         "layer_decay", "optimizer", "optimizer_args", "weight_decay", "max_grad_norm", "ema", "label_smoothing", "class_weights",
-        "mixup", "cutmix", "patience", "search", "search_epochs", "keep_epoch", "seed",
+        "mixup", "cutmix", "patience", "search", "search_epochs", "trials", "population",
+        "parents", "mutation", "supernet_epochs", "trial_epochs", "keep_epoch", "seed",
     ),
     "loss": (
         "loss", "loss_weighting", "min_snr_gamma", "timestep_sampling", "prediction", "noise_offset", "pyramid_noise",

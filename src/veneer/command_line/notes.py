@@ -26,6 +26,13 @@ NOTES: dict[str, tuple[str, ...]] = {
         "parameters, time and memory, which is also in `compare.md`. `veneer transfer --method NAME --help` shows the options of "
         "a method.",
     ),
+    "search": (
+        "Evaluates `--trials` combinations on the validation split by an evolutionary search, trains the best as `veneer "
+        "transfer` does, and evaluates the test split once.",
+        "The run folder has the trials (`trials.jsonl`), the Pareto front (`search.md`, `pareto.png`), and the run of the chosen "
+        "combination (`best`), whose `config.toml` repeats it by `veneer transfer --config`. A stopped search continues with "
+        "`--config FOLDER/config.toml --resume --out FOLDER`.",
+    ),
     "predict": ("Prints one line per image on stdout: its most probable classes with their probabilities.",),
     "export": ("Class names and preprocessing are in the folder, or in a `.json` file beside the graph.",),
     "analyze": ("`veneer analyze heads --help` shows what the command measures and writes, and its flags.",),

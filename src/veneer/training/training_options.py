@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -53,6 +53,28 @@ class SiteOptions:
             message = "where and target_modules both select sites; leave out one of them."
             raise OptionError(message, option="target_modules", given=self.target_modules, expected=())
         return module_patterns(self.target_modules) or self.where
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSiteOptions(SiteOptions):
+    """Sites of adapters on weights, also of single methods.
+
+    Args:
+        method_where: sites of single methods, instead of `where`: patterns with spaces between them, such as
+            `lora=attn@0:6 'vpt=tokens.block@0 tokens.block@3'`.
+    """
+
+    method_where: Mapping[str, str] = field(default_factory=dict)
+
+    def selection_of(self, method: str) -> tuple[str, ...] | None:
+        """Patterns of the selected sites of a method, or None for the default."""
+        return (self.method_where[method],) if method in self.method_where else self.selection()
+
+    def check_method_where(self, methods: Sequence[str]) -> None:
+        """Raises `OptionError` if sites are selected for a method that is not trained. `methods`: those of the run."""
+        if stray := tuple(name for name in self.method_where if name not in methods):
+            message = f"method_where selects sites of {', '.join(stray)}, but the run trains {', '.join(methods) or 'nothing'}."
+            raise OptionError(message, option="method_where", given=stray, expected=tuple(methods))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ def attach_methods(classifier: Classifier, config: TransferConfig, data: Data) -
     initial = None if config.init_from is None else read_initial(classifier.model, config.init_from, configs)
     for method in configs:
         torch.manual_seed(mix(config.seed, "adapters", method.name))
-        attached.append(attach(classifier.model, method, where=config.selection()))
+        attached.append(attach(classifier.model, method, where=config.selection_of(method.name)))
         attached[-1].begin_pass(config.seed, 0)  # for passes before training
     if classifier.fresh and not any(_trains_head(a) for a in attached):
         attached.append(attach(classifier.model, "linear_probe"))

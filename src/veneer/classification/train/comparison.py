@@ -67,7 +67,7 @@ class RunMetrics:
 DEFAULTS: Mapping[str, Any] = {
     **IF_SET, "block_lr": {}, "layer_decay": 1.0, "head_learning_rate": None, "multi_label": False, "init_from": None,
     "keep_epoch": "best", "with_": (), "unlabeled": None, "more_data": (), "tasks": False,
-    "task_temperature": 10.0,
+    "task_temperature": 10.0, "method_where": {},
 }  # fmt: skip
 """Options that are part of the hash of a run only if they differ from these."""
 

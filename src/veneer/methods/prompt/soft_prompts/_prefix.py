@@ -93,6 +93,8 @@ class PrefixMethod(Method):
             raise OptionError.of(self.name, "hidden", self.hidden, "at least 0")
         if not 0 <= self.dropout < 1:
             raise OptionError.of(self.name, "dropout", self.dropout, "in [0, 1)")
+        if not self.hidden:  # without the MLP, sites share nothing
+            object.__setattr__(self, "shared_options", ("hidden",))
 
     def build_shared(self, sites: Sequence[WeightSite]) -> PrefixEncoder | None:
         """The table and the hidden layer of the MLP, as wide as the widest attention; None without the MLP."""

@@ -1,0 +1,1 @@
+"""Search over combinations of methods, blocks and sizes under a parameter budget."""

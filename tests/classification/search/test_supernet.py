@@ -1,0 +1,159 @@
+"""The supernet: slices of its weights, their gradients, and a model that is the same afterwards."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from tests.classification.search.tiny_space import METHODS, tiny_sites
+from tests.classification.small import image_folder, model_folder
+from tests.raising import raises
+from veneer.classification.config import TransferConfig
+from veneer.classification.data.run_data import Views, open_data
+from veneer.classification.models.classifier import Classifier
+from veneer.classification.models.loading import open_classifier
+from veneer.classification.search.block_sites import BlockSites
+from veneer.classification.search.block_spaces import PrefixSpace
+from veneer.classification.search.search_methods import parse_methods
+from veneer.classification.search.sub_network import SubNetwork
+from veneer.classification.search.sub_network_config import config_of
+from veneer.classification.search.supernet import Supernet, check_supernet
+from veneer.classification.train.attach_methods import attach_methods
+from veneer.injection import methods
+from veneer.injection.attachment.attach import attachments
+from veneer.injection.errors import OptionError
+from veneer.training import param_groups
+
+SUB = SubNetwork(((2, 0), (4, 1), (1, 2)))
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Views, Classifier, TransferConfig]]:
+    folder = tmp_path_factory.mktemp("supernet")
+    base = TransferConfig(
+        data=str(image_folder(folder / "images", 6)), model=str(model_folder(folder, "vit")), validation=0.3, test=0.2, batch=4,
+        epochs=2, cache=False, workers=1,
+    )  # fmt: skip
+    data = open_data(base, folder)
+    classifier = open_classifier(base.model, data.classes, seed=0)
+    with Views(data, classifier.data, base.augment, workers=1) as views:
+        yield views, classifier, base
+
+
+def build(views: tuple[Views, Classifier, TransferConfig], folder: Path, options: str = METHODS) -> Supernet:
+    images, classifier, base = views
+    sites = BlockSites(classifier.model, parse_methods(options, (1, 2, 4)))
+    supernet = Supernet(base, classifier, images, PrefixSpace(sites, 10**6), folder, Accelerator(cpu=True))
+    with torch.no_grad():
+        for number, weight in enumerate(supernet.weights.values()):
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
+    return supernet
+
+
+def slices(weights: dict[str, Tensor], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Leading slices of weights."""
+    return {name: weights[name][tuple(slice(n) for n in shape)] for name, shape in shapes.items()}
+
+
+def explicit(supernet: Supernet, sub: SubNetwork, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and gradients of their sum of squares, of a sub-network that is attached with copies of the slices."""
+    config = config_of(supernet.base, supernet.space.sites, sub)
+    attached = attach_methods(supernet.classifier, config, supernet.views.data)
+    parameters = param_groups.named_parameters(attached)
+    copies = slices(dict(supernet.weights), {name: p.shape for name, p in parameters.items()})
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(copies[name])
+    logits = supernet.model.eval()(pixels)
+    logits.square().sum().backward()
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    for attachment in reversed(attached):
+        attachment.detach()
+    return logits.detach(), gradients
+
+
+@pytest.mark.parametrize("sub", [SUB, SubNetwork(((4, 4), (4, 4), (4, 4))), SubNetwork(((0, 0), (0, 0), (0, 1)))])
+def test_a_sub_network_is_an_attached_one_with_slices_of_the_weights(
+    sub: SubNetwork, views: tuple[Views, Classifier, TransferConfig], tmp_path: Path
+) -> None:
+    """The gradient of a weight is that of its slice, with zeros for the rest."""
+    supernet = build(views, tmp_path)
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+    expected, gradients = explicit(supernet, sub, pixels)
+    with supernet.sub_network(sub, training=True):
+        logits = supernet.model.eval()(pixels)
+    logits.square().sum().backward()
+    assert torch.equal(logits, expected)
+    assert {name for name, weight in supernet.weights.items() if weight.grad is not None} == {*gradients}
+    for name, gradient in gradients.items():
+        whole = torch.zeros_like(supernet.weights[name])
+        whole[tuple(slice(n) for n in gradient.shape)] = gradient
+        assert torch.equal(supernet.weights[name].grad, whole)  # type: ignore[arg-type]
+
+
+def test_evaluation_reads_changed_weights_and_adds_no_gradient(
+    views: tuple[Views, Classifier, TransferConfig], tmp_path: Path
+) -> None:
+    supernet = build(views, tmp_path)
+    before = supernet.evaluate(SUB)
+    assert supernet.evaluate(SUB) == before
+    with torch.no_grad():
+        for weight in supernet.weights.values():
+            weight.mul_(1.5)
+    assert supernet.evaluate(SUB)[1] != before[1]
+    assert all(weight.grad is None for weight in supernet.weights.values())
+
+
+def test_the_model_is_the_same_after_training_and_weights_are_not(
+    views: tuple[Views, Classifier, TransferConfig], tmp_path: Path
+) -> None:
+    """A second supernet has the same weights, and one with another seed has others."""
+    state = {name: tensor.clone() for name, tensor in views[1].model.state_dict().items()}
+    trained = []
+    for number in range(2):
+        supernet = build(views, tmp_path / str(number))
+        before = {name: weight.detach().clone() for name, weight in supernet.weights.items()}
+        supernet.fit()
+        assert not any(torch.equal(weight, before[name]) for name, weight in supernet.weights.items())
+        trained.append(supernet.weights)
+    assert attachments(views[1].model) == []
+    assert all(torch.equal(tensor, state[name]) for name, tensor in views[1].model.state_dict().items())
+    assert all(torch.equal(weight, trained[1][name]) for name, weight in trained[0].items())
+
+
+def test_steps_sample_different_sub_networks(views: tuple[Views, Classifier, TransferConfig], tmp_path: Path) -> None:
+    supernet = build(views, tmp_path)
+    samples = [supernet.sample(step) for step in range(30)]
+    assert samples == [supernet.sample(step) for step in range(30)]
+    assert len({*samples}) > 20
+    assert not any(sub.is_empty for sub in samples)
+
+
+def test_attaching_keeps_the_random_state_of_dropout(views: tuple[Views, Classifier, TransferConfig], tmp_path: Path) -> None:
+    supernet = build(views, tmp_path)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with supernet.sub_network(SUB, training=True):
+        assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize(("name", "hooks"), [("adalora", ("penalty", "after_step")), ("tip_adapter", ("prepares",))])
+def test_methods_that_take_part_in_training_are_rejected(name: str, hooks: tuple[str, ...]) -> None:
+    with raises(OptionError, option="methods", method=name, given=hooks):
+        check_supernet([methods.get("lora")(), methods.get(name)()])
+
+
+def test_random_sub_networks_of_any_state_are_within_the_largest() -> None:
+    space = PrefixSpace(tiny_sites(), 10**6)
+    rng = random.Random(0)
+    largest = space.largest()
+    for _ in range(20):
+        pairs = zip(space.sample_any(rng).sizes, largest.sizes, strict=True)
+        assert all(size <= most for row, limits in pairs for size, most in zip(row, limits, strict=True))
