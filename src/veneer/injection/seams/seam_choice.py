@@ -12,6 +12,7 @@ from ..adapter_forms import (
     BiasAdapter,
     ImagePromptAdapter,
     InputAdapter,
+    InputKeyValueAdapter,
     KeyValueAdapter,
     OutputAdapter,
     ResidualAdapter,
@@ -80,7 +81,7 @@ def _with_arguments(groups: Mapping[Key, list[tuple[Site, Adapter]]]) -> list[tu
 
 def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
     """The class of a part's seam, and the fields that parts of one seam have in common."""
-    if isinstance(site, (WeightSite, SelfAttentionSite)) and isinstance(adapter, KeyValueAdapter):
+    if isinstance(site, (WeightSite, SelfAttentionSite)) and isinstance(adapter, (KeyValueAdapter, InputKeyValueAdapter)):
         return (KeyValueSeam, attention_of(site))
     if isinstance(site, (WeightSite, ParamSite, NormSite)):
         if adapter.prefers_weight and is_ordinary(base_tensor(tower, site.path, site.param)):
@@ -149,7 +150,7 @@ def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
     )
 
 
-FORMS = ("output", "input", "weight", "insert", "attend", "keys_values", "residuals")
+FORMS = ("output", "input", "weight", "insert", "attend", "keys_values", "keys_values_of", "residuals")
 
 
 def _require(site: Site, adapter: Adapter, protocol: type, form: str) -> None:
