@@ -130,6 +130,8 @@ def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
         write = site.write if isinstance(site, BranchSite) else Port(site.path, "out")
         return write, write
     if isinstance(site, BranchSite):
+        if adapter.input_port == "inner":
+            return inner_port(site), site.write
         read = site.normed if adapter.input_port == "normed" else site.read
         if read is None:
             raise UnsupportedSite(
@@ -148,6 +150,12 @@ def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
     raise UnsupportedSite(
         f"{site.name}: adapters with an output form cannot be attached to a {type(site).__name__}.", site=site.name
     )
+
+
+def inner_port(site: BranchSite) -> Port:
+    """What the module of a branch reads: its own input if it writes the branch, else after the norm, or the stream without."""
+    path = site.write.path
+    return Port(path, "in") if site.name.endswith(f"{path}.branch") else site.normed or site.read
 
 
 FORMS = ("output", "input", "weight", "insert", "attend", "keys_values", "keys_values_of", "residuals")
