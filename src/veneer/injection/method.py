@@ -195,6 +195,10 @@ class Method(TrainingProtocol, ABC):
     def build(self, site: Any) -> Adapter:
         """Builds the adapter of one site. Must use no other random numbers than those of torch's global generator."""
 
+    def changes_at_start(self, site: Any) -> bool:
+        """True if a fresh adapter of this site changes the output; for methods of which only some sites do."""
+        return not self.identity_at_start
+
     def build_shared(self, sites: Sequence[Any]) -> nn.Module | None:
         """Builds a module that all adapters of one tower share, as their child `shared`, or None.
 
