@@ -69,6 +69,10 @@ class MAM(PrefixPartMethod):
         """With a small MLP of the keys and values, and without."""
         return cls(tokens=3, hidden=8, bottleneck=8), cls(tokens=2, hidden=0, bottleneck=8)
 
+    def changes_at_start(self, site: WeightSite | BranchSite) -> bool:
+        """True for attention; Up is zero."""
+        return isinstance(site, WeightSite)
+
     def build(self, site: WeightSite | BranchSite) -> Adapter:  # type: ignore[override]
         """Keys and values of one attention module, or Down and Up for one MLP."""
         if isinstance(site, WeightSite):
