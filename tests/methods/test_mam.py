@@ -82,7 +82,9 @@ def test_published_count() -> None:
     """ViT-B/16 with p = 10 and h = 64: 184,320 in keys and values, 1,189,632 in bottlenecks."""
     with torch.device("meta"):
         vit = timm.create_model("vit_base_patch16_224", num_classes=0)
-    assert attach(vit, "mam", hidden=0).report().trainable == 1_373_952
+    tuned = attach(vit, "mam", hidden=0)
+    assert tuned.report().trainable == 1_373_952
+    assert sum(tuned.method.count(site) for site, _ in tuned.parts.values()) == 1_373_952
     assert attach(vit, "mam", name="training").report().trainable == 12 * 2 * 768 * 513 + 10 * 768 + 769 * 512 + 1_189_632
 
 

@@ -138,6 +138,7 @@ def test_published_counts() -> None:
     for options, count in (({}, 184_320 + 894_528 + 294_912 + 36_912), ({"biases": True}, 1_410_672 + 102_912)):
         tuned = attach(vit, "unipelt", hidden=0, **options)
         assert tuned.report().trainable == count
+        assert sum(tuned.method.count(site) for site, _ in tuned.parts.values()) == count
         tuned.detach()
 
 
@@ -171,6 +172,17 @@ def test_strength() -> None:
     assert torch.equal(model(x), whole)
     with raises(StateError, given=-1, expected=0):
         tuned.scale = -1
+
+
+@pytest.mark.parametrize("role", ["attn.q", "mlp"])
+def test_strength_multiplies_the_change(role: str) -> None:
+    tuned = attach(tiny(), "unipelt", hidden=0, rank=2, reduction=2)
+    stirred(tuned)
+    adapter: Any = next(adapter for site, adapter in tuned.parts.values() if site.role == role)
+    x = random(2, 5, 24)
+    whole = adapter.output(x, x) - x
+    adapter.strength.fill_(0.25)
+    torch.testing.assert_close(adapter.output(x, x) - x, whole / 4)
 
 
 @pytest.mark.parametrize("options", [{"tokens": 0}, {"hidden": -1}, {"rank": 0}, {"reduction": 0}, {"dropout": 1.0}])
