@@ -101,6 +101,8 @@ VIT = [
     _vit("adaptformer", 156_768, bottleneck=8),
     _vit("adaptformer", "0.16 M", "Convpass' paper", bottleneck=8),
     _vit("adaptformer", 27_660, bottleneck=1),
+    _vit("mam", 1_373_952, FORMULA, hidden=0),
+    _vit("unipelt", 1_410_672, FORMULA, hidden=0),
     *(
         _vit("adapter_plus", number, bottleneck=h)
         for h, number in {1: 36_876, 2: 55_320, 4: 92_208, 8: 165_984, 16: 313_536, 32: 608_640}.items()

@@ -40,12 +40,12 @@ class Added(Adapter):
         return self.keys, self.values
 
 
-def joined(module: nn.Module, shift: float = 0.0, strength: float = 1.0) -> KeyValueSeam:
+def joined(module: nn.Module, shift: float = 0.0, strength: float = 1.0, adapter: Adapter | None = None) -> KeyValueSeam:
     """A seam on the attention at `attn` of a module."""
     site = WeightSite(
         name="attn.out", role="attn.out", path="attn.out", d_out=8, d_in=8, heads=HEADS, attention="attn", sdpa=True
     )
-    seam = KeyValueSeam(module, [(site, Added(shift))])
+    seam = KeyValueSeam(module, [(site, adapter or Added(shift))])
     seam.join("x")
     seam.write_strength(strength)
     return seam
@@ -188,3 +188,34 @@ def test_attention_that_is_computed_in_another_way() -> None:
     assert not calls_sdpa(timm.layers.DiffAttention(8, 2))
     assert not calls_sdpa(timm.models.xcit.XCA(8, 2))  # keys are channels
     assert not calls_sdpa(Own())
+
+
+class OfInput(Added):
+    """Keys and values times the mean of the first channel of a sample's tokens."""
+
+    def keys_values_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        factor = x[..., 0].mean(1)[:, None, None, None]
+        return factor * self.keys, factor * self.values
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_keys_and_values_of_the_input(batch_first: bool) -> None:
+    """Each sample has its own, whatever the order of the dimensions is; the argument may be passed by name."""
+    torch.manual_seed(0)
+    owner: Any = nn.ModuleDict({"attn": nn.MultiheadAttention(8, HEADS, batch_first=batch_first).double().eval()})
+    attn, x = owner["attn"], random(2, LENGTH, 8, seed=3)
+    joined(owner, adapter=OfInput())
+    given = x if batch_first else x.transpose(0, 1)
+    got = attn(query=given, key=given, value=given, need_weights=False)[0]
+    for i, sample in enumerate(x):
+        factor = sample[:, 0].mean()
+        pairs = ((factor * KEYS, factor * VALUES),)
+        expected = by_hand(attn, sample[None], sample[None], torch.zeros(LENGTH, LENGTH), strength=1, pairs=pairs)
+        torch.testing.assert_close((got if batch_first else got.transpose(0, 1))[i : i + 1], expected)
+
+
+def test_keys_of_other_samples() -> None:
+    """Keys and values of two samples in an attention of three, as in a module that changes the batch."""
+    keys, q = KEYS.expand(2, -1, -1, -1), random(3, HEADS, LENGTH, CHANNELS)
+    with AddedKeys(keys, keys, None), raises(HostChanged, given=tuple(q.shape), expected=tuple(keys.shape)):
+        F.scaled_dot_product_attention(q, q, q)

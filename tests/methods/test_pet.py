@@ -117,7 +117,7 @@ def test_distillation_from_the_mean_of_the_patterns() -> None:
     target = ((teachers[0] + teachers[1]) / 2 / 3).softmax(-1)
     student = (logits(explicit, image, (0, 1)) / 3).softmax(-1)
     wanted = 9 * (target * (target / student).log()).sum(-1).mean()
-    got = ForwardPasses([tuned]).without_labels(2, lambda: model(image))
+    got = ForwardPasses([tuned]).without_labels(2, lambda _: model(image))
     assert got is not None
     torch.testing.assert_close(got, wanted)
     got.backward()
@@ -144,8 +144,8 @@ def test_a_step_has_labels_or_none() -> None:
         indices = [index for _, index in samples]
         return image[indices], labels[indices]
 
-    def unlabeled(step: int, rows: list[int], samples: int) -> Tensor:
-        read.append((step, rows, samples))
+    def unlabeled(step: int, rows: list[int], samples: int, view: int) -> Tensor:
+        read.append((step, rows, samples, view))
         return others[rows]
 
     loss = ClassifyingLoss(model, labeled, InOrder(), 2, passes=ForwardPasses([tuned]), unlabeled=unlabeled)
@@ -155,8 +155,8 @@ def test_a_step_has_labels_or_none() -> None:
     torch.testing.assert_close(first, F.cross_entropy(model(image[2:]).float(), labels[2:]))
     tuned.after_step(1, 2)
     second = loss(1, [0, 1])
-    assert read == [(1, [0, 1], 2)]
-    passes = ForwardPasses([tuned]).without_labels(1, lambda: model(others[:2]).float())
+    assert read == [(1, [0, 1], 2, 0)]
+    passes = ForwardPasses([tuned]).without_labels(1, lambda _: model(others[:2]).float())
     torch.testing.assert_close(second, passes)
     assert second < first
 

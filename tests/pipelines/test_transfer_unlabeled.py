@@ -1,4 +1,4 @@
-"""`veneer transfer --unlabeled`: a run of PET on images with and without labels, and which options it needs."""
+"""`veneer transfer --unlabeled`: runs of PET and PPT on images with and without labels, and which options it needs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from veneer.pipelines.transfer import transfer
 from tests.classification.small import image_folder
 from tests.raising import raises
 from veneer.classification.config import TransferConfig
+from veneer.classification.data.transforms import TrainView
 from veneer.classification.data.unlabeled import UnlabeledImages, read_unlabeled
 from veneer.classification.predict import open_predictor
 from veneer.injection import OptionError, VeneerError
@@ -49,6 +50,17 @@ def test_a_run_saves_the_distilled_model(folder: Path, tmp_path: Path) -> None:
     assert torch.isfinite(predictor.logits(torch.zeros(1, 3, *predictor.classifier.data["input_size"][1:]))).all()
 
 
+def test_a_run_with_pretrained_prompts(folder: Path, tmp_path: Path) -> None:
+    """Random crops of images, not their cached features, and an epoch chosen among those with labels."""
+    options = {"ppt": {"tokens": 3, "confidence": 0.0}}
+    out = transfer(config(folder, method="ppt", options=options, steps=4, augment="light", out=tmp_path / "run"))
+    (vectors,) = load_file(out / "adapter.safetensors").values()
+    assert vectors.shape[0] == 3
+    result = json.loads((out / "result.json").read_text())
+    assert result["chosen"]["step"] >= 3
+    assert not result["training"]["cached_features"]
+
+
 def test_options(folder: Path, tmp_path: Path) -> None:
     for options, option, given in (
         ({"unlabeled": None}, "unlabeled", None),
@@ -75,4 +87,16 @@ def test_each_step_reads_further_images(folder: Path) -> None:
     steps = [images(step, [0, 1, 2], 3)[:, 0, 0, 0].tolist() for step in range(3)]
     assert sorted(index for step in steps for index in step) == [*range(9)]
     assert images(1, [2], 3)[:, 0, 0, 0].tolist() == steps[1][2:]
+    images.close()
+
+
+def test_views_are_crops_of_the_same_images(folder: Path) -> None:
+    """Two views differ, each is the same for the same step, and the first is the default."""
+    source = read_unlabeled(folder / "more")
+    images = UnlabeledImages(source, TrainView({"input_size": (3, 8, 8)}, "light", seed=0), seed=0, threads=1)
+    first, second = (images(2, [0, 1, 2], 3, view) for view in (0, 1))
+    assert first.shape == second.shape == (3, 3, 8, 8)
+    assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(images(2, [0, 1, 2], 3), first)
+    assert torch.equal(images(2, [1], 3, 1), second[1:2])
     images.close()

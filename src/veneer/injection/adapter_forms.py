@@ -19,6 +19,7 @@ the forms are protocols, checked once, when the adapter is attached.
 | | the same | `SelfAttentionSite` | `SelfAttentionSeam` |
 | `KeyValueAdapter` | `keys_values()` | weights of output projections with `sdpa` | `KeyValueSeam` |
 | | the same | `SelfAttentionSite` with `can_extend` | `KeyValueSeam` |
+| `InputKeyValueAdapter` | `keys_values_of(x)` | the same two | `KeyValueSeam` |
 | `ResidualAdapter` | `residuals(call)` | `ResidualSite` | `ResidualSeam` |
 | `FeatureAdapter` | and `change(features)` at `place` | `ResidualSite` | `ResidualSeam` |
 
@@ -192,6 +193,14 @@ class KeyValueAdapter(Blended, Protocol):
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
         """Keys and values, both (heads, added tokens, channels of a head), as they enter the softmax attention."""
+
+
+@runtime_checkable
+class InputKeyValueAdapter(Blended, Protocol):
+    """Adds keys and values that depend on what an attention module reads. Takes precedence over `KeyValueAdapter`."""
+
+    def keys_values_of(self, x: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Keys and values, both (batch, heads, added tokens, channels of a head). x: the module's first argument, batch first."""
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class Adapter(nn.Module):
     | `overwrites` | bool | False | `output` takes a third argument; if it is True, y may be modified in place |
     | `prefers_weight` | bool | False | `weight` is cheaper than `output` here: W is parametrized, unless quantized |
     | `input_port` | str | `"read"` | x on a `BranchSite`: the stream; `"normed"` after the norm; `"write"` y (`StreamSite` too) |
+    | | | | `"inner"` on a `BranchSite`: what its module reads, after the norm and a modulation |
     | | | | `"enter"` on a `StreamSite`: x and y are the input of the block, which is changed |
     | | | | `"tokens"` on a `FeatureSite`: x is the tokens before pooling |
     | `training_buffers` | tuple of str | `()` | non-persistent buffers that training checkpoints keep and saved files do not |
@@ -72,7 +73,7 @@ class Adapter(nn.Module):
     casts: ClassVar[bool] = True
     overwrites: ClassVar[bool] = False
     prefers_weight: bool = False
-    input_port: ClassVar[Literal["read", "normed", "write", "enter", "tokens"]] = "read"
+    input_port: ClassVar[Literal["read", "normed", "inner", "write", "enter", "tokens"]] = "read"
     training_buffers: ClassVar[tuple[str, ...]] = ()
     unsaved: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
@@ -193,6 +194,10 @@ class Method(TrainingProtocol, ABC):
     @abstractmethod
     def build(self, site: Any) -> Adapter:
         """Builds the adapter of one site. Must use no other random numbers than those of torch's global generator."""
+
+    def changes_at_start(self, site: Any) -> bool:
+        """True if a fresh adapter of this site changes the output; for methods of which only some sites do."""
+        return not self.identity_at_start
 
     def build_shared(self, sites: Sequence[Any]) -> nn.Module | None:
         """Builds a module that all adapters of one tower share, as their child `shared`, or None.

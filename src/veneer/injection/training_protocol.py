@@ -60,6 +60,10 @@ class TrainingProtocol:
         """
         return 0
 
+    def unlabeled_view(self, number: int) -> int:
+        """Number of the random crop of the images without labels that a pass reads; the same number is the same pixels."""
+        return 0
+
     def unlabeled_loss(self, outputs: Sequence[Tensor]) -> Tensor:
         """Loss of each image without a label, (batch,), of the logits of the `unlabeled_passes`."""
         raise NotImplementedError(f"{type(self).__name__} has passes without labels and does not implement unlabeled_loss")

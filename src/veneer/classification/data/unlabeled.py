@@ -40,8 +40,12 @@ def check_unlabeled(path: Path | None, names: Collection[str]) -> None:
         message = f"{needing[0]} trains on images without labels; pass a folder of them with --unlabeled."
         raise OptionError(message, option="unlabeled", method=needing[0], given=None, expected="a folder of images")
     if path is not None and not needing:
-        message = f"unlabeled is {path}, but {', '.join(names)} trains on labeled images only. Leave it out, or use pet."
+        message = f"unlabeled is {path}, but {', '.join(names)} trains on labeled images only. Leave it out, or use pet or ppt."
         raise OptionError(message, option="unlabeled", given=str(path), expected=None)
+
+
+VIEW_EPOCHS = 2**24
+"""Epochs between two views of an image, whose random crops depend on the epoch."""
 
 
 class UnlabeledImages:
@@ -54,15 +58,16 @@ class UnlabeledImages:
     def __init__(self, source: Source, view: View, seed: int, threads: int = 0) -> None:
         self.order, self.loader = Order(range(len(source)), seed), ImageLoader(source, view, threads)
 
-    def __call__(self, step: int, rows: list[int], samples: int) -> Tensor:
+    def __call__(self, step: int, rows: list[int], samples: int, view: int = 0) -> Tensor:
         """Images (len(rows), 3, height, width) of a step.
 
         Args:
-            rows: of the step's `samples`.
+            rows: of the step's `samples`. `view`: number of the random crop of each image, from 0.
         Raises:
             DataError: an image cannot be read.
         """
-        return self.loader([self.order.at(step * samples + row) for row in rows])[0]
+        places = [self.order.at(step * samples + row) for row in rows]
+        return self.loader([(epoch + view * VIEW_EPOCHS, index) for epoch, index in places])[0]
 
     def close(self) -> None:
         """Stops the loader threads."""

@@ -60,7 +60,7 @@ class ClassifyingLoss:
         mixing: mixup and CutMix, or None.
         objective: computes the loss of logits and targets.
         passes: runs the forward passes that the methods ask for.
-        unlabeled: returns the unlabeled images of rows of a step, or None.
+        unlabeled: returns the unlabeled images of rows of a step in one of several views, or None.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ClassifyingLoss:
         mixing: Mixing | None = None,
         objective: Objective = SINGLE_LABEL,
         passes: ForwardPasses | None = None,
-        unlabeled: Callable[[int, list[int], int], Tensor] | None = None,
+        unlabeled: Callable[[int, list[int], int, int], Tensor] | None = None,
     ) -> None:
         self.unlabeled = unlabeled
         self.objective, self.passes = objective, passes or ForwardPasses()
@@ -94,12 +94,12 @@ class ClassifyingLoss:
         """The loss of a step without labels, or None if the methods ask for a labeled step."""
         if self.unlabeled is None:
             return None
-        load, images = self.unlabeled, dict[str, Tensor]()
+        load, images = self.unlabeled, dict[int, Tensor]()
 
-        def compute() -> Tensor:
-            if not images:
-                images["inputs"] = load(step, rows, self.samples).to(self.device)
-            return self.logits(images["inputs"]).float()
+        def compute(view: int) -> Tensor:
+            if view not in images:
+                images[view] = load(step, rows, self.samples, view).to(self.device)
+            return self.logits(images[view]).float()
 
         return self.passes.without_labels(step, compute)
 

@@ -91,7 +91,8 @@ class ClassifierTrainer:
             layer_factors(attached, config.layer_decay)  # raises before any feature is computed
         self._check_head_rate()
         self.mixing = Mixing(config.mixup, config.cutmix, config.seed)
-        cached = config.cache and not self.mixing.enabled and reads_features_only(classifier, attached)
+        plain = config.cache and not self.mixing.enabled and views.unlabeled is None
+        cached = plain and reads_features_only(classifier, attached)
         self._frozen = features or CachedFeatures(classifier, views, config.batch, self.dtype)
         self.features = self._frozen if cached else None
         self.per_epoch = max(1, len(views.data.splits.train) // (config.batch * config.gradient_accumulation_steps))

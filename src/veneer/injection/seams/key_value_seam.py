@@ -11,12 +11,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from ..adapter_forms import KeyValueAdapter
+from ..adapter_forms import InputKeyValueAdapter, KeyValueAdapter
 from ..attention_sites import SelfAttentionSite
 from ..errors import HostChanged, StateError
 from ..method import Adapter
 from ..sites import WeightSite
-from .adapter_calls import is_tracing
+from .adapter_calls import cast as to_adapter_dtype
+from .adapter_calls import first_argument, is_tracing
 from .seam import HookSeam
 
 
@@ -27,20 +28,20 @@ class KeyValueSeam(HookSeam):
     projections, norms of keys and rotations, the same for every library, and also captured by `torch.compile` and exports. All
     queries attend to the added keys: masks and relative positions get zero columns for them. Strength s multiplies the
     unnormalized attention weights of the added keys, so that 0 is the host and none is negative. timm's `fused_attn` is
-    True during the call.
+    True during the call. Keys and values are the same for all samples, or depend on the first argument of the module.
     """
 
-    adapters: Sequence[KeyValueAdapter]
+    adapters: Sequence[KeyValueAdapter | InputKeyValueAdapter]
 
     def __init__(self, tower: nn.Module, parts: Sequence[tuple[WeightSite | SelfAttentionSite, Adapter]]) -> None:
         super().__init__(tower, parts)
         self.home = attention_of(self.sites[0])
-        self.__dict__.update(_modes=[], full=True)
+        self.__dict__.update(_modes=[], full=True, reads_input=isinstance(self.adapters[0], InputKeyValueAdapter))
 
     def hooks(self) -> list[RemovableHandle]:
         attn = self.owner()
         leave = attn.register_forward_hook(self._leave, prepend=True, always_call=True)  # modes are left in reverse order
-        return [attn.register_forward_pre_hook(self._enter), leave]
+        return [attn.register_forward_pre_hook(self._enter, with_kwargs=True), leave]
 
     def check_strength(self, strength: float) -> None:
         """Raises `StateError` for a negative strength, which has no logarithm."""
@@ -54,16 +55,25 @@ class KeyValueSeam(HookSeam):
         super().write_strength(strength)
         self.__dict__["full"] = strength == 1
 
-    def _enter(self, attn: Any, args: tuple[Any, ...]) -> None:
+    def _enter(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.is_bypassed():
             return
         adapter = self.adapters[0]
+        keys, values = self._keys_values(adapter, attn, args, kwargs)
         exact = not torch.compiler.is_compiling() and self.__dict__["full"] and not is_tracing()  # no guard on the strength
-        mode = AddedKeys(*adapter.keys_values(), None if exact else adapter.strength)
+        mode = AddedKeys(keys, values, None if exact else adapter.strength)
         self.__dict__["_modes"].append((mode, getattr(attn, "fused_attn", True)))
         if hasattr(attn, "fused_attn"):
             attn.fused_attn = True
         mode.__enter__()
+
+    def _keys_values(self, adapter: Any, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if not self.__dict__["reads_input"]:
+            return cast(tuple[Tensor, Tensor], adapter.keys_values())
+        x = first_argument(args, kwargs)
+        if isinstance(attn, nn.MultiheadAttention) and not attn.batch_first:
+            x = x.transpose(0, 1)
+        return cast(tuple[Tensor, Tensor], adapter.keys_values_of(to_adapter_dtype(x, adapter)))
 
     def _leave(self, attn: Any, args: tuple[Any, ...], output: Any) -> None:
         if not self.__dict__["_modes"]:
@@ -90,7 +100,7 @@ class AddedKeys(TorchFunctionMode):
     """Adds keys and values to the first scaled dot-product attention that is called inside it.
 
     Args:
-        keys, values: (heads, added tokens, channels). `strength`: buffer (), or None for 1.
+        keys, values: ([batch,] heads, added tokens, channels). `strength`: buffer (), or None for 1.
     Attributes:
         calls: number of calls of attention so far.
     """
@@ -121,10 +131,12 @@ class AddedKeys(TorchFunctionMode):
         **options: Any,
     ) -> Tensor:
         """`F.scaled_dot_product_attention` with the added keys and values."""
-        if key.shape[-3] != self.keys.shape[0] or key.shape[-1] != self.keys.shape[-1] or value.shape[-1] != key.shape[-1]:
+        added = self.keys.shape
+        same_samples = len(added) == 3 or key.shape[:-3] == added[:-3]
+        if key.shape[-3] != added[-3] or key.shape[-1] != added[-1] or value.shape[-1] != key.shape[-1] or not same_samples:
             message = (
                 f"keys and values of attention have the shapes {tuple(key.shape)} and {tuple(value.shape)}, the added ones "
-                f"{tuple(self.keys.shape)} (heads, tokens, channels). Select other attention modules by where=…"
+                f"{tuple(added)} ([batch,] heads, tokens, channels). Select other attention modules by where=…"
             )
             raise HostChanged(message, where="attention", given=tuple(key.shape), expected=tuple(self.keys.shape))
         mask = self._widen(attn_mask, is_causal, query, key.shape[-2])

@@ -12,6 +12,7 @@ from ..adapter_forms import (
     BiasAdapter,
     ImagePromptAdapter,
     InputAdapter,
+    InputKeyValueAdapter,
     KeyValueAdapter,
     LayeredVocabularyAdapter,
     OutputAdapter,
@@ -82,7 +83,7 @@ def _with_arguments(groups: Mapping[Key, list[tuple[Site, Adapter]]]) -> list[tu
 
 def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
     """The class of a part's seam, and the fields that parts of one seam have in common."""
-    if isinstance(site, (WeightSite, SelfAttentionSite)) and isinstance(adapter, KeyValueAdapter):
+    if isinstance(site, (WeightSite, SelfAttentionSite)) and isinstance(adapter, (KeyValueAdapter, InputKeyValueAdapter)):
         return (KeyValueSeam, attention_of(site))
     if isinstance(site, (WeightSite, ParamSite, NormSite)):
         if adapter.prefers_weight and is_ordinary(base_tensor(tower, site.path, site.param)):
@@ -133,6 +134,8 @@ def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
         write = site.write if isinstance(site, BranchSite) else Port(site.path, "out")
         return write, write
     if isinstance(site, BranchSite):
+        if adapter.input_port == "inner":
+            return inner_port(site), site.write
         read = site.normed if adapter.input_port == "normed" else site.read
         if read is None:
             raise UnsupportedSite(
@@ -153,7 +156,13 @@ def _ports(site: Site, adapter: Adapter) -> tuple[Port, Port]:
     )
 
 
-FORMS = ("output", "input", "weight", "insert", "attend", "keys_values", "residuals")
+def inner_port(site: BranchSite) -> Port:
+    """What the module of a branch reads: its own input if it writes the branch, else after the norm, or the stream without."""
+    path = site.write.path
+    return Port(path, "in") if site.name.endswith(f"{path}.branch") else site.normed or site.read
+
+
+FORMS = ("output", "input", "weight", "insert", "attend", "keys_values", "keys_values_of", "residuals")
 
 
 def _require(site: Site, adapter: Adapter, protocol: type, form: str) -> None:

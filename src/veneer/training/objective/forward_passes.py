@@ -52,11 +52,11 @@ class ForwardPasses:
         losses = [a.consistency_loss(outputs, distance) for a in self.consistent]
         return outputs[0], torch.stack(losses).sum(0) if losses else None
 
-    def without_labels(self, step: int, compute: Callable[[], Tensor]) -> Tensor | None:
+    def without_labels(self, step: int, compute: Callable[[int], Tensor]) -> Tensor | None:
         """The mean loss of a step on images without labels, or None if no method asks for one.
 
         Args:
-            step: of the run. `compute`: a forward pass of the images.
+            step: of the run. `compute`: a forward pass of the images, in the view with the given number.
         """
         losses = []
         for attachment in self.unlabeled if torch.is_grad_enabled() else ():
@@ -64,7 +64,7 @@ class ForwardPasses:
             for number in reversed(range(attachment.unlabeled_passes())):
                 self._begin(step, number)
                 with torch.set_grad_enabled(number == 0):
-                    outputs.insert(0, compute())
+                    outputs.insert(0, compute(attachment.method.unlabeled_view(number)))
             losses += [attachment.method.unlabeled_loss(outputs).mean()] if outputs else []
         return torch.stack(losses).sum() if losses else None
 

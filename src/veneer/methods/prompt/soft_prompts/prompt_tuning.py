@@ -61,6 +61,7 @@ class PromptTuning(Method):
     fallback: ClassVar[tuple[str, ...]] = ("tokens.tower",)
     identity_at_start: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 1e-2
+    adapters: ClassVar[tuple[type[PromptTokens], type[TextPrompts]]] = (PromptTokens, TextPrompts)
 
     tokens: int = 20
     initialize: Initial = "auto"
@@ -91,11 +92,11 @@ class PromptTuning(Method):
             if getattr(self, option) not in ("", "auto", "uniform"):
                 message = f"{option}={getattr(self, option)!r} needs a vocabulary, and images have none; use initialize='uniform'"
                 raise OptionError(message, option=option, method=self.name, given=getattr(self, option), expected="uniform")
-        return PromptTokens(site, self.tokens, self.limit)
+        return self.adapters[0](site, self.tokens, self.limit)
 
     def _build_text(self, site: PromptSite) -> TextPrompts:
         texts = self.words.split() or (site.classes if self.initialize == "classes" else ())
-        adapter = TextPrompts(site, self.tokens, "end", texts, self.initialize != "uniform")
+        adapter = self.adapters[1](site, self.tokens, "end", texts, self.initialize != "uniform")
         nn.init.uniform_(adapter.context, -self.limit, self.limit)
         return adapter
 
