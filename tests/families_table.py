@@ -111,7 +111,7 @@ def tiny_denoiser(name: str) -> Any:
     record = next(record for record in records().values() if name in record.classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return record.build(**next(iter(record.tiny.values())))
+        return recent.with_values(record.build(**next(iter(record.tiny.values()))))
 
 
 def save_in_formats(lora: Attachment, folder: Path) -> dict[str, Path]:

@@ -142,7 +142,7 @@ def _ernie_image(scheduler: dict[str, Any], **denoiser: Any) -> Any:
         "ffn_hidden_size": 28, "text_in_dim": 24, "rope_axes_dim": (4, 2, 2),
     }  # fmt: skip
     return diffusers.ErnieImagePipeline(
-        transformer=with_noise(diffusers.ErnieImageTransformer2DModel(**{**config, **denoiser})),
+        transformer=with_values(diffusers.ErnieImageTransformer2DModel(**{**config, **denoiser})),
         vae=flux2_vae(3),
         text_encoder=qwen3_model(tokenizer, 24),
         tokenizer=tokenizer,
@@ -166,7 +166,7 @@ def _prx(scheduler: dict[str, Any], **denoiser: Any) -> Any:
         "axes_dim": [4, 4],
     }  # fmt: skip
     return diffusers.PRXPipeline(
-        transformer=with_noise(diffusers.PRXTransformer2DModel(**{**config, **denoiser})),
+        transformer=with_values(diffusers.PRXTransformer2DModel(**{**config, **denoiser})),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
         text_encoder=T5GemmaEncoder(text),
         tokenizer=tokenizer,
@@ -175,11 +175,12 @@ def _prx(scheduler: dict[str, Any], **denoiser: Any) -> Any:
     )
 
 
-def with_noise(model: Any) -> Any:
-    """A model without parameters of zeros, as after training."""
+def with_values(model: Any) -> Any:
+    """A model whose layers have no weights of zeros, as after training."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=0.2)
     return model
 
 

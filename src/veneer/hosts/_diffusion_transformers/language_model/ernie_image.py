@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..._describe import SampleInputs
-from ..parts import Attention, FeedForward, Modules, Stream
+from ..parts import Attention, FeedForward, Modules
 from ..record import Blocks, TransformerRecord
 
 
@@ -23,9 +23,9 @@ BLOCK = (
     Modules("adaLN_sa_ln"),
     Attention("self_attention"),
     Modules("adaLN_mlp_ln"),
-    FeedForward("mlp", norm="adaLN_mlp_ln", layers={"gate_proj": "gate", "up_proj": "in", "linear_fc2": "out"}),
-    Stream("adaLN_mlp_ln"),
+    FeedForward("mlp", layers={"gate_proj": "gate", "up_proj": "in", "linear_fc2": "out"}, branch=False),
 )
+"""Tokens come before rows of the batch, except in the attention: other branches and the stream have no sites."""
 RECORD = TransformerRecord(
     classes=("ErnieImageTransformer2DModel",),
     modules=(
