@@ -19,6 +19,7 @@ from tests.formats.transformer_peers import PEERS
 from tests.formats.transformer_peers import tiny as peer_model
 from tests.training.flow_families import tiny as flow
 from tests.training.language_model_families import tiny as language_model
+from tests.training.recent_families import tiny as recent
 from tests.training.transformer_families import tiny as transformer
 from tests.training.video_families import tiny as video
 from veneer import attach
@@ -33,7 +34,6 @@ UNET = "UNet2DConditionModel"
 COLUMNS = ("attach", "train", "generate", "quantized", "files read", "files written")
 FORMATS = ("diffusers", "kohya", "comfyui", "onetrainer", "xlabs")
 """Formats that are written for other tools. Native files, folders of peft and LyCORIS files have the sites of every family."""
-VIDEO = ("CogVideoX", "LTXVideo", "Mochi", "SkyReelsV2")
 FILES = "tests.formats.test_transformer_files:test_files_of_other_tools"
 EVIDENCE: Mapping[str, Mapping[str, str]] = {
     UNET: {
@@ -78,7 +78,7 @@ def tiny_of(family: str) -> Any:
     """A tiny pipeline of a training family."""
     if family in FAMILIES:
         return tiny_pipeline(family)
-    module: Any = next(module for module in (flow, language_model, transformer, video) if family in module.PIPELINES)
+    module: Any = next(module for module in (flow, language_model, recent, transformer, video) if family in module.PIPELINES)
     return module.tiny(family)
 
 
@@ -111,7 +111,7 @@ def tiny_denoiser(name: str) -> Any:
     record = next(record for record in records().values() if name in record.classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return record.build(**next(iter(record.tiny.values())))
+        return recent.with_values(record.build(**next(iter(record.tiny.values()))))
 
 
 def save_in_formats(lora: Attachment, folder: Path) -> dict[str, Path]:
@@ -140,7 +140,7 @@ def row(name: str, forms: Collection[str]) -> tuple[str, ...]:
     """The cells of a class, of which LoRA is written in the formats `forms`."""
     known = {*forms, *peers().get(name, {})}
     read = [*(form for form in FORMATS if form in known), *sorted(known - {*FORMATS})]
-    trains = "yes" if name in trained() else "no (2)" if name.startswith(VIDEO) else "no (1)"
+    trains = "yes" if name in trained() else "no (1)"
     return "yes", trains, trains, "yes", *(", ".join(f"`{form}`" for form in names) for names in (read, forms))
 
 

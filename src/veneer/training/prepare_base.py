@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from veneer.injection import Attachment
 from veneer.injection.errors import OptionError
@@ -29,8 +30,16 @@ def enable_gradient_checkpointing(tower: Any) -> None:
         kind = type(tower).__name__
         message = f"{kind} has no gradient checkpointing. Leave out --gradient-checkpointing."
         raise OptionError(message, option="gradient_checkpointing", given=kind)
-    enable()
+    if hasattr(tower, "enable_gradient_checkpointing"):
+        enable(_recompute)
+    else:
+        enable()
     tower.training = True  # only the flag that enables checkpointing; submodules stay in eval, without dropout
+
+
+def _recompute(block: Any, *inputs: Any, **options: Any) -> Any:
+    """A block whose activations are recomputed; with keyword arguments, which the default of diffusers has not."""
+    return checkpoint(block, *inputs, use_reentrant=False, **options)
 
 
 def checkpoint_towers(pipe: Any, attached: Sequence[Attachment]) -> None:

@@ -15,7 +15,7 @@ from .family import Family, Sizes, generated_images
 
 __all__ = [
     "BaseModelError", "Family", "PromptError", "PromptWarning", "Sizes", "check_folder", "families", "family",
-    "generated_images", "sampling_arguments",
+    "generated_images", "is_single_prompt", "sampling_arguments",
 ]  # fmt: skip
 
 EDITING = ("Kontext", "Fill", "Edit", "Control", "Pix2Pix", "Redux")
@@ -50,6 +50,12 @@ def sampling_arguments(pipe: Any, arguments: dict[str, Any], prompts: int) -> di
     """`Family.sampling_arguments` of a pipeline's family; the arguments themselves if it has none."""
     kind = _kind_of(pipe)
     return kind.sampling_arguments(arguments, prompts) if kind else arguments
+
+
+def is_single_prompt(pipe: Any) -> bool:
+    """True if a pipeline takes one prompt in a call: `Family.single_prompt` of its family."""
+    kind = _kind_of(pipe)
+    return kind is not None and kind.single_prompt
 
 
 def _kind_of(pipe: Any) -> type[Family] | None:

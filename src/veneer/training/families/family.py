@@ -31,7 +31,7 @@ class Family(PromptLimits, ABC):
             of LoRA and DoRA are the ones of diffusers' training scripts.
         density: default timestep density. `packing`: number of latents per channel vector of the denoiser.
         square: True if only square images are supported. `frames`: True if the VAE is one of videos, (batch, channels, frames,
-            height, width), of which an image is a frame.
+            height, width), of which an image is a frame. `single_prompt`: True if the pipeline takes one prompt in a call.
 
     Attributes:
         pipe: the pipeline; each call uses its current components. On the meta device it needs no tokenizers.
@@ -50,6 +50,7 @@ class Family(PromptLimits, ABC):
     packing: ClassVar[int] = 1
     square: ClassVar[bool] = False
     frames: ClassVar[bool] = False
+    single_prompt: ClassVar[bool] = False
 
     def __init__(
         self, pipe: Any, *, truncate: Literal["error", "warn"] = "error", max_tokens: int | None = None, guidance: float = 3.5

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from veneer.injection import Attachment
+from veneer.injection.errors import BaseModelError
 
 from ..families import Family
 from ..loop.config import TrainConfig
@@ -65,6 +67,8 @@ def count_training_step(
         trainable: trainable parameters. `resolution`: side in pixels. `rows`: images. `precision`: autocast dtype, as in
             `mixed_precision`.
         flops: count them too, which takes longer than the bytes.
+    Raises:
+        BaseModelError: shapes in the denoiser depend on values, as in a mixture of experts.
     """
     trainable = list(trainable)
     dtype = AUTOCAST[precision]
@@ -73,7 +77,15 @@ def count_training_step(
     text = {name: torch.ones_like(shape, device=family.device) for name, shape in family.text_shapes(rows).items()}
     times = torch.full((rows,), 1000.0, device=family.device)
     inputs = catch_inputs(family.tower, lambda: family.denoise(noisy, times, text))
-    costs = [count_step_cost(family.tower, inputs, trainable, dtype, flops)]
+    try:
+        costs = [count_step_cost(family.tower, inputs, trainable, dtype, flops)]
+    except DynamicOutputShapeException as error:
+        kind = type(family.tower).__name__
+        message = (
+            f"the memory of {kind} cannot be counted without weights: the number of tokens of each expert depends on them; "
+            "leave out the check, and begin with a small batch and resolution."
+        )
+        raise BaseModelError(message, where="memory", given=kind) from error
     for tower in family.text_towers.values():
         if any(p.requires_grad for p in tower.parameters()):
             limit = getattr(tower.config, "max_position_embeddings", None) or family.text_tokens

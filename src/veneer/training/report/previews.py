@@ -20,7 +20,7 @@ from veneer.injection.attachment.attachment import Attachment
 from veneer.injection.errors import OptionError, VeneerError
 
 from ..encoder_offload import restore_encoders
-from ..families import generated_images, sampling_arguments
+from ..families import generated_images, is_single_prompt, sampling_arguments
 from ..loop.seeds import generator
 from .png_metadata import save_png
 
@@ -177,10 +177,11 @@ def _generate(
 ) -> list[Preview]:
     accepts = set(inspect.signature(pipe.__call__).parameters)
     found: list[Preview] = []
+    rows = 1 if is_single_prompt(pipe) else settings.batch
     with sampling_mode(pipe), restore_encoders(pipe), torch.no_grad():  # not inference mode, in which optimum-quanto fails
         scheduler = other_scheduler(pipe.scheduler, settings.scheduler)
-        for start in range(0, len(jobs), settings.batch):
-            part = jobs[start : start + settings.batch]
+        for start in range(0, len(jobs), rows):
+            part = jobs[start : start + rows]
             pipe.scheduler = copy.deepcopy(scheduler)
             images = generated_images(pipe(**_arguments(pipe, accepts, part, settings)))
             found += [Preview(j.prompt, j.seed, image, _record(pipe, j, settings)) for j, image in zip(part, images, strict=True)]

@@ -40,12 +40,8 @@ class Flux2(LanguageModelLimits, Flux):
         return objective
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = super().encode_images(pixels)
-        vae, (height, width) = self.pipe.vae, mean.shape[-2:]
-        center, variance = vae.bn.running_mean.float(), vae.bn.running_var.float()
-        shift, scale = center, (variance + vae.config.batch_norm_eps).rsqrt()
-        shift, scale = (part.view(-1, 2, 2).repeat(1, height // 2, width // 2) for part in (shift, scale))
-        return (mean - shift) * scale, std * scale
+        vae = self.pipe.vae
+        return normalize_patches(vae, *super().encode_images(pixels), float(vae.config.batch_norm_eps))
 
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         """`prompt_embeds` (batch, tokens, layers·width)."""
@@ -88,3 +84,11 @@ class Flux2(LanguageModelLimits, Flux):
             return_dict=False,
         )[0]
         return unpack(output, height, width)
+
+
+def normalize_patches(vae: Any, mean: Tensor, std: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, std) of latents normalized by the VAE's batch norm, which has a channel for each place in a 2×2 patch."""
+    height, width = mean.shape[-2:]
+    shift, scale = vae.bn.running_mean.float(), (vae.bn.running_var.float() + eps).rsqrt()
+    shift, scale = (part.view(-1, 2, 2).repeat(1, height // 2, width // 2) for part in (shift, scale))
+    return (mean - shift) * scale, std * scale

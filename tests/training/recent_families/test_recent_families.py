@@ -1,0 +1,331 @@
+"""Families of `language_model` against their real pipelines: text, denoiser, latents, objective, memory, images, commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle
+from veneer.pipelines.generate import GenerateConfig, generate
+from veneer.pipelines.personalize import PersonalizeConfig, personalize
+
+from tests.raising import raises
+from tests.training.family_checks import assert_missing_components_are_named
+from tests.training.images import save
+from tests.training.test_memory_prediction import attach
+from tests.training.transformer_families.test_transformer_families import recorded_steps
+from veneer.injection.errors import BaseModelError, OptionError
+from veneer.training.families import PromptError, family
+from veneer.training.families.family import Family
+from veneer.training.families.flow.flux import unpack
+from veneer.training.families.text_masks import with_mask
+from veneer.training.objective.objectives import Flow
+from veneer.training.preflight.memory_parts import count_training_step
+from veneer.training.preflight.meta_family import meta_family
+from veneer.training.prepare_base import enable_gradient_checkpointing
+
+from .tiny import PIPELINES, tiny
+
+NAMES = list(PIPELINES)
+PROMPTS = ["a photo of a dog", "a red toy car on the 'beach'"]
+HEIGHT, WIDTH = 32, 48
+UNGUIDED: dict[str, dict[str, Any]] = {"hunyuan_image": {}}
+"""Arguments of the pipelines without classifier-free guidance; `guidance_scale=1` for the others."""
+OWN: dict[str, dict[str, Any]] = {"ernie_image": {"use_pe": False}, "prx": {"use_resolution_binning": False}}
+"""Arguments with which the pipelines generate images of the size and prompt that are asked for."""
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`LoraLoaderMixin` is deprecated:FutureWarning"),  # a base of PRX's pipeline
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of ERNIE-Image's noise levels
+]
+PipeOf = Callable[[str], Any]
+
+
+def grid(latents: Tensor, kind: Family) -> Tensor:
+    """Latents of the pipeline in any of their shapes as (batch, channels, height, width)."""
+    if latents.ndim == 5:
+        return latents[:, 0].permute(0, 3, 1, 2)
+    if latents.ndim == 3:
+        return unpack(latents, HEIGHT // kind.vae_factor, WIDTH // kind.vae_factor)
+    return latents if latents.shape[1] == kind.latent_channels else pixel_shuffle(latents, 2)
+
+
+def assert_denoise_is_the_loop(pipe: Any, name: str, **settings: Any) -> None:
+    """The prediction that the scheduler gets in the pipeline's own loop of three steps, for its noise levels, with its sign."""
+    kind = family(pipe)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    sizes = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 3, "output_type": "latent"}
+    settings = sizes | UNGUIDED.get(name, {"guidance_scale": 1.0}) | OWN.get(name, {}) | settings
+    with recorded_steps(pipe.scheduler) as steps, torch.no_grad():
+        pipe(prompt=list(PROMPTS), generator=generators, **settings)
+    levels = kind.objective().model_input(pipe.scheduler.sigmas[:3])
+    assert len(steps) == 3
+    with torch.no_grad():
+        text = kind.encode_text(PROMPTS)
+        for (prediction, _, noisy), level in zip(steps, levels, strict=True):
+            ours = kind.denoise(grid(noisy, kind), level.expand(2), text)
+            torch.testing.assert_close(ours, grid(prediction, kind), rtol=0, atol=1e-6)
+
+
+# -- the denoiser -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_denoise_is_what_the_pipeline_does(pipe_of: PipeOf, name: str) -> None:
+    assert_denoise_is_the_loop(pipe_of(name), name)
+
+
+def test_guidance_is_an_input_of_distilled_hunyuan_image() -> None:
+    assert_denoise_is_the_loop(tiny("hunyuan_image", guidance_embeds=True), "hunyuan_image", distilled_guidance_scale=3.5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 12), (8, 8)])
+def test_hidream_in_training_mode_predicts_an_image(pipe_of: PipeOf, height: int, width: int) -> None:
+    """Its transformer returns patches in training mode, which gradient checkpointing sets, with padding if it is no square."""
+    kind = family(pipe_of("hidream"))
+    noisy = torch.randn(2, 4, height, width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        text, times = kind.encode_text(PROMPTS), torch.tensor([300.0, 800.0])
+        expected = kind.denoise(noisy, times, text)
+        kind.tower.training = True
+        try:
+            torch.testing.assert_close(kind.denoise(noisy, times, text), expected, rtol=0, atol=1e-6)
+        finally:
+            kind.tower.training = False
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def pipeline_text(pipe: Any, name: str, prompts: list[str]) -> dict[str, Tensor]:
+    """Text by the pipeline's own `encode_prompt`."""
+    if name == "ernie_image":
+        return with_mask(pipe.encode_prompt(prompts, torch.device("cpu")))
+    if name == "prx":
+        embeds, mask, *_ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds, "mask": mask}
+    if name == "hidream":
+        embeds, _, llama, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds, "llama": llama.transpose(0, 1), "pooled": pooled}
+    if name == "hunyuan_image":
+        embeds, mask, glyphs, glyph_mask = pipe.encode_prompt(prompts, batch_size=len(prompts))
+        return {"prompt_embeds": embeds, "mask": mask, "prompt_embeds_2": glyphs, "mask_2": glyph_mask}
+    return {"prompt_embeds": pipe.encode_prompt(prompts, do_classifier_free_guidance=False)[0]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_is_that_of_the_pipeline(pipe_of: PipeOf, name: str) -> None:
+    text, theirs = family(pipe_of(name)).encode_text(PROMPTS), pipeline_text(pipe_of(name), name, list(PROMPTS))
+    for key, tensor in theirs.items():
+        assert torch.equal(text[key], tensor), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_of_text_without_weights(pipe_of: PipeOf, name: str) -> None:
+    kind = family(pipe_of(name))
+    prompts = ["dog " * (kind.text_tokens - 1)] * 2 if name == "ernie_image" else PROMPTS
+    real, shapes = kind.encode_text(prompts), kind.text_shapes(2)
+    assert {k: (v.shape, v.dtype) for k, v in real.items()} == {k: (v.shape, v.dtype) for k, v in shapes.items()}
+
+
+LIMITS: dict[str, tuple[int, int]] = {
+    "hunyuan_image": (1000 + 34, 35), "ovis_image": (256 + 28, 34), "bria": (128, 1),
+    "hidream": (128, 2), "ernie_image": (512, 1), "prx": (64, 1),
+}  # fmt: skip
+"""Limit of tokens, and tokens of the template."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_that_is_too_long(pipe_of: PipeOf, name: str) -> None:
+    kind, (limit, template) = family(pipe_of(name)), LIMITS[name]
+    longest = "a" + " dog" * (limit - template - 1)
+    kind.check_length([longest])
+    with raises(PromptError, given=limit + 8, expected=limit) as caught:  # the end of the template is cut off first
+        kind.encode_text(["a dog", longest + " dog" * 8])
+    assert set(caught.value.where.split()) == {"dog"}
+    assert kind.shorten(longest + " dog" * 8) == longest
+
+
+def test_the_empty_caption_of_bria_is_zeros(pipe_of: PipeOf) -> None:
+    """As the text of its pipeline without a negative prompt."""
+    pipe = pipe_of("bria")
+    _, negative, _ = pipe.encode_prompt(["a dog", "a toy"])
+    text = family(pipe).encode_text(["a dog", ""])["prompt_embeds"]
+    assert torch.equal(text[1], negative[1])
+    assert text[0].any()
+
+
+def test_glyphs_of_hunyuan_image_have_a_limit_of_their_own(pipe_of: PipeOf) -> None:
+    """128 bytes with `Text "` before them and `". ` and an end token behind."""
+    kind = family(pipe_of("hunyuan_image"))
+    kind.encode_text(["a toy with '" + "x" * 118 + "'"])
+    with raises(PromptError, given=129, expected=128):
+        kind.encode_text(["a toy with '" + "x" * 119 + "'"])
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("hunyuan_image", 1000)])
+def test_the_length_of_text_is_fixed(pipe_of: PipeOf, name: str, tokens: int) -> None:
+    with raises(OptionError, option="max_tokens", given=64, expected=tokens):
+        family(pipe_of(name), max_tokens=64).encode_text(PROMPTS)
+
+
+# -- images and objective ---------------------------------------------------------------------------------------------
+
+FLUX_VAES = ("ovis_image", "bria", "hidream", "prx")
+AFFINE = {"hunyuan_image": (0.75, 0.0), **dict.fromkeys(FLUX_VAES, (0.3611, 0.1159))}
+"""Scale and shift of the latents."""
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_latents_are_those_that_the_pipeline_decodes(pipe_of: PipeOf, name: str) -> None:
+    vae, kind = pipe_of(name).vae, family(pipe_of(name))
+    pixels = torch.rand(2, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = kind.encode_images(pixels)
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+    scale, shift = AFFINE[name]
+    torch.testing.assert_close(mean / scale + shift, posterior.mean)
+    torch.testing.assert_close(std / scale, posterior.std)
+
+
+def test_latents_of_ernie_image_are_those_that_its_pipeline_decodes(pipe_of: PipeOf) -> None:
+    """With the batch norm's own constant of the pipeline, which is not that of the VAE's config."""
+    pipe = pipe_of("ernie_image")
+    pixels = torch.rand(2, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = family(pipe).encode_images(pixels)
+    with torch.no_grad():
+        posterior = pipe.vae.encode(pixels).latent_dist
+    norm, scale = pipe.vae.bn, torch.sqrt(pipe.vae.bn.running_var + 1e-5).view(1, -1, 1, 1)
+    decoded = pipe._unpatchify_latents(pipe._patchify_latents(mean) * scale + norm.running_mean.view(1, -1, 1, 1))
+    torch.testing.assert_close(decoded, posterior.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(pipe._unpatchify_latents(pipe._patchify_latents(std) * scale), posterior.std)
+
+
+def test_sizes_and_shifts(pipe_of: PipeOf) -> None:
+    kinds = {name: family(pipe_of(name)) for name in NAMES}
+    objectives = {name: kind.objective() for name, kind in kinds.items()}
+    assert {type(objective) for objective in objectives.values()} == {Flow}
+    assert {n: (k.vae_factor, k.multiple, k.resolution, k.latent_channels) for n, k in kinds.items()} == {
+        "hunyuan_image": (4, 4, 256, 4),
+        "ovis_image": (4, 8, 512, 4),
+        "bria": (4, 8, 512, 4),
+        "hidream": (4, 8, 40, 4),
+        "ernie_image": (2, 4, 1024, 3),
+        "prx": (4, 8, 64, 4),
+    }
+    assert {name: objective.shift for name, objective in objectives.items() if isinstance(objective, Flow)} == {
+        "hunyuan_image": 5.0,
+        "ovis_image": 1.0,
+        "bria": 3.0,
+        "hidream": 3.0,
+        "ernie_image": 3.0,
+        "prx": 3.0,
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_target_is_the_velocity_of_the_scheduler(pipe_of: PipeOf, name: str) -> None:
+    """The scheduler's last step, with the target in place of the prediction, recovers x₀."""
+    scheduler, objective = tiny(name).scheduler, family(pipe_of(name)).objective()
+    scheduler.set_timesteps(4, **({"mu": 0.7} if scheduler.config.use_dynamic_shifting else {}))
+    sigmas, t = scheduler.sigmas[-2].expand(3), scheduler.timesteps[-1]
+    latents, noise = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert objective.model_input(sigmas)[0] == pytest.approx(float(t), rel=1e-6)
+    noisy = objective.add_noise(latents, noise, sigmas)
+    recovered = scheduler.step(objective.target(latents, noise, sigmas), t, noisy, return_dict=False)[0]
+    torch.testing.assert_close(recovered, latents, rtol=1e-5, atol=1e-5)
+
+
+# -- components, memory and gradients ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_components_are_listed(pipe_of: PipeOf, name: str) -> None:
+    assert_missing_components_are_named(pipe_of(name), name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_of_a_step_without_weights(name: str, tmp_path: Path) -> None:
+    """Counted from the configs of the base model alone."""
+    tiny(name).save_pretrained(tmp_path)
+    for file in tmp_path.rglob("*.safetensors"):
+        file.unlink()
+    kind = meta_family(tmp_path, torch.float32)
+    if name == "hidream":  # the number of tokens of each expert depends on the weights
+        with raises(BaseModelError, where="memory", given="HiDreamImageTransformer2DModel"):
+            count_training_step(kind, attach(kind.pipe), 32, 2, "no", flops=False)
+        return
+    assert count_training_step(kind, attach(kind.pipe), 32, 2, "no", flops=False).activations > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_changes_no_gradient(pipe_of: PipeOf, name: str) -> None:
+    kind = family(pipe_of(name))
+    with torch.no_grad():
+        text = kind.encode_text(PROMPTS)
+    noisy = torch.randn(2, kind.latent_channels, 4, 6, generator=torch.Generator().manual_seed(0))
+    weights = [w for n, w in kind.tower.named_parameters() if ("blocks." in n or "layers." in n) and w.ndim > 1]
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            enable_gradient_checkpointing(kind.tower)
+        try:
+            loss = kind.denoise(noisy, torch.tensor([300.0, 800.0]), text).square().mean()
+            gradients.append(torch.autograd.grad(loss, weights, allow_unused=True))
+        finally:
+            kind.tower.disable_gradient_checkpointing()  # type: ignore[operator]
+            kind.tower.eval()
+    assert sum(gradient is not None for gradient in gradients[0]) > len(weights) // 2
+    for plain, recomputed in zip(*gradients, strict=True):
+        if plain is not None:
+            torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
+
+
+# -- images and commands ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generation_is_that_of_the_pipeline(pipe_of: PipeOf, name: str) -> None:
+    pipe = pipe_of(name)
+    settings: dict[str, Any] = {"num_inference_steps": 2, "height": HEIGHT, "width": WIDTH}
+    ours = family(pipe).generate(["a dog", "a toy"], [torch.Generator().manual_seed(i) for i in range(2)], **settings)
+    generators, own = [torch.Generator().manual_seed(i) for i in range(2)], OWN.get(name, {})
+    if name == "prx":  # with guidance its pipeline takes a single prompt
+        calls = [pipe(prompt=p, generator=g, **settings, **own) for p, g in zip(("a dog", "a toy"), generators, strict=True)]
+        theirs = [call.images[0] for call in calls]
+    else:
+        theirs = pipe(prompt=["a dog", "a toy"], generator=generators, **settings, **own).images
+    assert [image.size for image in ours] == [(WIDTH, HEIGHT)] * 2
+    assert [image.tobytes() for image in ours] == [image.tobytes() for image in theirs]
+
+
+SAVED = [name for name in NAMES if name != "prx"]
+"""Families whose tiny pipelines load again: transformers reads the saved config of PRX's text encoder as one of another class."""
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_personalize_and_generate(name: str, tmp_path: Path) -> None:
+    """Both commands on a saved pipeline: a loss of each step, and an image that the trained adapter changes."""
+    tiny(name).save_pretrained(tmp_path / "base")
+    (tmp_path / "photos").mkdir()
+    save(tmp_path / "photos" / "0.png", 72, 64, seed=0)
+    base, side = str(tmp_path / "base"), 32
+    config = PersonalizeConfig(
+        photos=tmp_path / "photos", base=base, out=tmp_path / "run", concept="toy", steps=2, resolution=side, eval="none",
+        preview_steps=1, tracker="none", prompts=("a {concept}",), template=("a {concept}",), learning_rate=0.5,
+    )  # fmt: skip
+    run = personalize(config)
+    training = json.loads((run / "result.json").read_text())["training"]
+    assert training["steps"] == 2
+    assert training["loss"] > 0
+    images = []
+    for adapters in ((), (str(run),)):
+        settings: dict[str, Any] = {"base": base, "steps": 1, "size": (side, side), "out": tmp_path / f"{len(adapters)}"}
+        images += [Image.open(path).tobytes() for path in generate(GenerateConfig(("a toy",), adapters, **settings))]
+    assert len(images) == 2
+    assert images[0] != images[1]
