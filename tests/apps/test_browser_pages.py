@@ -20,7 +20,11 @@ from veneer.config_file import read_table
 from veneer.formats import load_all
 from veneer.training.report.png_metadata import read_settings
 
-FEW_PROMPTS = 'prompts = ["a {concept}, center, white background"]\ndrift_prompts = ["an apple, center, white background"]'
+QUICKER = """
+prompts = ["a {concept}, center, white background"]
+drift_prompts = ["an apple, center, white background"]
+preview_steps = 10
+"""
 """Other options that shorten previews and evaluation, most of a short run."""
 
 
@@ -67,7 +71,7 @@ def test_train_on_four_photos(app: App, page: Any, chromium: Browser, tmp_path: 
     page.locator("#train-word input, #train-word textarea").fill("fish")
     assert page.locator("#train-preset").get_by_label("quick").is_checked()
     page.get_by_text("Config file and other options", exact=True).click()
-    page.locator("#train-other textarea").fill(FEW_PROMPTS)
+    page.locator("#train-other textarea").fill(QUICKER)
     page.locator("#train-start").click()
     state = page.locator("#train-state")
     state.get_by_text(re.compile(r"trains: step \d+ of 100")).wait_for()

@@ -2,18 +2,22 @@
 
 A check depends on the method's adapter, on the kind of site that it adapts, and on how the host's model is built. So there are
 three axes: each method meets each kind of site that it can use, each host runs each check, and each small model runs the checks
-of its record. `test_together` is the product: it attaches every method on every host.
+of its record. `test_together` is the product: it attaches every method on every host. A method is checked at one site of each
+kind, a host and a small model at every site.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+from veneer.injection.host import Host
 from veneer.injection.sites import Site
 from veneer.testing import Check
-from veneer.testing.case import Case, merges_at
+from veneer.testing.case import Case, build_model, merges_at, sites_of
 from veneer.testing.checks_run import site_kind
 from veneer.testing.suite import METHOD_AXIS
 from veneer.testing.suite import REPRESENTATIVES as ON_EVERY_MODEL
@@ -36,7 +40,10 @@ OF_EVERY_MODEL = ("detach_restores", "merge_equals_explicit_change")
 """Checked on every small model with one representative."""
 
 SLOW = frozenset({"compiles_to_one_graph", "two_adapters_compose"})
-"""Checks that take seconds: on one host for each method, on two for a representative."""
+"""Checks that take seconds: with one method on each host."""
+
+HEAVY = 100
+"""Number of modules above which a small model is used for a method only if it has no other."""
 
 METHODS_OF_A_HOST = 3
 """With how many representatives each check runs on each host."""
@@ -52,33 +59,63 @@ REPRESENTATIVES = frozenset(
 )
 
 
+TRACED = frozenset({"timm_fallback", "clip_classifier"})
+"""Hosts that describe some models by a trace, at each attach."""
+
+
 def select(checks: Sequence[Check]) -> list[Check]:
-    """The checks of the matrix, in order."""
+    """The checks of the matrix, in order: those of the first axis alone at one site of each kind."""
     runnable = [check for check in checks if check.name != "library"]
-    chosen = {id(check) for axis in (of_methods, of_hosts, of_models) for check in axis(runnable)}
-    return [check for check in checks if check.name == "library" or id(check) in chosen]
+    everywhere = {id(check) for axis in (of_hosts, of_models) for check in axis(runnable)}
+    by_kind = {id(check) for check in of_methods(runnable)} - everywhere
+    everywhere |= {id(check) for check in checks if check.name == "library"}
+    return [
+        check if id(check) in everywhere else at_one_site_of_each_kind(check)
+        for check in checks
+        if id(check) in everywhere or id(check) in by_kind
+    ]
+
+
+def at_one_site_of_each_kind(check: Check) -> Check:
+    """The same check at fewer sites."""
+    body: Any = check.body
+    return dataclasses.replace(check, body=functools.partial(body.func, with_fewer_sites(case_of(check))))
+
+
+_FEWER: dict[int, tuple[Case, Case]] = {}
+"""Ids of cases to the case and that with fewer sites: one for all checks of a case, which hold the same object."""
+
+
+def with_fewer_sites(case: Case) -> Case:
+    """The case at its first site of each kind."""
+    if id(case) not in _FEWER:
+        kinds = kinds_of(type(case.host), case.model)
+        first = {kinds[site.name]: site for site in reversed(case.sites)}
+        _FEWER[id(case)] = case, dataclasses.replace(case, sites=tuple(site for site in case.sites if site in first.values()))
+    return _FEWER[id(case)][1]
 
 
 def of_methods(checks: Iterable[Check]) -> Iterator[Check]:
     """For each method: on models with every kind of site that it can use, or on one model."""
     for several in _groups(checks, lambda check: check.method).values():
-        places = one_model_per_host(several)
         cases = {place_of(check): case_of(check) for check in several}
-        kinds = {place: {*map(kind, case.sites)} for place, case in cases.items()}
-        every_kind = cover([*places, *kinds], kinds)
+        weights = {place: weight(case) for place, case in cases.items()}
+        places = sorted(one_model_per_host(several), key=lambda place: weights[place] > HEAVY)
+        kinds = {place: kinds_in(case) for place, case in cases.items()}
+        every_kind = cover([*places, *kinds], kinds, weights)
         for check in several:
-            among = every_kind if check.name in EVERY_KIND else places[: 2 if _is_slow_for_representative(check) else 1]
+            among = every_kind if check.name in EVERY_KIND else places[:1]
             if check.name in METHOD_AXIS or place_of(check) in among:
                 yield check
 
 
 def of_hosts(checks: Iterable[Check]) -> Iterator[Check]:
     """For each host: each check with several representatives in turn, each on one of its models."""
-    core = [check for check in checks if check.method in REPRESENTATIVES and check.name not in METHOD_AXIS | SLOW]
+    core = [check for check in checks if check.method in REPRESENTATIVES and check.name not in METHOD_AXIS]
     places = {method: one_model_per_host(several) for method, several in _groups(core, lambda check: check.method).items()}
     on_places = (check for check in core if place_of(check) in places[check.method])
     for (host, name), several in _groups(on_places, lambda check: (check.host, check.name)).items():
-        yield from turned(several, f"{host} {name}")[:METHODS_OF_A_HOST]
+        yield from turned(several, f"{host} {name}")[: 1 if name in SLOW else METHODS_OF_A_HOST]
 
 
 def of_models(checks: Iterable[Check]) -> Iterator[Check]:
@@ -104,13 +141,31 @@ def one_model_per_host(checks: Iterable[Check]) -> list[Place]:
     return [*places[first:], *places[:first]]
 
 
-def cover(places: Sequence[Place], kinds: dict[Place, set[Any]]) -> list[Place]:
-    """The first place, and further ones until every kind of site is in one of them; those with the most kinds first."""
+def cover(places: Sequence[Place], kinds: dict[Place, set[Any]], weights: dict[Place, int]) -> list[Place]:
+    """The first place, and further ones until every kind of site is in one of them: most kinds per weight first."""
     chosen, rest = [places[0]], set().union(*kinds.values()) - kinds[places[0]]
     while rest:
-        chosen.append(max(places, key=lambda place: len(kinds[place] & rest)))
+        chosen.append(max(places, key=lambda place: len(kinds[place] & rest) / weights[place]))
         rest -= kinds[chosen[-1]]
     return chosen
+
+
+def weight(case: Case) -> int:
+    """Number of modules of the small model, four times for one that is traced: what a check costs."""
+    modules = sum(1 for _ in build_model(type(case.host), case.model).modules())
+    return modules * 4 if case.host.name in TRACED and modules > HEAVY / 2 else modules
+
+
+def kinds_in(case: Case) -> set[Any]:
+    """The kinds of the sites of a case."""
+    kinds = kinds_of(type(case.host), case.model)
+    return {kinds[site.name] for site in case.sites}
+
+
+@functools.cache
+def kinds_of(host: type[Host], model: str) -> dict[str, Any]:
+    """The kind of each site of a small model, by the site's name."""
+    return {site.name: kind(site) for site in sites_of(host, model)}
 
 
 def kind(site: Site) -> tuple[Any, ...]:
@@ -140,10 +195,6 @@ def case_of(check: Check) -> Case:
 def _is_core(check: Check) -> bool:
     """True if every method is checked on the model."""
     return check.model in case_of(check).host.core()
-
-
-def _is_slow_for_representative(check: Check) -> bool:
-    return check.name in SLOW and check.method in REPRESENTATIVES
 
 
 def _applies(check: Check) -> bool:

@@ -11,7 +11,7 @@ from tests.matrix.selection import (
     REPRESENTATIVES,
     SLOW,
     case_of,
-    kind,
+    kinds_in,
     place_of,
     select,
     with_names,
@@ -79,7 +79,7 @@ def test_every_model_is_detached_from_and_merged_into() -> None:
 
 def test_every_method_meets_every_kind_of_site_that_it_can_use() -> None:
     cases = {(check.method, place_of(check)): case_of(check) for check in CHECKS}
-    kinds = {key: {(key[0], kind(site)) for site in case.sites} for key, case in cases.items()}
-    every = set().union(*kinds.values())
+    every = {(key[0], kind) for key, case in cases.items() for kind in kinds_in(case)}
     for name in EVERY_KIND:
-        assert every == set().union(*(kinds[check.method, place_of(check)] for check in with_names(SELECTED, [name]))), name
+        selected = with_names(SELECTED, [name])
+        assert every == {(check.method, kind) for check in selected for kind in kinds_in(case_of(check))}, name
