@@ -122,6 +122,10 @@ class ARC(Method):
         if self.init not in get_args(Init):
             raise OptionError.of(self.name, "init", self.init, f"one of {', '.join(get_args(Init))}")
 
+    def changes_at_start(self, site: WeightSite) -> bool:
+        """True where c is initialized to other values than zero: outside attention."""
+        return self.init == "xavier" and site.role.partition(".")[0] not in ATTENTION
+
     def build_shared(self, sites: Sequence[WeightSite]) -> SharedProjections:
         """U of each kind and width."""
         return SharedProjections(sites, self.rank)
@@ -141,7 +145,7 @@ class ARC(Method):
                 given=(site.kernel, site.groups, site.padding),
             )
         adapter = (ShiftedARCAdapter if _is_shifted(site) else ARCAdapter)(site, self.rank, self.dropout)
-        if self.init == "xavier" and site.role.partition(".")[0] not in ATTENTION:
+        if self.changes_at_start(site):
             nn.init.xavier_uniform_(adapter.scale[None])
         return adapter
 
