@@ -21,14 +21,17 @@ from veneer.testing.trace import forget_models
 FIRST_USE = ("clone", "make", "app", "git", "pip")
 """Words of commands that install the project or start a server; other tests run them."""
 TINY_TRAINING = ["--steps", "2", "--eval-seeds", "0", "--preview-steps", "2", "--tracker", "none"]
+FEW_IMAGES = ["--epochs", "1", "--shots", "2", "--test", "0.03"]
 SHORTER = {
-    "personalize": TINY_TRAINING,
-    "control train": [*TINY_TRAINING, "--generated-images", "12", "--grid-images", "1"],
+    "personalize": [*TINY_TRAINING, "--prompts", "a {concept}"],
+    "control train": [
+        *TINY_TRAINING, "--generated-images", "4", "--batch", "2", "--preview-every", "2", "--grid-images", "1",
+    ],
     "generate": ["--steps", "2"],
     "control generate": ["--steps", "2"],
-    "transfer": ["--epochs", "1", "--shots", "6"],
-    "compare": ["--epochs", "1", "--shots", "6", "--seeds", "1"],
-}
+    "transfer": FEW_IMAGES,
+    "compare": [*FEW_IMAGES, "--seeds", "1", "--batch", "8"],
+}  # fmt: skip
 """Command to flags that make it quick; a flag given twice holds its last value."""
 
 

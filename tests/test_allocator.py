@@ -105,10 +105,10 @@ def test_the_app_shares_freed_memory_and_other_commands_keep_it(
     ("chosen", "told"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
 )
 def test_openmp_is_configured_before_torch_is_imported(chosen: dict[str, str], told: str) -> None:
-    """By the installed command; environment variables take precedence."""
+    """By the installed command, which imports torch to inspect a file; environment variables take precedence."""
     code = (
-        "import os, sys, veneer_command; print('torch' in sys.modules); sys.argv = ['veneer', 'sites', 'resnet18']\n"
-        "try: veneer_command.console()\nfinally: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+        "import os, sys, veneer_command; print('torch' in sys.modules); sys.argv = ['veneer', 'inspect', 'missing']\n"
+        "try: veneer_command.console()\nexcept SystemExit: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     )
     unset = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     said = subprocess.run([sys.executable, "-c", code], env=unset | chosen, capture_output=True, text=True, check=True).stdout

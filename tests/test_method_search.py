@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from veneer.injection import methods
@@ -9,8 +11,14 @@ from veneer.method_catalog import MethodEntry, catalog
 from veneer.method_search import USES, group_by_use, rank_methods, with_use
 
 
+@functools.cache
+def entries() -> tuple[MethodEntry, ...]:
+    """The catalog of all methods, which takes as long as several searches."""
+    return tuple(catalog())
+
+
 def found(query: str) -> list[str]:
-    return [method.name for method in rank_methods(catalog(), query)]
+    return [method.name for method in rank_methods(entries(), query)]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +60,7 @@ def test_each_method_declares_its_uses(name: str) -> None:
 
 
 def test_each_use_has_a_recommended_method_first() -> None:
-    every = catalog()
+    every = entries()
     for use in USES:
         members = with_use(every, use.key)
         assert len(members) > 1, use.key
@@ -62,13 +70,13 @@ def test_each_use_has_a_recommended_method_first() -> None:
 
 
 def test_a_method_is_under_its_main_use_once() -> None:
-    groups = group_by_use(catalog())
+    groups = group_by_use(entries())
     assert sorted(method.name for _, members in groups for method in members) == methods.names()
     assert all(method.uses[0] == use.key for use, members in groups for method in members if use.key)
-    assert "ip_adapter" in [method.name for method in with_use(catalog(), "style")], "also in a second use"
+    assert "ip_adapter" in [method.name for method in with_use(entries(), "style")], "also in a second use"
 
 
 def test_a_method_of_another_package_has_a_group() -> None:
     foreign = MethodEntry("mine", "my-package", "my-package", "Mine.", "", "", "", "", (), ())
-    *_, (use, last) = group_by_use([*catalog(), foreign])
+    *_, (use, last) = group_by_use([*entries(), foreign])
     assert (use.title, last) == ("From other packages", [foreign])

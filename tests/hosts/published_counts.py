@@ -41,7 +41,7 @@ MODELS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Count:
     """One published count.
 
@@ -259,6 +259,7 @@ def _clip(model: str) -> nn.Module:
     return CLIPClassifier(clip, open_clip.get_tokenizer(name), [f"class {i}" for i in range(1000)])
 
 
+@functools.cache
 def trained(count: Count) -> int:
     """Number of trainable parameters."""
     tuned = veneer.attach(build(count.model), count.method, where=count.where, train=count.train, **count.options)

@@ -26,7 +26,7 @@ from veneer.training.loop.errors import TrainError
 from veneer.training.preflight.preflight import PreflightError
 
 QUICK: Mapping[str, Any] = {
-    "steps": 2, "eval_seeds": 0, "features": "bundled", "tracker": "none", "prompts": ("a {concept}",),
+    "steps": 2, "eval_seeds": 0, "preview_steps": 2, "features": "bundled", "tracker": "none", "prompts": ("a {concept}",),
     "class_word": "cat", "template": ("a {concept}",),
 }  # fmt: skip
 

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,13 +60,6 @@ class Worker:
             self._process.wait()
             self._process.stdout.close()
             self._log.close()
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    worker = Worker(tmp_path_factory.mktemp("worker") / "stderr.txt")
-    yield worker
-    worker.close()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch import nn
 from tests.raising import raises
 from tests.training.resume_worker import CONFIG, Job
 from tests.training.scheduled import METHOD, STEPS, scheduled_trainer
-from tests.training.test_resume import Worker, final, worker  # noqa: F401  the worker is a fixture
+from tests.training.test_resume import Worker, final
 from veneer.injection import attach, hosts
 from veneer.training import param_groups
 from veneer.training.loop.checkpoints import CheckpointError
@@ -29,7 +29,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the worker forks its processes, which this system cannot")
-def test_kills_change_nothing_and_two_processes_see_one_gradient(worker: Worker, tmp_path: Path) -> None:  # noqa: F811
+def test_kills_change_nothing_and_two_processes_see_one_gradient(worker: Worker, tmp_path: Path) -> None:
     """Killed in the phase that prunes, with the pruning of step 6 still to come; `final` compares bitwise."""
     for processes in (1, 2):
         whole, killed = tmp_path / f"whole-{processes}", tmp_path / f"killed-{processes}"

@@ -12,7 +12,7 @@ import torch
 
 from tests.training.resume_worker import CONFIG, Job
 from tests.training.selected import selected_trainer
-from tests.training.test_resume import Worker, final, worker  # noqa: F401  the worker is a fixture
+from tests.training.test_resume import Worker, final
 from veneer.training.loop.trainer import TrainConfig
 
 STEPS = 8
@@ -22,7 +22,7 @@ SCORED = 6 + 4 + 3
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the worker forks its processes, which this system cannot")
-def test_a_kill_changes_nothing_and_two_processes_select_the_same(worker: Worker, tmp_path: Path) -> None:  # noqa: F811
+def test_a_kill_changes_nothing_and_two_processes_select_the_same(worker: Worker, tmp_path: Path) -> None:
     """Killed after the first checkpoint; `final` compares bitwise."""
     for processes in (1, 2):
         whole, killed = tmp_path / f"whole-{processes}", tmp_path / f"killed-{processes}"

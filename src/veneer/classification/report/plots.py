@@ -9,13 +9,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from veneer.plot_file import panels, write_figure
+from veneer.plot_file import blank, panels, write_figure
 
 from ..train.epoch_selection import Epoch
 from .metrics import ClassificationMetrics
 
 GREY, BLUE, ORANGE = "#5f6368", "#1f6feb", "#d9730d"
 MISTAKES = 24
+CELL, SIDE, TITLE = (1.75, 2.1), 1.65, 0.5
+"""Of an image grid, in inches: width and height of a cell, longest side of an image, and height of the title."""
 
 
 def write_confusion(metrics: ClassificationMetrics, classes: Sequence[str], path: Path) -> None:
@@ -80,18 +82,22 @@ def write_mistakes(
 
 
 def write_image_grid(images: Sequence[tuple[Image.Image, str]], title: str, path: Path) -> None:
-    """Plots images with a title each, and a title above them."""
+    """Plots images with a title each, and a title above them.
+
+    All are in one axes: with an axes and a constrained layout for each image, a grid takes three times as long.
+    """
     columns = 6 if len(images) > 8 else 4 if len(images) > 3 else 3
     rows = max(1, -(-len(images) // columns))
-    figure, grid = panels(1.75 * columns, 2.1 * rows + 0.5, columns=columns, rows=rows)
-    cells = list(grid.flat)
-    for cell in cells:
-        cell.axis("off")
-    for cell, (thumbnail, text) in zip(cells, images, strict=False):
+    figure, axes = blank(CELL[0] * columns, CELL[1] * rows + TITLE)
+    for index, (thumbnail, text) in enumerate(images):
+        row, column = divmod(index, columns)
         thumbnail.thumbnail((240, 240))
-        cell.imshow(thumbnail)
-        cell.set_title(text, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+        x, bottom = CELL[0] * (column + 0.5), TITLE + CELL[1] * (row + 1)
+        width, height = (SIDE * pixels / max(thumbnail.size) for pixels in thumbnail.size)
+        y = bottom - SIDE / 2
+        axes.imshow(thumbnail, extent=(x - width / 2, x + width / 2, y + height / 2, y - height / 2), aspect="auto")
+        axes.text(x, y - height / 2 - 0.05, text, fontsize=8, ha="center", va="bottom")
+    figure.suptitle(title, fontsize=10, y=1 - 0.1 / figure.get_figheight())
     write_figure(figure, path)
 
 
