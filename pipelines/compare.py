@@ -218,9 +218,9 @@ def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Pa
         data = open_data(base, out)
         for note in data.notes:
             print(f"note: {note}", flush=True)
+        page = _run_samples(config, rows, out, accelerator, data) if config.samples_by_seed else out / "compare.md"
         if not config.samples_by_seed:
             _run(config, rows, out, accelerator, data, SearchData(data))
-        page = _run_samples(config, rows, out, accelerator, data) if config.samples_by_seed else out / "compare.md"
         print(page.read_text(encoding="utf-8"))
         return out
 
@@ -237,7 +237,8 @@ def _run_samples(config: CompareConfig, rows: list[MethodRow], out: Path, accele
         for count in config.shots:
             sample, new = _sample(config, data, count, seed)
             each = dataclasses.replace(config, shots=(count,), first_seed=seed, seeds=1)
-            print(f"{count} shots, seed {seed}: {len(sample.splits.train):,} training images", flush=True)
+            notes = [f"note: {note}" for note in sample.notes]
+            print(f"{count} shots, seed {seed}: {len(sample.splits.train):,} training images", *notes, sep="\n", flush=True)
             measured = _run(each, rows, out / f"{count}-shots-{seed}", accelerator, sample, search, new)
             runs.setdefault(count, []).extend(measured)
         page = (write_few_shot if new is None else write_base_to_new)(asdict(config), data, runs, out)
@@ -290,6 +291,8 @@ def _run(
     new: Data | None = None,
 ) -> list[RunMetrics]:  # fmt: skip
     """Runs the rows with all seeds on one dataset. `new`: images of new classes."""
-    first = config.first_seed or 0
-    seeds = range(first, first + config.seeds)
-    return run_rows(config.shared(), rows, seeds, data, out, accelerator, record=asdict(config), search=search, new=new)
+    first, metric = config.first_seed or 0, data.objective.short
+    return run_rows(
+        config.shared(), rows, range(first, first + config.seeds), data, out, accelerator, record=asdict(config), search=search,
+        on_run=lambda run: print(run.summary(metric), flush=True), new=new,
+    )  # fmt: skip

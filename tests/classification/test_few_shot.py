@@ -15,7 +15,8 @@ from veneer.pipelines.compare import CompareConfig, compare
 from tests.classification.small import image_folder, model_folder
 from tests.raising import raises
 from veneer.classification.config import TransferConfig
-from veneer.classification.data.run_data import Data, open_data
+from veneer.classification.data.run_data import Data, Views, open_data
+from veneer.classification.data.unlabeled import read_unlabeled
 from veneer.classification.protocols import few_shot_plot
 from veneer.classification.protocols.few_shot import check_shots, few_shot_data
 from veneer.classification.protocols.few_shot_table import few_shot_page, summarize_few_shot
@@ -133,11 +134,11 @@ def test_compare_writes_the_curves_and_repeats_no_run(
     from veneer.classification.train import comparison
 
     trained: list[tuple[str, int]] = []
+    trials: list[tuple[str, int]] = []
     train = comparison.ClassifierTrainer.train
 
     def record(self: Any) -> Any:
-        if self.folder.parent.name == "runs":
-            trained.append((self.config.method, self.steps))
+        (trained if self.folder.parent.name == "runs" else trials).append((self.config.method, self.steps))
         return train(self)
 
     monkeypatch.setattr(comparison.ClassifierTrainer, "train", record)
@@ -155,18 +156,49 @@ def test_compare_writes_the_curves_and_repeats_no_run(
     }
     assert (out / "few_shot.md").is_file()
     assert (out / "few_shot.png").is_file()
-    trials = read_search(out / "search" / "bitfit")
-    assert len({trial["settings"] for trial in trials}) == 1
+    searches = [read_search(out / "search" / row) for row in ("linear_probe", "bitfit")]
+    assert len(trials) == sum(map(len, searches)), "one search for each method"
+    assert all(searches)
     results = {name: json.loads((out / name / "results.json").read_text()) for name in ("1-shots-0", "3-shots-0", "3-shots-1")}
     assert len({each["data"]["split_digest"] for each in results.values()}) == 3
     best = {run["learning_rate"] for each in results.values() for run in each["runs"] if run["row"] == "bitfit"}
     assert len(best) == 1, "one learning rate for all numbers of shots and seeds"
     assert not any((out / name / "search").exists() for name in results)
     trained.clear()
+    trials.clear()
     before = (out / "few_shot.json").read_text()
     (out / "3-shots-1" / "results.json").unlink()
     compare(config)
     assert [method for method, _ in trained] == ["linear_probe", "bitfit"], "only the runs without results"
+    assert trials == []
     after = json.loads((out / "few_shot.json").read_text())["table"]
     for old, new in zip(json.loads(before)["table"], after, strict=True):
         assert math.isclose(old["accuracy"], new["accuracy"])
+
+
+def test_compare_has_images_without_labels_for_methods_that_need_them(tmp_path: Path, images: Path) -> None:
+    options: dict[str, Any] = {
+        "data": str(images), "model": "bundled_clip", "baseline": False, "seeds": 1, "steps": 2, "batch": 4, "workers": 1,
+        "augment": "none", "shots": (2,), "out": tmp_path / "out",
+    }  # fmt: skip
+    with raises(OptionError, option="unlabeled", method="pet", given=None):
+        compare(CompareConfig(methods="pet", **options))
+    with raises(OptionError, option="unlabeled", given=str(images)):
+        compare(CompareConfig(methods="coop", unlabeled=images, **options))
+    out = compare(CompareConfig(methods="pet, null_prompt", unlabeled=images, **options))
+    rows = {run["row"]: run for run in json.loads((out / "results.json").read_text())["runs"]}
+    assert rows["pet"]["trainable_parameters"] == 5 * rows["null_prompt"]["trainable_parameters"], (
+        "four patterns, and the distilled model"
+    )
+
+
+def test_each_seed_has_its_own_order_of_images_without_labels(data: Data, images: Path) -> None:
+    entry = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 1.0}
+    with Views(data, entry, "none", workers=1, unlabeled=read_unlabeled(images)) as views:
+        orders = []
+        for seed in (0, 1, 0):
+            views.reseed(seed)
+            assert views.unlabeled is not None
+            orders.append([views.unlabeled.order.at(number) for number in range(30)])
+    assert orders[0] == orders[2]
+    assert orders[0] != orders[1]

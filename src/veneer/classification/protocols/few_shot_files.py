@@ -26,7 +26,7 @@ def write_few_shot(config: Mapping[str, Any], data: Data, runs: Mapping[int, Seq
     Returns:
         The page.
     """
-    records, about = summarize_few_shot(runs), _about(config, data) + " Differences are paired by seed."
+    records, about = summarize_few_shot(runs), _about(config, data, runs) + " Differences are paired by seed."
     write_json(out / FILE, {"config": config, "table": records})
     title = f"{config['model']} on {Path(data.source.where).name}"
     write_atomically(out / "few_shot.md", few_shot_page(title, about, records).encode())
@@ -39,16 +39,17 @@ def write_base_to_new(config: Mapping[str, Any], data: Data, runs: Mapping[int, 
     task = Path(data.source.where).name
     records = summarize_base_to_new(None, [run for shots, each in runs.items() for run in task_runs(task, shots, each)])
     write_json(out / "base_to_new.json", {"config": config, "table": records})
-    page = base_to_new_page(None, records, _about(config, data))
+    page = base_to_new_page(None, records, _about(config, data, runs))
     write_atomically(out / "base_to_new.md", page.encode())
     return out / "base_to_new.md"
 
 
-def _about(config: Mapping[str, Any], data: Data) -> str:
+def _about(config: Mapping[str, Any], data: Data, runs: Mapping[int, Sequence[RunMetrics]]) -> str:
     """Sentences on the data and the options."""
+    seeds = len({run.seed for each in runs.values() for run in each})
     search = f"; learning rates of a search with {max(config['shots'])} shots" if config["search"] else ""
     return (
         f"{config['model']}. {len(data.classes)} classes; {len(data.splits.test):,} test images. {run_length(config)}, batch "
         f"size {config['batch']}, augmentation {config['augment']}{search}. Test accuracy in %; ± is half a 95 % interval over "
-        f"{config['seeds']} seeds, each with its own sample of the images."
+        f"{seeds} seeds, each with its own sample of the images."
     )

@@ -37,8 +37,8 @@ def write_few_shot_plot(tables: Mapping[str, Sequence[Mapping[str, Any]]], path:
     curves = {model: _curves(records) for model, records in tables.items()}
     shown = [(model, row) for model, of_model in curves.items() for row in of_model if row != baseline_of([*of_model])]
     shown = shown or [(model, row) for model, of_model in curves.items() for row in of_model]
-    columns = min(COLUMNS, len(shown))
-    lines = math.ceil(len(shown) / columns)
+    lines = math.ceil(len(shown) / COLUMNS)
+    columns = math.ceil(len(shown) / lines)
     figure, grid = panels(2.15 * columns, 1.75 * lines + 0.5, columns, lines, squeeze=False)
     for axes, (model, row) in zip(grid.flat, shown, strict=False):
         _panel(axes, curves[model], row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +37,13 @@ class SearchData:
 
 def run_rows(
     base: TransferConfig, rows: Sequence[MethodRow], seeds: Iterable[int], data: Data, out: Path, accelerator: Accelerator, *,
-    record: Mapping[str, Any], search: SearchData, new: Data | None = None,
+    record: Mapping[str, Any], search: SearchData, on_run: Callable[[RunMetrics], None], new: Data | None = None,
 ) -> list[RunMetrics]:  # fmt: skip
     """Runs the rows with all seeds, and writes the files of the comparison after each run, its plot after the last.
 
     Args:
-        base: options that all rows share. `record`: the options as they are saved. `new`: images of new classes, for a test.
+        base: options that all rows share. `record`: the options as they are saved. `on_run`: called after each run.
+        new: images of new classes, for a test.
     """
     measured = list[RunMetrics]()
     out.mkdir(parents=True, exist_ok=True)
@@ -65,13 +66,6 @@ def run_rows(
         runs = [(row, seed) for seed in seeds for row in rows]
         for row, seed in runs:
             measured.append(comparison.run(row, seed))
-            _print(measured[-1], data.objective.short)
             write_comparison(record, comparison, out, plot=len(measured) == len(runs))
+            on_run(measured[-1])
     return measured
-
-
-def _print(run: RunMetrics, metric: str) -> None:
-    """Prints the scores of a run."""
-    scores = f"test {metric} {run.test_accuracy:.1%}, validation {metric} {run.val_accuracy:.1%}"
-    scores += "" if run.new_accuracy is None else f", new classes {run.new_accuracy:.1%}"
-    print(f"{run.row}, seed {run.seed}: {scores}", flush=True)

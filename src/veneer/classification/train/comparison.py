@@ -63,6 +63,12 @@ class RunMetrics:
     seconds: float
     new_accuracy: float | None = None
 
+    def summary(self, metric: str) -> str:
+        """The row with its scores, for a line of text. `metric`: name of the score."""
+        scores = f"test {metric} {self.test_accuracy:.1%}, validation {metric} {self.val_accuracy:.1%}"
+        scores += "" if self.new_accuracy is None else f", new classes {self.new_accuracy:.1%}"
+        return f"{self.row}, seed {self.seed}: {scores}"
+
 
 DEFAULTS: Mapping[str, Any] = {
     **IF_SET, "block_lr": {}, "layer_decay": 1.0, "head_learning_rate": None, "multi_label": False, "init_from": None,
