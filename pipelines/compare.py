@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,17 +14,21 @@ from veneer.atomic_files import write_atomically, write_json
 from veneer.base_models.devices import Precision
 from veneer.classification.config import TransferConfig
 from veneer.classification.data.benchmark_layouts import coop_classes
-from veneer.classification.data.run_data import Data, Views, open_data
+from veneer.classification.data.run_data import Data, open_data
 from veneer.classification.data.transforms import Augmentation
-from veneer.classification.models.loading import is_clip_name, open_classifier
+from veneer.classification.data.unlabeled import check_unlabeled
+from veneer.classification.models.loading import is_clip_name
 from veneer.classification.protocols.base_to_new import SHOTS as BASE_TO_NEW_SHOTS
-from veneer.classification.protocols.base_to_new import NewClasses, base_and_new, check_generalization
+from veneer.classification.protocols.base_to_new import base_and_new, check_generalization
 from veneer.classification.protocols.base_to_new_table import base_to_new_page, summarize_base_to_new
 from veneer.classification.protocols.benchmark_tasks import COOP, PROTOCOLS, SHOTS, Protocol
+from veneer.classification.protocols.few_shot import check_shots, few_shot_data
+from veneer.classification.protocols.few_shot_files import write_base_to_new, write_few_shot
 from veneer.classification.protocols.protocol_table import TaskRun, protocol_page, summarize, task_runs
+from veneer.classification.protocols.row_runs import SearchData, run_rows
 from veneer.classification.protocols.task_data import open_task
-from veneer.classification.report.comparison_table import comparison_page, summarize_runs, write_accuracy_plot
-from veneer.classification.train.comparison import Comparison, MethodRow, RunMetrics, parse_rows
+from veneer.classification.train.comparison import MethodRow, RunMetrics, parse_rows
+from veneer.classification.train.method_rows import with_baseline
 from veneer.injection import OptionError
 from veneer.training.loop.optimizer_options import OptimizerOptions
 from veneer.training.report.run_folder import discard_unused, new_folder
@@ -49,8 +52,9 @@ class CompareConfig(OptimizerOptions):
             sigmoid per class, mean average precision instead of accuracy.
         protocol: `none`, or `vtab-1k`, `fgvc` or `coop` for all tasks of the benchmark in the folder `data`, with its splits,
             preprocessing and selection.
-        base_to_new: with the protocol coop: train on the first half of the classes, and test on these and on the other classes,
-            whose names a CLIP encodes; 16 training images per class unless `shots` is set.
+        base_to_new: train on the first half of the classes, and test on these and on the other classes, whose names a CLIP
+            encodes; 16 training images per class unless `shots` is set, and each seed with its own sample. Not with the protocols
+            vtab-1k and fgvc.
         model: a timm name or folder, `hf:` and a folder or hub name of a vision model of transformers, such as
             `hf:facebook/dinov2-base`, `bundled` (the image encoder of the bundled CLIP), or for methods that use class names,
             such as `coop`, `bundled_clip` or `open_clip:NAME/TAG`, such as `open_clip:ViT-B-32/laion2b_s34b_b79k`.
@@ -62,10 +66,13 @@ class CompareConfig(OptimizerOptions):
         baseline: also run the baseline of the table: `linear_probe`, or `zero_shot` for a CLIP.
         lp_ft: LP-FT: initialize a new head with a logistic regression on the frozen features, then fine-tune; best in short
             runs.
-        shots: training images per class (default: all; 1, 2, 4, 8 and 16 with the protocol coop).
+        shots: training images per class (default: all; 1 2 4 8 16 with the protocol coop). Several numbers: few-shot curves, each
+            seed with its own sample of the images, and one search on the largest number.
+        unlabeled: images without labels for methods that train on such, such as `pet`: an image, a folder, or a list of paths.
         validation: share of the images for the validation split, which selects the epoch, 0 to 1; not used if the data has one.
         test: share of the images for the test split, which is evaluated at the end, 0 to 1; not used if the data has one.
         split_seed: seed of the validation and test splits.
+        steps: optimizer steps, instead of `epochs`; then all numbers of shots have as many.
         epochs: passes over the training images (default: 20, or the protocol's).
         batch: images per micro-batch (default: 32, or the protocol's).
         learning_rate: peak learning rate of all rows (default: each method's, such as 0.001 for lora).
@@ -103,10 +110,12 @@ class CompareConfig(OptimizerOptions):
     seeds: int = 3
     baseline: bool = True
     lp_ft: bool = False
-    shots: int | None = None
+    shots: tuple[int, ...] = ()
+    unlabeled: Path | None = None
     validation: float = 0.1
     test: float = 0.15
     split_seed: int = 0
+    steps: int | None = None
     epochs: int | None = None
     batch: int | None = None
     learning_rate: float | None = None
@@ -136,20 +145,22 @@ class CompareConfig(OptimizerOptions):
             OptionError: an option that the protocol sets or does not use has another value.
         """
         protocol = PROTOCOLS.get(self.protocol)
+        check_shots(self.shots)
         if protocol is not None:
             self._check_protocol(protocol)
-        if self.base_to_new and protocol is not COOP:
-            message = f"base_to_new needs the protocol coop; protocol is {self.protocol}. Pass --protocol coop."
+        if self.base_to_new and protocol not in (COOP, None):
+            message = f"base_to_new: the protocol {self.protocol} has no new classes. Pass --protocol coop, or leave it out."
             raise OptionError(message, option="base_to_new", given=self.protocol, expected="coop")
         defaults = DEFAULTS if protocol is None else protocol.defaults
-        changes: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        changes: dict[str, Any] = {"shots": BASE_TO_NEW_SHOTS} if self.base_to_new and not self.shots else {}
+        changes |= {name: value for name, value in defaults.items() if getattr(self, name) is None}
         changes |= {} if protocol is None else protocol.settings
         return dataclasses.replace(self, **changes)
 
     def _check_protocol(self, protocol: Protocol) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         expected = {**{name: defaults[name] for name in OF_SPLITS}, **protocol.settings}
-        expected |= {} if protocol is COOP else {"shots": None}
+        expected |= {} if protocol is COOP else {"shots": ()}
         for name, value in expected.items():
             given = getattr(self, name)
             if given not in (value, defaults[name]):
@@ -160,17 +171,25 @@ class CompareConfig(OptimizerOptions):
             message = f"data is {self.data or 'not set'}; expected the folder with the tasks of {protocol.name}."
             raise OptionError(message, option="data", given=self.data, expected="folder")
 
+    @property
+    def samples_by_seed(self) -> bool:
+        """True if each seed samples its own images of the dataset."""
+        return self.protocol == "none" and (len(self.shots) > 1 or self.base_to_new)
+
     def shared(self) -> TransferConfig:
-        """The options that all methods share."""
+        """The options that all methods share. Where each seed samples its own images, they are those of all images."""
         names = {f.name for f in dataclasses.fields(TransferConfig)} & {f.name for f in dataclasses.fields(self)}
-        shared: dict[str, Any] = {name: getattr(self, name) for name in names - {"out"}}
-        return TransferConfig(method="linear_probe", seed=self.first_seed or 0, resume=True, **shared)
+        shared: dict[str, Any] = {name: getattr(self, name) for name in names - {"out", "shots"}}
+        shots = self.shots[0] if len(self.shots) == 1 and not self.samples_by_seed else None
+        return TransferConfig(method="linear_probe", seed=self.first_seed or 0, resume=True, shots=shots, **shared)
 
 
 def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Path:
     """Runs the methods and seeds without results in the folder, and writes `results.json`, `compare.md` and `accuracy.png`.
 
     With a protocol, these files are in a folder for each task, and `protocol.json` and `protocol.md` have the table of all tasks.
+    With several numbers of shots they are in a folder for each number and seed, and `few_shot.json`, `few_shot.md` and
+    `few_shot.png` have the curves; with `base_to_new` and no protocol `base_to_new.json` and `base_to_new.md` have the table.
 
     Returns:
         The folder with the results.
@@ -182,10 +201,12 @@ def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Pa
     config = config.with_defaults()
     if config.seeds < 1:
         raise OptionError(f"seeds is {config.seeds}; expected at least 1.", option="seeds", given=config.seeds, expected=1)
-    rows = parse_rows(_with_baseline(config))
+    baseline = ("zero_shot" if is_clip_name(config.model) else "linear_probe") if config.baseline else ""
+    rows = parse_rows(with_baseline(config.methods, baseline))
     out = config.out or new_folder(Path("runs"), f"compare-{Path(config.data).name if config.data else 'digits'}")
     base = config.shared()
     base.check_training_options()
+    check_unlabeled(config.unlabeled, [name for row in rows for name in dataclasses.replace(base, method=row.method).names()])
     if config.base_to_new:
         check_generalization(config.model, rows)
     with discard_unused(out):
@@ -193,13 +214,41 @@ def compare(config: CompareConfig, accelerator: Accelerator | None = None) -> Pa
         if config.protocol != "none":
             return _run_protocol(config, PROTOCOLS[config.protocol], rows, out, accelerator)
         for row in rows:
-            dataclasses.replace(base, method=row.method).check_multi_label()
+            dataclasses.replace(base, method=row.method, shots=max(config.shots, default=None)).check_multi_label()
         data = open_data(base, out)
         for note in data.notes:
             print(f"note: {note}", flush=True)
-        _run(config, rows, out, accelerator, data, data)
-        print((out / "compare.md").read_text(encoding="utf-8"))
+        page = _run_samples(config, rows, out, accelerator, data) if config.samples_by_seed else out / "compare.md"
+        if not config.samples_by_seed:
+            _run(config, rows, out, accelerator, data, SearchData(data))
+        print(page.read_text(encoding="utf-8"))
         return out
+
+
+def _run_samples(config: CompareConfig, rows: list[MethodRow], out: Path, accelerator: Accelerator, data: Data) -> Path:
+    """Runs the rows with every number of shots and seed, whose samples differ, and writes the table after each seed.
+
+    Returns:
+        The table.
+    """
+    first, runs, page = config.first_seed or 0, dict[int, list[RunMetrics]](), out
+    search = SearchData(_sample(config, data, max(config.shots), first)[0], out / "search", first)
+    for seed in range(first, first + config.seeds):
+        for count in config.shots:
+            sample, new = _sample(config, data, count, seed)
+            each = dataclasses.replace(config, shots=(count,), first_seed=seed, seeds=1)
+            notes = [f"note: {note}" for note in sample.notes]
+            print(f"{count} shots, seed {seed}: {len(sample.splits.train):,} training images", *notes, sep="\n", flush=True)
+            measured = _run(each, rows, out / f"{count}-shots-{seed}", accelerator, sample, search, new)
+            runs.setdefault(count, []).extend(measured)
+        page = (write_few_shot if new is None else write_base_to_new)(asdict(config), data, runs, out)
+    return page
+
+
+def _sample(config: CompareConfig, data: Data, shots: int, seed: int) -> tuple[Data, Data | None]:
+    """Images of a few-shot sample, and those of new classes if they are tested."""
+    sample = few_shot_data(data, shots, seed)
+    return base_and_new(sample, data.classes) if config.base_to_new else (sample, None)
 
 
 def _run_protocol(config: CompareConfig, protocol: Protocol, rows: list[MethodRow], out: Path, accelerator: Accelerator) -> Path:
@@ -208,14 +257,14 @@ def _run_protocol(config: CompareConfig, protocol: Protocol, rows: list[MethodRo
     runs: list[TaskRun] = []
     for task, folder in protocol.tasks(Path(config.data or ".").expanduser()).items():
         for each, name in _task_configs(config, protocol, task):
-            search, data = open_task(protocol, folder, each.shots, each.first_seed or 0)
-            new = None
+            count, new = next(iter(each.shots), None), None
+            search, data = open_task(protocol, folder, count, each.first_seed or 0)
             if config.base_to_new:
                 data, new = base_and_new(data, coop_classes(folder))
                 search = data
             print(f"{name}: {len(data.splits.train):,} training, {len(data.splits.test):,} test images", flush=True)
-            measured = _run(dataclasses.replace(each, data=str(folder)), rows, out / name, accelerator, data, search, new)
-            runs += task_runs(task, each.shots, measured)
+            each = dataclasses.replace(each, data=str(folder))
+            runs += task_runs(task, count, _run(each, rows, out / name, accelerator, data, SearchData(search), new))
             summary, page = (summarize_base_to_new, base_to_new_page) if new else (summarize, protocol_page)
             records = summary(protocol, runs)
             write_json(out / "protocol.json", {"config": asdict(config), "table": records})
@@ -228,72 +277,22 @@ def _task_configs(config: CompareConfig, protocol: Protocol, task: str) -> list[
     """Configs of a task and their folders: one, or one for each number of shots and seed if the seed samples the images."""
     if protocol is not COOP:
         return [(config, task)]
-    shots = (BASE_TO_NEW_SHOTS if config.base_to_new else SHOTS) if config.shots is None else (config.shots,)
+    shots = config.shots or SHOTS
     first, kind = config.first_seed or 0, "base-to-new-" if config.base_to_new else ""
     return [
-        (dataclasses.replace(config, shots=count, first_seed=seed, seeds=1), f"{task}/{kind}{count}-shots-{seed}")
+        (dataclasses.replace(config, shots=(count,), first_seed=seed, seeds=1), f"{task}/{kind}{count}-shots-{seed}")
         for count in shots
         for seed in range(first, first + config.seeds)
     ]
 
 
 def _run(
-    config: CompareConfig, rows: list[MethodRow], out: Path, accelerator: Accelerator, data: Data, search_data: Data,
+    config: CompareConfig, rows: list[MethodRow], out: Path, accelerator: Accelerator, data: Data, search: SearchData,
     new: Data | None = None,
 ) -> list[RunMetrics]:  # fmt: skip
-    """Runs the rows on one dataset; the search may have other splits than the training. `new`: images of new classes."""
-    base, first, measured = config.shared(), config.first_seed or 0, list[RunMetrics]()
-    out.mkdir(parents=True, exist_ok=True)
-    classifier = open_classifier(base.model, data.classes, weights=base.weights, size=base.size, seed=base.seed)
-    with ExitStack() as stack:
-        views, search_views = (
-            stack.enter_context(Views(each, classifier.data, base.augment, squash=base.squash, workers=base.workers))
-            for each in (data, search_data)
-        )
-        comparison = Comparison(base, views, classifier, out, accelerator, None if search_data is data else search_views)
-        comparison.new_classes = None if new is None else NewClasses(new, base, accelerator)
-        for seed in range(first, first + config.seeds):
-            for row in rows:
-                run = comparison.run(row, seed)
-                measured.append(run)
-                metric = data.objective.short
-                scores = f"test {metric} {run.test_accuracy:.1%}, validation {metric} {run.val_accuracy:.1%}"
-                scores += "" if run.new_accuracy is None else f", new classes {run.new_accuracy:.1%}"
-                print(f"{row.label}, seed {seed}: {scores}", flush=True)
-                _write(config, comparison, out)
-    return measured
-
-
-def _with_baseline(config: CompareConfig) -> str:
-    """The methods, with the baseline prepended if it is enabled and missing."""
-    baseline = "zero_shot" if is_clip_name(config.model) else "linear_probe"
-    missing = config.baseline and baseline not in [row.label for row in parse_rows(config.methods)]
-    return f"{baseline}, {config.methods}" if missing else config.methods
-
-
-def _write(config: CompareConfig, comparison: Comparison, out: Path) -> None:
-    """Writes the results so far. Runs of earlier comparisons with other options are kept in the file, but not in the table."""
-    runs, data = comparison.current, comparison.views.data
-    known = list(dict.fromkeys(m.row for m in runs))
-    lines = summarize_runs(runs, known)
-    splits, metric = data.splits, data.objective.short
-    write_json(
-        out / "results.json",
-        {
-            "config": asdict(config),
-            "data": {"where": data.source.where, "classes": list(data.classes), "split_digest": splits.digest},
-            "model": {"name": comparison.classifier.name, "weights": comparison.classifier.weights},
-            **({"metric": data.objective.metric} if data.objective.multiple else {}),
-            "search": comparison.searches(),
-            "runs": [asdict(m) for m in runs],
-            "other_runs": [asdict(m) for m in comparison.done if m not in runs],
-        },
-    )
-    title = f"{config.model} on {Path(data.source.where).name}"
-    counts = f"{len(splits.train):,} training, {len(splits.validation):,} validation and {len(splits.test):,} test images"
-    about = (
-        f"{len(data.classes)} classes; {counts}. {config.epochs} epochs, batch size {config.batch}, augmentation "
-        f"{config.augment}. ± is half a 95 % interval over seeds (Student's t); differences are paired by seed."
-    )
-    write_atomically(out / "compare.md", comparison_page(title, about, lines, metric).encode())
-    write_accuracy_plot(lines, title, out / "accuracy.png", metric)
+    """Runs the rows with all seeds on one dataset. `new`: images of new classes."""
+    first, metric = config.first_seed or 0, data.objective.short
+    return run_rows(
+        config.shared(), rows, range(first, first + config.seeds), data, out, accelerator, record=asdict(config), search=search,
+        on_run=lambda run: print(run.summary(metric), flush=True), new=new,
+    )  # fmt: skip

@@ -84,10 +84,16 @@ def test_methods_that_apply_to_new_classes() -> None:
         check_generalization("bundled", parse_rows("lora"))
 
 
-@pytest.mark.parametrize("protocol", ["none", "fgvc"])
-def test_base_to_new_needs_the_protocol_coop(protocol: Any) -> None:
+@pytest.mark.parametrize("protocol", ["vtab-1k", "fgvc"])
+def test_other_protocols_have_no_new_classes(protocol: Any) -> None:
     with raises(OptionError, option="base_to_new", given=protocol, expected="coop"):
         CompareConfig(data="coop", protocol=protocol, base_to_new=True).with_defaults()
+
+
+def test_base_to_new_has_16_shots_by_default() -> None:
+    for protocol, shots, expected in (("none", (), (16,)), ("coop", (), (16,)), ("none", (1, 4), (1, 4))):
+        options: dict[str, Any] = {"data": "coop", "protocol": protocol, "shots": shots}
+        assert CompareConfig(base_to_new=True, **options).with_defaults().shots == expected
 
 
 def test_a_saved_context_has_the_weights_of_other_names(tmp_path: Path) -> None:
@@ -116,16 +122,26 @@ def test_the_table_has_harmonic_means_of_mean_accuracies() -> None:
     (record,) = summarize_base_to_new(COOP, runs)
     assert record["tasks"]["dtd"] == pytest.approx({"base": 0.7, "new": 0.6, "harmonic_mean": 2 * 0.7 * 0.6 / 1.3})
     assert record["tasks"]["average"] == pytest.approx({"base": 0.8, "new": 0.4, "harmonic_mean": 2 * 0.8 * 0.4 / 1.2})
+    student = 12.706205
+    harmonic = abs(2 * 0.8 * 0.5 / 1.3 - 2 * 0.6 * 0.7 / 1.3) / 2
+    halves = {"base": student * 0.1, "new": student * 0.1, "harmonic_mean": student * harmonic}
+    assert record["half"]["dtd"] == pytest.approx(halves, rel=1e-5)
+    assert record["half"]["average"]["base"] == pytest.approx(student * 0.05, rel=1e-5), "of the seeds' means over tasks"
     page = base_to_new_page(COOP, [record], "about")
-    assert "| dtd | `coop` | 70.0 | 60.0 | 64.6 |" in page
-    assert "| average | `coop` | 80.0 | 40.0 | 53.3 |" in page
+    assert "| dtd | `coop` | 70.0 ± 127.1 | 60.0 ± 127.1 | 64.6 ± 19.5 |" in page
+    assert "| average | `coop` | 80.0 ± 63.5 |" in page
+    (single,) = summarize_base_to_new(None, [run for run in runs if run.seed == 0])
+    assert single["half"]["dtd"] is None
+    page = base_to_new_page(None, [single], "about")
+    assert "| dtd | `coop` | 80.0 | 50.0 | 61.5 |" in page
+    assert "average" not in page
 
 
 def test_compare_tests_each_method_on_new_classes(tmp_path: Path) -> None:
     dataset(tmp_path / "data" / "oxford_pets")
     config = CompareConfig(
-        data=str(tmp_path / "data"), model="bundled_clip", methods="coop(tokens=2)", protocol="coop", base_to_new=True, shots=1,
-        seeds=1, epochs=1, batch=3, workers=1, out=tmp_path / "out",
+        data=str(tmp_path / "data"), model="bundled_clip", methods="coop(tokens=2)", protocol="coop", base_to_new=True,
+        shots=(1,), seeds=1, epochs=1, batch=3, workers=1, out=tmp_path / "out",
     )  # fmt: skip
     out = compare(config)
     table = {record["row"]: record["tasks"] for record in json.loads((out / "protocol.json").read_text())["table"]}
@@ -140,3 +156,26 @@ def test_compare_tests_each_method_on_new_classes(tmp_path: Path) -> None:
     before = (out / "protocol.json").read_text()
     assert compare(config) == out
     assert json.loads((out / "protocol.json").read_text())["table"] == json.loads(before)["table"]
+
+
+def test_compare_splits_the_classes_of_any_folder(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("validation", 1), ("test", 2)):
+        for label, name in enumerate(sorted(ORDER)):
+            for number in range(count):
+                save(tmp_path / "toy" / split / name / f"{number}.png", 32, 32, seed=10 * label + number)
+    config = CompareConfig(
+        data=str(tmp_path / "toy"), model="bundled_clip", methods="coop(tokens=2)", base_to_new=True, shots=(2,), seeds=2,
+        epochs=1, batch=3, workers=1, out=tmp_path / "out",
+    )  # fmt: skip
+    out = compare(config)
+    table = {record["row"]: record for record in json.loads((out / "base_to_new.json").read_text())["table"]}
+    assert set(table) == {"zero_shot", "coop(tokens=2)"}
+    results = [json.loads((out / f"2-shots-{seed}" / "results.json").read_text()) for seed in (0, 1)]
+    assert results[0]["data"]["classes"] == ["apple", "beagle", "boxer"]
+    assert results[0]["data"]["split_digest"] != results[1]["data"]["split_digest"]
+    for number, run in enumerate(results[0]["runs"]):
+        new = [each["runs"][number]["new_accuracy"] for each in results]
+        assert table[run["row"]]["tasks"]["toy"]["new"] == pytest.approx(sum(new) / 2)
+        assert run["new_accuracy"] * 4 == pytest.approx(round(run["new_accuracy"] * 4)), "four images of new classes"
+        assert table[run["row"]]["half"]["toy"] is not None
+    assert "| toy | `coop(tokens=2)` |" in (out / "base_to_new.md").read_text()

@@ -158,7 +158,7 @@ def test_existing_results_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with raises(DataError, file=tmp_path / "out" / "splits.json", where="split_seed", given=1, expected=0):
         compare(CompareConfig(methods="bitfit", seeds=1, split_seed=1, **defaults))
     with raises(DataError, file=tmp_path / "out" / "splits.json", where="shots", given=2, expected=None):
-        compare(CompareConfig(methods="bitfit", seeds=1, shots=2, **defaults))
+        compare(CompareConfig(methods="bitfit", seeds=1, shots=(2,), **defaults))
 
 
 def test_the_search_does_not_depend_on_the_run_that_needs_it_first(tmp_path: Path) -> None:

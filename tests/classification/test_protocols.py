@@ -189,7 +189,7 @@ def test_table_has_means_of_tasks_groups_and_groups_of_means() -> None:
 @pytest.mark.parametrize(
     ("option", "given", "expected"),
     [
-        ("shots", 1, None), ("augment", "strong", "none"), ("validation", 0.3, 0.1), ("split_seed", 1, 0),
+        ("shots", (1,), ()), ("augment", "strong", "none"), ("validation", 0.3, 0.1), ("split_seed", 1, 0),
         ("data", None, "folder"), ("data", "digits", "folder"),
     ],
 )  # fmt: skip
@@ -203,7 +203,7 @@ def test_the_config_of_a_protocol_is_accepted_again() -> None:
     config = CompareConfig(data="vtab", protocol="vtab-1k").with_defaults()
     assert (config.augment, config.epochs) == ("none", 100)
     assert config.with_defaults() == config
-    assert CompareConfig(data="coop", protocol="coop", shots=4).with_defaults().shots == 4
+    assert CompareConfig(data="coop", protocol="coop", shots=(4,)).with_defaults().shots == (4,)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_compare_fills_the_table_of_vtab(tmp_path: Path, model: Path) -> None:
 def test_compare_samples_the_shots_of_coop_with_each_seed(tmp_path: Path, model: Path) -> None:
     coop_dataset(tmp_path / "data" / "oxford_pets")
     config = CompareConfig(
-        data=str(tmp_path / "data"), model=str(model), methods="linear_probe", protocol="coop", shots=2, seeds=2, epochs=1,
+        data=str(tmp_path / "data"), model=str(model), methods="linear_probe", protocol="coop", shots=(2,), seeds=2, epochs=1,
         batch=4, workers=1, out=tmp_path / "out",
     )  # fmt: skip
     out = compare(config)

@@ -116,12 +116,18 @@ class Views:
         self.train = ImageLoader(self._images, view, workers)
         self.unlabeled: UnlabeledImages | None = None
         if unlabeled is not None:
-            self.unlabeled = UnlabeledImages(unlabeled, self._view(seed, mirror=unlabeled.mirror), seed, workers)
+            self.unlabeled = self._open_unlabeled(unlabeled, seed)
 
     def reseed(self, seed: int) -> None:
-        """Changes the seed of the augmentation; prefetched images are dropped."""
+        """Changes the seed of the augmentation and of the order of unlabeled images; prefetched images are dropped."""
         self.train.close()
         self.train = ImageLoader(self._images, self._view(seed), self.workers)
+        if self.unlabeled is not None:
+            self.unlabeled.close()
+            self.unlabeled = self._open_unlabeled(self.unlabeled.source, seed)
+
+    def _open_unlabeled(self, source: Source, seed: int) -> UnlabeledImages:
+        return UnlabeledImages(source, self._view(seed, mirror=source.mirror), seed, self.workers)
 
     def batches(self, split: str, size: int) -> Iterator[Batch]:
         """Batches of a split, in order, with the evaluation transform."""

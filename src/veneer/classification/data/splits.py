@@ -7,6 +7,7 @@ a subset of those of runs with more shots.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -75,13 +76,30 @@ def split(source: Source, seed: int, *, validation: float = 0.1, test: float = 0
     else:
         for label, groups in _groups(source, hashes, members["train"], seed).items():
             notes += _split_class(source.classes[label], groups, members, shares)
-    if shots is not None and source.multi_label:
-        message = "split: shots counts the images of one class each, but images have several labels. Leave out shots."
-        raise DataError(message, where="shots", given=shots, expected=None)
     if shots is not None:
         notes += _limit_shots(source, hashes, members, seed, shots)
     train, val, tested = (tuple(sorted(members[name])) for name in ("train", "validation", "test"))
     return Splits(train, val, tested, seed, shots, made, tuple(notes), digest_of(source, hashes, (train, val, tested)))
+
+
+def limit_shots(source: Source, splits: Splits, shots: int, seed: int) -> Splits:
+    """The splits with N training and min(N, 4) validation images per class, as by `shots` of `split`, and the same test split.
+
+    Args:
+        shots: N. `seed`: orders the images of each class; with one seed, fewer shots are a subset of more.
+
+    Raises:
+        DataError: a number out of range; images with several labels; an unreadable image, if hashes are missing.
+    """
+    _check_options(0, 0, shots)
+    hashes = hashes_of(source)
+    members: dict[Split, set[int]] = {
+        "train": set(splits.train), "validation": set(splits.validation), "test": set(splits.test)
+    }  # fmt: skip
+    notes = tuple(_limit_shots(source, hashes, members, seed, shots))
+    train, validation = (tuple(sorted(members[name])) for name in ("train", "validation"))
+    digest = digest_of(source, hashes, (train, validation, splits.test))
+    return dataclasses.replace(splits, train=train, validation=validation, shots=shots, notes=notes, digest=digest)
 
 
 def hashes_of(source: Source) -> list[str]:
@@ -154,6 +172,9 @@ def _move(group: _Copies, remaining: list[_Copies], members: dict[Split, set[int
 
 def _limit_shots(source: Source, hashes: Sequence[str], members: dict[Split, set[int]], seed: int, shots: int) -> Iterator[str]:
     """Reduces train to `shots` and validation to `min(shots, 4)` images per class. Yields notes."""
+    if source.multi_label:
+        message = "split: shots counts the images of one class each, but images have several labels. Leave out shots."
+        raise DataError(message, where="shots", given=shots, expected=None)
     limits: tuple[tuple[Split, int], ...] = (("train", shots), ("validation", min(shots, 4)))
     for split_name, limit in limits:
         groups = _groups(source, hashes, members[split_name], seed)

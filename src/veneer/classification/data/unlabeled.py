@@ -56,6 +56,7 @@ class UnlabeledImages:
     """
 
     def __init__(self, source: Source, view: View, seed: int, threads: int = 0) -> None:
+        self.source = source
         self.order, self.loader = Order(range(len(source)), seed), ImageLoader(source, view, threads)
 
     def __call__(self, step: int, rows: list[int], samples: int, view: int = 0) -> Tensor:

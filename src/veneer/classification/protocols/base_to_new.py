@@ -6,7 +6,7 @@ among the new classes, with prompts for their names.
 
 Source: Zhou et al., Conditional Prompt Learning for Vision-Language Models, CVPR 2022, section 4.1, and its `subsample_classes`:
 with an odd number, the base classes are one more. The few-shot sample is that of all classes. Deviations: those of the protocol
-coop.
+coop. Any other dataset: its classes are numbered alphabetically, and a sample is that of few-shot curves.
 """
 
 from __future__ import annotations

@@ -63,6 +63,12 @@ class RunMetrics:
     seconds: float
     new_accuracy: float | None = None
 
+    def summary(self, metric: str) -> str:
+        """The row with its scores, for a line of text. `metric`: name of the score."""
+        scores = f"test {metric} {self.test_accuracy:.1%}, validation {metric} {self.val_accuracy:.1%}"
+        scores += "" if self.new_accuracy is None else f", new classes {self.new_accuracy:.1%}"
+        return f"{self.row}, seed {self.seed}: {scores}"
+
 
 DEFAULTS: Mapping[str, Any] = {
     **IF_SET, "block_lr": {}, "layer_decay": 1.0, "head_learning_rate": None, "multi_label": False, "init_from": None,
@@ -88,6 +94,9 @@ class Comparison:
             are not repeated. `search_views`: of the images of the search, if its splits differ from those of the training.
 
     Attributes:
+        search_folder, search_seed: where trials are saved, and the seed of everything random in the search. Several comparisons
+            with the same images of the search may share them, and then train its trials once.
+        cost_rounds: timed rounds of `step_cost`.
         new_classes: tests each run on new classes; None for none.
     """
 
@@ -98,6 +107,10 @@ class Comparison:
         self.base, self.views, self.out, self.accelerator = base, views, out, accelerator
         self.classifier, self.search_views = classifier, search_views or views
         self.features = CachedFeatures(classifier, views, base.batch)
+        self.search_features = self.features
+        if self.search_views is not views:
+            self.search_features = CachedFeatures(classifier, self.search_views, base.batch)
+        self.search_folder, self.search_seed, self.cost_rounds = out / "search", base.seed, 5
         self.new_classes: NewClassTest | None = None
         self.done = self._read()
 
@@ -125,7 +138,9 @@ class Comparison:
         for name in ("data", "weights", "resume", "dry_run", "out", "workers", "tracker", "cache"):
             known.pop(name)
         known = {name: value for name, value in known.items() if name not in DEFAULTS or value != DEFAULTS[name]}
-        known |= {"search_algorithm": ALGORITHM, "search_seed": self.base.seed} if config.search else {}
+        known |= {"search_algorithm": ALGORITHM, "search_seed": self.search_seed} if config.search else {}
+        if config.search and self.search_folder.parent != self.out:
+            known["search_splits"] = self.search_views.data.splits.digest
         known |= {"splits": self.views.data.splits.digest, "base": self.classifier.weights, "scratch": row.scratch}
         return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -151,7 +166,7 @@ class Comparison:
             file = native.save(attached, folder / "adapter.safetensors") if attached else None
             stored = file.stat().st_size if file is not None else 0
             new = None if self.new_classes is None else self.new_classes.accuracy(file)
-            ratio, memory = step_cost(trainer)
+            ratio, memory = step_cost(trainer, self.cost_rounds)
             measured = RunMetrics(
                 row.label, seed, key, trainer.metrics("test").score, result.validation.score, result.best.epoch,
                 config.rate(), result.trainable, stored, ratio, memory, result.cached, result.loop.seconds, new,
@@ -174,19 +189,19 @@ class Comparison:
         return open_classifier(entry.model, names, weights="none", size=entry.size, seed=seed)
 
     def _search(self, row: MethodRow, seed: int) -> TransferConfig:
-        """The run's config, with the learning rate and scale that the search with the first seed chose for the row.
+        """The run's config, with the learning rate and scale that the search chose for the row.
 
-        Everything random in the search is of the first seed, whichever run needs its choice first.
+        Everything random in the search is of its own seed, whichever run needs its choice first.
         """
         config = dataclasses.replace(self.config(row, seed), resume=True)
         if not config.search:
             return config
         folder = self._search_folder(row.label)
         folder.mkdir(parents=True, exist_ok=True)
-        first = dataclasses.replace(config, seed=self.base.seed)
-        classifier = self._model(row, self.base.seed)
-        self.search_views.reseed(self.base.seed)
-        features = self.features if self.search_views is self.views and not row.scratch else None
+        first = dataclasses.replace(config, seed=self.search_seed, shots=self.search_views.data.splits.shots)
+        classifier = self._model(row, self.search_seed)
+        self.search_views.reseed(self.search_seed)
+        features = None if row.scratch else self.search_features
         best = search_hyperparameters(first, classifier, self.search_views, folder, self.accelerator, features)
         return dataclasses.replace(config, learning_rate=best.learning_rate, options=best.options)
 
@@ -196,7 +211,7 @@ class Comparison:
         return {row: of_row for row, of_row in trials.items() if of_row}
 
     def _search_folder(self, label: str) -> Path:
-        return self.out / "search" / _file_name(label)
+        return self.search_folder / _file_name(label)
 
 
 def step_cost(trainer: ClassifierTrainer, rounds: int = 5) -> tuple[float, int]:

@@ -56,6 +56,12 @@ def parse_rows(text: str) -> list[MethodRow]:
     return rows
 
 
+def with_baseline(text: str, baseline: str) -> str:
+    """The rows, with the baseline prepended if it is missing; "" for none."""
+    missing = baseline and baseline not in [row.label for row in parse_rows(text)]
+    return f"{baseline}, {text}" if missing else text
+
+
 def _row(label: str, name: str, options: str) -> MethodRow:
     given: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in options.split(","))):
