@@ -44,9 +44,14 @@ def support_matrix() -> str:
 
 def survey() -> str:
     """The systems of the literature as Markdown: tables with the hosts of methods from the support matrix."""
-    header, _, *lines = (_cells(line) for line in support_matrix().splitlines())
-    hosts = {name.strip("`"): dict(zip((host.strip("`") for host in header[1:]), cells, strict=True)) for name, *cells in lines}
+    hosts = method_hosts()
     return "\n".join(_with_hosts(line, hosts) for line in SURVEY.read_text("utf-8").strip().splitlines())
+
+
+def method_hosts() -> dict[str, dict[str, str]]:
+    """Method to host to the cell of the support matrix; `–` if the host has no site for the method."""
+    header, _, *lines = (_cells(line) for line in support_matrix().splitlines())
+    return {name.strip("`"): dict(zip((host.strip("`") for host in header[1:]), cells, strict=True)) for name, *cells in lines}
 
 
 def _with_hosts(line: str, hosts: Mapping[str, Mapping[str, str]]) -> str:

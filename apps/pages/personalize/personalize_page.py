@@ -223,12 +223,13 @@ class _Form:
             [self.preset.change, self.method.change, self.base.submit, self.base.blur], show_errors(fill), [*parts, filled_for],
             form_outputs, show_progress="hidden", **hidden_api,
         )  # fmt: skip
-        gr.on(None, lambda: gr.Dropdown(choices=method_names(True)), None, self.method, show_progress="hidden", **hidden_api)
+        base_changes = [self.base.blur, self.base.submit]
+        for when in (None, base_changes):
+            gr.on(when, show_errors(method_choices), self.base, self.method, show_progress="hidden", **hidden_api)
         costs = [self.base, self.method, *(self.settings[name] for name in ("steps", "batch", "optimizer", "eval_seeds"))]
         gr.on([part.change for part in costs], show_errors(cost), costs, self.estimate, show_progress="hidden", **hidden_api)
         gr.on(None, show_errors(cost), costs, self.estimate, **QUIET)
-        changes = [self.base.blur, self.base.submit, self.method.change]
-        for when in (None, changes):
+        for when in (None, [*base_changes, self.method.change]):
             gr.on(when, show_errors(preset_labels), [self.base, self.method], self.preset, **QUIET)
         subject = [self.files, self.captions, self.concept, self.word]
         inputs = [*subject, *parts, filled_for, *setting_components, *self.slots.components, *self.more.components]
@@ -241,6 +242,11 @@ class _Form:
         example.success(show_errors(start), inputs, choice, **hidden_api).success(None, js="() => reveal('train-runs')", **QUIET)
         single: dict[str, Any] = {"concurrency_id": "check", "concurrency_limit": 1, **hidden_api}
         self.check.click(show_errors(try_step), inputs, self.dry_run, **single)
+
+
+def method_choices(base: str) -> Any:
+    """Update of the method field: the methods for a base model."""
+    return gr.Dropdown(choices=method_names(True, base))
 
 
 def _layout(field: Field) -> dict[str, Any]:
