@@ -29,7 +29,8 @@ EMPTY = "**No run yet.** Press *Train* above; the built-in digits need no upload
 MODEL_HELP = "Or a name such as timm:vit_small_patch16_224 or open_clip:ViT-B-32/openai (downloaded once)."
 METHOD_HELP = (
     "linear_probe trains only a new last layer (fastest); lora adds low-rank weight updates (often better); full trains all "
-    "parameters (slow, large file). Each method is a separate run; methods joined by + are trained together."
+    "parameters (slow, large file). The page Methods explains all. Each method is a separate run; methods joined by + are "
+    "trained together."
 )
 
 OPTIONS_HELP = "METHOD.OPTION=VALUE, separated by spaces; the page Methods has the options of each method."

@@ -49,6 +49,7 @@ from .results import KOHYA, result_components, result_values, stamp
 KIND = "train"
 SHORT: dict[str, Any] = {"max_length": LIMITS.text, "min_width": 140}
 """Layout of a short text field."""
+METHOD_HELP = "pivotal: token embedding and LoRA, most similar. lora: one file for all tools. The page Methods explains all."
 EMPTY = "**No run yet.** Progress and previews appear here; then the images before and after, a verdict and the files."
 
 
@@ -146,7 +147,7 @@ class _Form:
         with gr.Row():
             self.method = gr.Dropdown(
                 method_names(False), value=DEFAULT_METHOD, label="Method", allow_custom_value=True, min_width=140,
-                elem_id="train-method", info="pivotal: token embedding and LoRA, most similar. lora: one file for all tools.",
+                elem_id="train-method", info=METHOD_HELP,
             )  # fmt: skip
             self.base = gr.Textbox("bundled", label="Base model", info="bundled, a folder, or a hub name.", **SHORT)
         settings = preset_settings("quick", "bundled", DEFAULT_METHOD)
