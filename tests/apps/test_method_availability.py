@@ -10,7 +10,9 @@ from veneer.apps.pages.classify.method_options import method_options
 from veneer.apps.pages.classify.request import ClassifyRequest, submit_jobs
 from veneer.apps.pages.methods import methods_page
 from veneer.apps.pages.methods.availability import classifier_methods, pages_of, reason_not_offered
+from veneer.apps.pages.personalize.form_values import method_summary
 from veneer.apps.pages.personalize.request import command, method_names
+from veneer.apps.pages.shared.config_form import fields_of, form_help
 from veneer.apps.workspace import Workspace
 
 from tests.apps.test_personalize_page import asked
@@ -111,3 +113,21 @@ def test_invalid_options(text: str, data: dict[str, object]) -> None:
 def test_unknown_options() -> None:
     with raises(UnknownOption, name="ranks", where="lora"):
         method_options("lora.ranks=4", ["lora"])
+
+
+def test_summary_of_a_method_says_what_it_does() -> None:
+    """Before the formula, which few users read."""
+    summary = method_summary("diff_pruning").split("\n\n")
+    assert len(summary) == 2
+    assert "Diff pruning" in summary[0]
+    assert "hard concrete gates" in summary[1]
+
+
+def test_help_of_a_field_has_no_python_and_no_emphasis() -> None:
+    """Gradio reads two asterisks as emphasis, in code too."""
+    (by_site,) = fields_of(methods.get("lora"), ["by_site"])
+    assert "`mlp.*:rank=4`" in by_site.help
+    assert "Python" not in by_site.help
+    for name in methods.names():
+        assert all(field.help.count("*") < 2 for field in fields_of(methods.get(name))), name
+    assert form_help("`a.*` or `b.*`; None for none").count("*") == 0

@@ -8,12 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from veneer.base_models.loading import find
-from veneer.classification.models.compatibility import compatible_methods
-from veneer.classification.models.loading import open_classifier
-from veneer.injection import OptionError, methods
-from veneer.injection.attachment.plan import supports
-from veneer.injection.method import Method
-from veneer.injection.towers import towers_of
+from veneer.classification.models.compatibility import compatible_methods, methods_with_sites
+from veneer.injection import Method, OptionError, methods
 from veneer.listing import method_hosts
 from veneer.training.attach_methods import MODELS, trainable_methods
 
@@ -55,14 +51,7 @@ def classifier_methods(model: str) -> list[str]:
         model: as in `TransferConfig`. The sites of a bundled model are known; for others the kind of the model decides.
     """
     names = offered(compatible_methods(model))
-    return [name for name in names if name in _attachable(model)] if model in CLASSIFIERS else names
-
-
-@functools.cache
-def _attachable(model: str) -> frozenset[str]:
-    """Methods with a site in a bundled classifier."""
-    sites = [site for tower in towers_of(open_classifier(model, ["a", "b"]).model) for site in tower.sites]
-    return frozenset({"zero_shot", *(name for name in methods.names() if any(supports(methods.get(name), s) for s in sites))})
+    return [name for name in names if name in methods_with_sites(model)] if model in CLASSIFIERS else names
 
 
 def photo_methods(base: str) -> list[str]:
