@@ -18,6 +18,7 @@ class Limits:
         disk_free: bytes that uploads must leave free on the disk. `cache_bytes`: of the cache of uploaded and displayed files.
         adapter_files: adapters stored per user.
         zip_files: images in a zip. `zip_bytes`: their total size unpacked. `zip_depth`: maximum path depth of an image.
+        table_bytes: size of a table of labels in a zip.
         sketches: uploaded but not yet used, over all users. `sketch_bytes`, `layers`: of one sketch.
         text: characters of a prompt, a caption or a name. `config_text`: of options written as a config file.
         adapters: active at once.
@@ -41,6 +42,7 @@ class Limits:
     zip_files: int = 10_000
     zip_bytes: int = 2048 * MIB
     zip_depth: int = 6
+    table_bytes: int = 16 * MIB
     sketches: int = 64
     sketch_bytes: int = 8 * MIB
     layers: int = 8

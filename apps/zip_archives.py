@@ -10,6 +10,8 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from veneer.injection import VeneerError
@@ -18,6 +20,7 @@ from veneer.training.data.image_io import PhotoError, PhotoLimits, examine
 from .limits import LIMITS, Limits
 from .workspace import printable, safe_name
 
+TABLES = (".csv", ".tsv", ".jsonl")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_LISTED = 20
 """Maximum number of rejected entries that are listed."""
@@ -45,10 +48,29 @@ class _BoundedReader(io.BufferedReader):
         return super().read(max(size, 0))
 
 
-def unpack_zip(path: str | Path, folder: Path, limits: Limits = LIMITS) -> tuple[int, list[str]]:
-    """Unpacks a zip of labeled images, `CLASS/NAME.png` or `SPLIT/CLASS/NAME.png`.
+@dataclass(frozen=True)
+class UnpackedZip:
+    """Content of a zip.
 
-    Returns the number of images, and why others were rejected.
+    Args:
+        images: path in the zip to the file of each image. `tables`: path in the zip to the content of each table.
+        unusable: paths in the zip of the images that were rejected. `reasons`: why files were rejected.
+    """
+
+    images: dict[str, Path] = field(default_factory=dict)
+    tables: dict[str, bytes] = field(default_factory=dict)
+    unusable: set[str] = field(default_factory=set)
+    reasons: list[str] = field(default_factory=list)
+
+
+def unpack_zip(path: str | Path, folder: Path, limits: Limits = LIMITS) -> tuple[int, list[str]]:
+    """Number of images that `read_zip` unpacks, and why others were rejected."""
+    content = read_zip(path, folder, limits)
+    return len(content.images), shorten(content.reasons)
+
+
+def read_zip(path: str | Path, folder: Path, limits: Limits = LIMITS, tables: bool = False) -> UnpackedZip:
+    """Unpacks a zip of labeled images, `CLASS/NAME.png` or `SPLIT/CLASS/NAME.png`, and with `tables` reads its tables.
 
     Each part of a path is converted to a safe name, and distinct folders stay distinct. Image headers are checked, pixels are
     not decoded. If the zip as a whole is invalid, `folder` is removed.
@@ -61,7 +83,7 @@ def unpack_zip(path: str | Path, folder: Path, limits: Limits = LIMITS) -> tuple
         with io.FileIO(path) as raw, _BoundedReader(raw) as file:
             file.limit = max(ENTRY_BYTES * limits.zip_files, _BoundedReader.limit)
             with zipfile.ZipFile(file) as archive:
-                return _unpack(archive, folder, limits)
+                return _unpack(archive, folder, limits, tables)
     except BaseException as error:
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)
@@ -74,7 +96,7 @@ def unpack_zip(path: str | Path, folder: Path, limits: Limits = LIMITS) -> tuple
         raise
 
 
-def _unpack(archive: zipfile.ZipFile, folder: Path, limits: Limits) -> tuple[int, list[str]]:
+def _unpack(archive: zipfile.ZipFile, folder: Path, limits: Limits, tables: bool) -> UnpackedZip:
     entries = [(entry, _parts(entry)) for entry in archive.infolist() if not entry.is_dir()]
     entries = [(entry, parts) for entry, parts in entries if not _hidden(parts)]
     images = [(entry, parts) for entry, parts in entries if parts[-1].lower().endswith(SUFFIXES)]
@@ -83,30 +105,63 @@ def _unpack(archive: zipfile.ZipFile, folder: Path, limits: Limits) -> tuple[int
         raise VeneerError(message, where="zip_files", given=len(images), expected=limits.zip_files)
     if sum(entry.file_size for entry, _ in images) > limits.zip_bytes:
         raise _too_large(limits)
-    rejected = [f"{printable(parts[-1])}: not an image" for _, parts in entries if not parts[-1].lower().endswith(SUFFIXES)]
-    names, left, count = _NameMap(folder), limits.zip_bytes, 0
-    for entry, parts in images:
+    content = UnpackedZip()
+    for entry, parts in entries:
+        if tables and parts[-1].lower().endswith(TABLES):
+            content.tables["/".join(parts)] = _table(archive, entry, parts, limits)
+        elif not parts[-1].lower().endswith(SUFFIXES):
+            content.reasons.append(f"{printable(parts[-1])}: not an image")
+    _unpack_images(archive, images, folder, limits, content)
+    if not content.images:
+        message = "the zip has no usable images; expected CLASS/NAME.png. " + " ".join(shorten(content.reasons))
+        raise VeneerError(message, where="zip_files", given=0)
+    return content
+
+
+def _unpack_images(
+    archive: zipfile.ZipFile,
+    entries: Sequence[tuple[zipfile.ZipInfo, list[str]]],
+    folder: Path,
+    limits: Limits,
+    content: UnpackedZip,
+) -> None:
+    names, left = _NameMap(folder), limits.zip_bytes
+    for entry, parts in entries:
         try:
             data = _content(archive, entry, len(parts), min(left, limits.photo_bytes))
             examine(data, printable(parts[-1]), PhotoLimits(limits.photo_bytes, limits.photo_pixels, min_side=2, max_aspect=100))
+        except PhotoError as error:
+            reason = str(error)
         except _TooLarge:
             if left <= limits.photo_bytes:
                 raise _too_large(limits) from None
             left -= limits.photo_bytes
-            rejected.append(f"{printable(parts[-1])}: more than {limits.photo_bytes:,} bytes")
+            reason = f"{printable(parts[-1])}: more than {limits.photo_bytes:,} bytes"
+        else:
+            left -= len(data)
+            target = names.path_for(parts)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+            content.images["/".join(parts)] = target
             continue
-        except PhotoError as error:
-            rejected.append(str(error))
-            continue
-        left -= len(data)
-        target = names.path_for(parts)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data)
-        count += 1
-    if not count:
-        message = "the zip has no usable images; expected CLASS/NAME.png. " + " ".join(_shorten(rejected))
-        raise VeneerError(message, where="zip_files", given=0)
-    return count, _shorten(rejected)
+        content.unusable.add("/".join(parts))
+        content.reasons.append(reason)
+
+
+def _table(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, parts: list[str], limits: Limits) -> bytes:
+    """Reads a table.
+
+    Raises:
+        VeneerError: it is too large, or no regular file.
+    """
+    name = printable(parts[-1])
+    try:
+        return _content(archive, entry, len(parts), limits.table_bytes)
+    except PhotoError as error:
+        raise VeneerError.from_error(error, str(error), file=name) from error
+    except _TooLarge:
+        message = f"{name}: more than {limits.table_bytes:,} bytes. Split the images into several zips."
+        raise VeneerError(message, where="table_bytes", file=name, expected=limits.table_bytes) from None
 
 
 class _TooLarge(Exception):
@@ -199,7 +254,8 @@ class _UniqueNames:
         return unique
 
 
-def _shorten(reasons: list[str]) -> list[str]:
+def shorten(reasons: list[str]) -> list[str]:
+    """The first `MAX_LISTED` reasons, and the number of the others."""
     more = len(reasons) - MAX_LISTED
     return reasons if more <= 0 else [*reasons[:MAX_LISTED], f"and {more:,} more"]
 

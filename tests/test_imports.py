@@ -68,7 +68,7 @@ ALLOWED = {
     },
     "apps": {
         *JOBS, "adapter_merging", "allocator", "classification", "cli", "config_file", "control", "flags", "full_size_models",
-        "method_catalog", "method_search", "methods", "pipelines", "veneer",
+        "listing", "method_catalog", "method_search", "methods", "pipelines", "veneer",
     },
 }  # fmt: skip
 """Part of the project -> the other parts that it may import, inside functions and for type checkers included.

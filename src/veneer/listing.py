@@ -47,10 +47,14 @@ def support_matrix() -> str:
 
 def survey() -> str:
     """The systems of the literature as Markdown: tables with hosts and what methods were compared with."""
-    header, _, *lines = (_cells(line) for line in support_matrix().splitlines())
-    hosts = {name.strip("`"): dict(zip((host.strip("`") for host in header[1:]), cells, strict=True)) for name, *cells in lines}
-    parity = _largest_differences()
+    hosts, parity = method_hosts(), _largest_differences()
     return "\n".join(_with_columns(line, hosts, parity) for line in SURVEY.read_text("utf-8").strip().splitlines())
+
+
+def method_hosts() -> dict[str, dict[str, str]]:
+    """Method to host to the cell of the support matrix; `–` if the host has no site for the method."""
+    header, _, *lines = (_cells(line) for line in support_matrix().splitlines())
+    return {name.strip("`"): dict(zip((host.strip("`") for host in header[1:]), cells, strict=True)) for name, *cells in lines}
 
 
 def format_difference(difference: float) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 import gradio
 import pytest
+from veneer.apps.pages import pages
 from veneer.apps.workspace import CACHE
 
 PATIENCE = 180
@@ -183,14 +184,14 @@ class Browser:
         page = context.new_page()
         self.watch(page)
         page.goto(f"{app.address}/?__theme={theme}")
-        page.get_by_role("tab").first.wait_for()
+        wait_for_pages(page)
         return page
 
     def reload(self, page: Any) -> None:
         """Reloads a page, and drops its errors about closed connections."""
         before = self.errors[:]
         page.reload()
-        page.get_by_role("tab").first.wait_for()
+        wait_for_pages(page)
         self.errors[:] = before
 
     def watch(self, page: Any) -> None:
@@ -279,6 +280,35 @@ def bring(page: Any, file: Path) -> None:
     go(page, "Adapters")
     page.locator("#adapter-file input[type=file]").set_input_files(file)
     page.locator("#adapter-said").get_by_text(f"Uploaded as {file.stem}").wait_for()
+
+
+def wait_for_pages(page: Any) -> None:
+    """Waits for the last tab, and for the last parts of the form and of the runs of the first page."""
+    page.get_by_role("tablist").first.get_by_role("tab", name=pages()[-1].name, exact=True).wait_for()
+    for part in ("#train-start", "#train-state"):
+        page.locator(part).wait_for()
+
+
+def read_until(page: Any, script: str, expected: Any) -> Any:
+    """Evaluates a script until it returns the expected value, for at most `PATIENCE` seconds. Returns its last value.
+
+    For lists of elements: a page shows its first elements before it has all.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while (value := page.evaluate(script)) != expected and time.monotonic() < deadline:
+        page.wait_for_timeout(100)
+    return value
+
+
+def wait_for_rest(page: Any) -> None:
+    """Waits until the number of elements of the page has not changed for half a second."""
+    count, since = -1, time.monotonic()
+    deadline = since + PATIENCE
+    while time.monotonic() - since < 0.5:
+        page.wait_for_timeout(50)
+        if (now := page.evaluate("() => document.querySelectorAll('*').length")) != count:
+            count, since = now, time.monotonic()
+        assert time.monotonic() < deadline, "the page does not come to rest"
 
 
 def tabs(page: Any) -> list[str]:

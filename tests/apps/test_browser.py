@@ -20,6 +20,7 @@ from tests.apps.browser import (
     go,
     is_of_line_plot,
     tabs,
+    wait_for_rest,
 )
 
 
@@ -32,7 +33,7 @@ def test_every_page_opens(app: App, chromium: Browser, size: tuple[int, int], da
     grave = []
     for name in names:
         go(page, name)
-        page.wait_for_timeout(500)
+        wait_for_rest(page)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{name} is wider than the window"
         grave += [f"{name}: {finding}" for finding in findings(page)]
     page.context.close()

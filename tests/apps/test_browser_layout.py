@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.apps.browser import PHONE, WIDE, App, Browser, bring, go, tabs
+from tests.apps.browser import PHONE, WIDE, App, Browser, bring, go, read_until, tabs, wait_for_rest
 
 CONTRAST = """() => {
   const light = (color) => {
@@ -38,7 +38,7 @@ def test_placeholder_contrast_and_visible_main_buttons(app: App, chromium: Brows
     found: list[Any] = []
     for name in tabs(page):
         go(page, name)
-        page.wait_for_timeout(500)
+        wait_for_rest(page)
         found += [(name, *each) for each in page.evaluate(CONTRAST)]
         if button := {"Train": "#train-start", "Generate": "#generate-draw", "Classify": "#classify-start"}.get(name):
             box = page.locator(button).bounding_box()
@@ -50,26 +50,29 @@ def test_placeholder_contrast_and_visible_main_buttons(app: App, chromium: Brows
 
 
 PARTS = """() => [...document.querySelectorAll("h2.step, button.label-wrap")]
-  .filter(each => each.offsetParent).map(each => each.innerText.replace(/[◀▼]/g, "").replace(/\\s+/g, " ").trim())"""
-"""Visible steps and accordions of the open page, in their order."""
+  .filter(each => each.offsetParent)
+  .map(each => each.innerText.replace(/[◀▼]/g, "").replace(/\\s+/g, " ").trim().replace(/^[123] ?/, ""))"""
+"""Visible steps and accordions of the open page, in their order, without the numbers of the steps."""
+FORM = [
+    "Photos 3 to 20 of one subject or style",
+    "Subject the name that prompts use",
+    "More concepts in this run",
+    "Training",
+    "Settings",
+    "Method options",
+    "Start from or train on top of adapters",
+    "Config file and other options",
+]
+"""Parts of the training form without photos."""
 
 
 def test_parts_of_the_training_form(app: App, chromium: Browser) -> None:
     """Each accordion is in the step that it belongs to; captions appear with the photos."""
     page = chromium.open(app)
-    assert [each.lstrip("123 ") for each in page.evaluate(PARTS)] == [
-        "Photos 3 to 20 of one subject or style",
-        "Subject the name that prompts use",
-        "More concepts in this run",
-        "Training",
-        "Settings",
-        "Method options",
-        "Start from or train on top of adapters",
-        "Config file and other options",
-    ]
+    assert read_until(page, PARTS, FORM) == FORM
     page.locator("#train-example").click()
-    page.locator("#train-captions").wait_for()
-    assert page.evaluate(PARTS)[1] == "Captions and crops"
+    with_photos = [FORM[0], "Captions and crops", *FORM[1:]]
+    assert read_until(page, PARTS, with_photos) == with_photos
     page.context.close()
     chromium.check()
 
@@ -82,6 +85,7 @@ def test_start_on_a_phone_scrolls_to_the_run(app: App, chromium: Browser) -> Non
     page.get_by_role("button", name="Method options").click()
     label = page.locator("label", has_text="rslora").first
     label.wait_for()
+    wait_for_rest(page)
     for node in page.locator(".options label.checkbox-container").all():
         if node.is_visible():
             assert node.evaluate("each => each.scrollWidth <= each.clientWidth + 1"), node.inner_text()

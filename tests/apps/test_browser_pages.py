@@ -28,10 +28,12 @@ preview_steps = 10
 """Other options that shorten previews and evaluation, most of a short run."""
 
 
-def pictures(page: Any, where: str) -> list[Any]:
-    """Images of a gallery, as received by the browser."""
+def pictures(page: Any, where: str, count: int) -> list[Any]:
+    """Images of a gallery, as received by the browser, once there are exactly `count`."""
     found = []
-    for source in page.locator(f"{where} .gallery-item img").evaluate_all("all => all.map(each => each.src)"):
+    images = f"{where} .gallery-item img"
+    page.wait_for_function("([images, count]) => document.querySelectorAll(images).length === count", arg=[images, count])
+    for source in page.locator(images).evaluate_all("all => all.map(each => each.src)"):
         answer = page.request.get(source)
         assert answer.ok, source
         found.append(answer.body())
@@ -111,21 +113,22 @@ def test_train_on_four_photos(app: App, page: Any, chromium: Browser, tmp_path: 
         ],
         "#train-kohya-file": ["octopus-pivotal-comfyui-a1111.safetensors", "octopus.safetensors"],
     }.items():
-        assert downloaded(page, part, tmp_path) == sorted(names)
+        assert downloaded(page, part, tmp_path, len(names)) == sorted(names)
     page.locator("#train-generate").click()
     assert "<octopus>" in page.locator("#generate-prompt textarea").input_value()
     page.locator("#generate-draw").click()
     page.locator("#generate-state").get_by_text("4 of 4").wait_for()
-    told = read_settings(io.BytesIO(pictures(page, "#generate-gallery")[0]))  # type: ignore[arg-type]
+    told = read_settings(io.BytesIO(pictures(page, "#generate-gallery", 4)[0]))  # type: ignore[arg-type]
     assert [each["file"].split(" ")[0] for each in told["adapters"]] == ["<octopus>,"]
     attached = load_all(base_models.load("bundled"), tmp_path / "octopus-pivotal.safetensors")
     assert {each.method.name for each in attached} == {"textual_inversion", "lora"}
     assert load_file(tmp_path / "octopus.safetensors")
 
 
-def downloaded(page: Any, part: str, folder: Path) -> list[str]:
-    """Downloads all files of a component to a folder; returns their names."""
+def downloaded(page: Any, part: str, folder: Path, count: int = 1) -> list[str]:
+    """Downloads all files of a component to a folder, once there are `count`; returns their names."""
     names = []
+    page.locator(f"{part} a").nth(count - 1).wait_for()
     for link in page.locator(f"{part} a").all():
         with page.expect_download() as told:
             link.click()
@@ -146,7 +149,7 @@ def test_generate_with_and_without(app: App, page: Any, brought: Path, tmp_path:
     page.locator("#generate-seed input").fill("7")
     page.locator("#generate-draw").click()
     page.locator("#generate-state").get_by_text("2 of 2").wait_for()
-    without, with_it = pictures(page, "#generate-gallery")
+    without, with_it = pictures(page, "#generate-gallery", 2)
     assert without != with_it
     (tmp_path / "with.png").write_bytes(with_it)
     told = read_settings(tmp_path / "with.png")
@@ -161,7 +164,7 @@ def test_generate_with_and_without(app: App, page: Any, brought: Path, tmp_path:
     page.get_by_label("With the adapters", exact=True).check()
     page.locator("#generate-draw").click()
     page.locator("#generate-state").get_by_text("1 of 1").wait_for()
-    assert [each == with_it for each in pictures(page, "#generate-gallery")] == [True], "the same image again"
+    assert [each == with_it for each in pictures(page, "#generate-gallery", 1)] == [True], "the same image again"
 
 
 def test_generate_from_a_sketch(app: App, page: Any, brought: Path, tmp_path: Path) -> None:
@@ -173,7 +176,7 @@ def test_generate_from_a_sketch(app: App, page: Any, brought: Path, tmp_path: Pa
     circle(page, "#control-sketch canvas")
     page.locator("#control-draw").click()
     page.locator("#control-said").get_by_text("1 of 1").wait_for()
-    followed, without, with_it = pictures(page, "#control-gallery")
+    followed, without, with_it = pictures(page, "#control-gallery", 3)
     assert without != with_it
     (tmp_path / "map.png").write_bytes(followed)
     with Image.open(tmp_path / "map.png") as image:

@@ -79,7 +79,8 @@ def test_each_method_is_a_job_with_results(tmp_path: Path, wanted: ClassifyReque
     assert result_values(begun[0])[0] == ""
     for job in begun:
         run(job)
-    words, accuracy, compared, confusion, curves, mistakes, every, files = result_values(begun[0])
+    words, labels, accuracy, compared, confusion, curves, mistakes, every, files = result_values(begun[0])
+    assert labels == ""
     assert "interval is **" in words
     tested = json.loads((begun[0].run / "splits.json").read_text())["test"]
     assert f"Measured on {len(tested)} test images" in words
@@ -129,7 +130,7 @@ def test_accuracy_is_shown_during_training(tmp_path: Path, wanted: ClassifyReque
     epochs = read_epochs(job.run)
     assert stamp(job) != before
     assert describe(job, epochs).startswith(f"Epoch 2: validation accuracy **{epochs[1].val_accuracy:.1%}**")
-    words, accuracy, _, confusion, *_, files = result_values(job)
+    words, _, accuracy, _, confusion, *_, files = result_values(job)
     assert "at the end" in words
     assert accuracy.visible
     assert not confusion.visible
@@ -192,8 +193,8 @@ def test_page_builds_and_lists_supported_methods(tmp_path: Path) -> None:
         classify_page.build(Context.create(tmp_path))
     assert "folder" in dict(map(reversed, classify_page.source_choices(Workspace(tmp_path))))  # type: ignore[arg-type]
     assert "folder" not in dict(map(reversed, classify_page.source_choices(Workspace(tmp_path, "ann"))))  # type: ignore[arg-type]
-    assert [part.visible for part in classify_page.source_fields("zip")] == [True, False, False]
-    assert [part.visible for part in classify_page.source_fields("digits")] == [False, False, True]
+    assert [part.visible for part in classify_page.source_fields("zip")] == [True, False, True, False]
+    assert [part.visible for part in classify_page.source_fields("digits")] == [False, False, False, True]
     clip = classify_page.supported_methods("bundled_clip", ["lora", "vpt+ssf"])
     assert "coop" in dict(clip.choices)
     assert clip.value == ["lora", "vpt+ssf"]

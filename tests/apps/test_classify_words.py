@@ -11,7 +11,8 @@ from veneer.apps import jobs
 from veneer.apps.context import Context
 from veneer.apps.jobs import Job
 from veneer.apps.limits import LIMITS
-from veneer.apps.pages.classify.request import ClassifyRequest, check_methods, class_root, submit_jobs
+from veneer.apps.pages.classify.labeled_data import class_root
+from veneer.apps.pages.classify.request import ClassifyRequest, check_methods, submit_jobs
 from veneer.apps.pages.classify.results import (
     FEW_EPOCHS,
     accuracy_curve,

@@ -24,6 +24,8 @@ WAYS = [*itertools.product((("desktop", WIDE), ("phone", PHONE)), (False, True))
 LONG = 900_000
 """Milliseconds that a job may take."""
 CONTROL = "follows-lines"
+HIGHEST = 3000
+"""Pixels of a screenshot from its top; only the catalog of methods is much higher."""
 
 
 def prepare(page: Any, control: Path) -> None:
@@ -126,7 +128,8 @@ def shoot(page: Any, path: Path, whole: bool = True) -> None:
     page.evaluate("document.activeElement?.blur()")
     page.wait_for_timeout(1500)
     with Image.open(io.BytesIO(page.screenshot(full_page=whole))) as image:
-        image.convert("RGB").save(path, quality=70, optimize=True, progressive=True)
+        top = image.crop((0, 0, image.width, min(image.height, HIGHEST))) if path.stem.startswith("methods") else image
+        top.convert("RGB").save(path, quality=70, optimize=True, progressive=True)
     page.set_viewport_size(window)
     print(path, flush=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,19 @@ def image_folder(parent: Path, count: int = 12, seed: int = 0) -> Path:
             pixels[..., channel] += 100
             Image.fromarray(pixels.to(torch.uint8).numpy()).save(parent / name / f"{number}.png")
     return parent
+
+
+def color_table(folder: Path, count: int = 60) -> Path:
+    """A CSV of noisy images; each label brightens its channel."""
+    folder.mkdir(parents=True)
+    generator, rng = torch.Generator().manual_seed(0), random.Random(0)
+    lines = ["path,labels"]
+    for number in range(count):
+        labels = [name for name in CLASSES if rng.random() < 0.4] or [rng.choice(CLASSES)]
+        pixels = torch.randint(0, 150, (SIDE, SIDE, 3), generator=generator)
+        for name in labels:
+            pixels[..., ("red", "green", "blue").index(name)] += 100
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,{';'.join(labels)}")
+    (folder / "labels.csv").write_text("\n".join(lines))
+    return folder / "labels.csv"

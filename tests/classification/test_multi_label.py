@@ -21,7 +21,7 @@ from veneer.pipelines.export import ExportConfig, export
 from veneer.pipelines.predict import PredictConfig, predict
 from veneer.pipelines.transfer import transfer
 
-from tests.classification.small import CLASSES, SIDE, image_folder, model_folder
+from tests.classification.small import CLASSES, color_table, image_folder, model_folder
 from tests.raising import raises
 from veneer.classification.config import TransferConfig
 from veneer.classification.data.hf_dataset import _classes, _columns
@@ -40,22 +40,6 @@ from veneer.injection.errors import OptionError
 from veneer.publishing.run_record import read_run
 from veneer.publishing.tables import score_rows
 from veneer.training.data.image_io import DataError
-
-
-def color_table(folder: Path, count: int = 60) -> Path:
-    """A CSV of noisy images; each label brightens its channel."""
-    folder.mkdir(parents=True)
-    generator, rng = torch.Generator().manual_seed(0), random.Random(0)
-    lines = ["path,labels"]
-    for number in range(count):
-        labels = [name for name in CLASSES if rng.random() < 0.4] or [rng.choice(CLASSES)]
-        pixels = torch.randint(0, 150, (SIDE, SIDE, 3), generator=generator)
-        for name in labels:
-            pixels[..., ("red", "green", "blue").index(name)] += 100
-        Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{number}.png")
-        lines.append(f"{number}.png,{';'.join(labels)}")
-    (folder / "labels.csv").write_text("\n".join(lines))
-    return folder / "labels.csv"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from veneer.training import attach_methods
 from veneer.training.attach_methods import trainable_methods
 
 ALONE = {"textual_inversion", "lst", "diffusekrona", "boft", "mona", "coda", "adapter_fusion", "special_tokens"}
-ALONE |= {"hyperformer", "hyperformer_plus_plus"}  # need tasks
 """Methods that train the text encoder by themselves, have no sites in this UNet or in its text encoder, or need options."""
 
 

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from veneer.classification.config import TransferConfig
-from veneer.classification.data.sources import open_source
-from veneer.classification.models.compatibility import compatible_methods
 from veneer.classification.models.loading import check_name
 from veneer.classification.models.transformers_loading import PREFIX, is_transformers_name
 from veneer.hub.names import is_repository
 from veneer.injection import OptionError, VeneerError
-from veneer.training.data.image_io import DataError
+from veneer.injection import methods as registry
 from veneer.training.method_names import split_methods
 
 from ...context import Context
 from ...jobs import Job
 from ...limits import LIMITS
-from ...workspace import Workspace, check_text, printable, safe_name
-from ...zip_archives import unpack_zip
+from ...workspace import Workspace, check_text, printable
+from ..methods.availability import classifier_methods, reason_not_offered
+from ..shared.verdict import replace_flags
+from .labeled_data import DIGITS, KIND, MULTI_LABEL, is_multi_label, resolve_data
+from .method_options import method_options
 
-KIND = "classify"
-DIGITS, ZIP, FOLDER, PREVIOUS = "digits", "zip", "folder", "again"
-SOURCES = {
-    DIGITS: "Handwritten digits (built in)",
-    ZIP: "My images, in a zip",
-    FOLDER: "A folder on this machine",
-    PREVIOUS: "The images of the run below",
-}
 AUGMENT = {
     "flip": "crops and flips",
     "light": "crops",
@@ -62,6 +53,8 @@ class ClassifyRequest:
     augment: str = DEFAULTS.augment
     patience: float | None = 0
     seed: float | None = 0
+    multi_label: bool = False
+    options: str = ""
 
 
 def submit_jobs(context: Context, workspace: Workspace, request: ClassifyRequest) -> tuple[list[Job], list[str]]:
@@ -70,8 +63,11 @@ def submit_jobs(context: Context, workspace: Workspace, request: ClassifyRequest
     Raises:
         VeneerError: an invalid request or too many queued jobs; no job is submitted in that case.
     """
-    options = settings(workspace, request)
+    flags = settings(workspace, request)
     methods = check_methods(request.methods, request.model)
+    options = method_options(request.options, methods)
+    if is_multi_label(workspace, request.source, request.job, request.multi_label):
+        check_multi_label(request, methods)
     free = LIMITS.jobs - workspace.count_active()
     if len(methods) > free:
         raise VeneerError(
@@ -81,11 +77,27 @@ def submit_jobs(context: Context, workspace: Workspace, request: ClassifyRequest
             given=len(methods),
             expected=max(free, 0),
         )
-    data, name, left_out = resolve_data(workspace, request)
+    images = resolve_data(workspace, request.source, request.file, request.folder, request.job, request.multi_label)
+    flags += [MULTI_LABEL] if images.multi_label else []
     jobs = []
     for method in methods:
-        jobs.append(context.submit(workspace, KIND, f"{name} · {method}", ["transfer", data, f"--method={method}", *options]))
-    return jobs, left_out
+        command = ["transfer", images.data, f"--method={method}", *flags, *options[method]]
+        jobs.append(context.submit(workspace, KIND, f"{images.name} · {method}", command))
+    return jobs, list(images.left_out)
+
+
+def check_multi_label(request: ClassifyRequest, methods: Sequence[str]) -> None:
+    """Checks that the methods can be trained on images with several labels.
+
+    Raises:
+        OptionError: a model, method or setting that needs one label per image.
+    """
+    for method in methods:
+        config = TransferConfig(model=request.model, method=method, multi_label=True, shots=int(request.shots or 0) or None)
+        try:
+            config.check_multi_label()
+        except OptionError as error:
+            raise OptionError.from_error(error, replace_flags(str(error))) from error
 
 
 def settings(workspace: Workspace, request: ClassifyRequest) -> list[str]:
@@ -154,7 +166,7 @@ def check_methods(methods: Sequence[str], model: str) -> list[str]:
     Raises:
         VeneerError: no method, or one that the model does not support.
     """
-    known = compatible_methods(model)
+    known = classifier_methods(model)
     chosen = list(dict.fromkeys(re.sub(r"\s", "", str(method)) for method in methods or ()))
     if not chosen:
         message = "no method is chosen; choose one or more, such as linear_probe and lora."
@@ -162,89 +174,12 @@ def check_methods(methods: Sequence[str], model: str) -> list[str]:
     for method in chosen:
         for name in [method] if method == "zero_shot" else split_methods(method):
             if name not in known:
-                message = f"{printable(name)!r} is not supported by this model. Choose a method from the list."
+                reason = _reason(name) or "it is not supported by this model. Choose a method from the list."
+                message = f"{printable(name)}: {reason}"
                 raise OptionError(message, option="methods", given=name, expected=tuple(known))
     return chosen
 
 
-def resolve_data(workspace: Workspace, request: ClassifyRequest) -> tuple[str, str, list[str]]:
-    """Resolves the image source to the argument of `veneer transfer`, a display name, and why images were rejected.
-
-    Raises:
-        VeneerError: fewer than two classes of images, or a source that this user may not access.
-    """
-    if request.source == DIGITS:
-        return DIGITS, DIGITS, []
-    if request.source == PREVIOUS:
-        return data_of_job(workspace, str(request.job or ""))
-    if request.source == ZIP:
-        return unpack(workspace, request.file)
-    if request.source != FOLDER or workspace.user is not None:
-        message = "folders of the server are available only without logins. Upload your images as a zip."
-        raise OptionError(message, option="source", given=request.source)
-    target = check_text(request.folder or "", "folder")
-    if not target:
-        message = "the folder is empty; expected a path such as /home/me/pets that has a folder for each class."
-        raise OptionError(message, option="folder", given="")
-    path = Path(target).expanduser().resolve()
-    check_classes(str(path), target)
-    return str(path), safe_name(path.name, "folder"), []
-
-
-def data_of_job(workspace: Workspace, name: str) -> tuple[str, str, list[str]]:
-    """Images of an earlier job."""
-    job = workspace.job(name)
-    if job.kind != KIND or len(job.command) < 2:
-        message = "the run below has no labeled images. Choose other images."
-        raise OptionError(message, option="job", given=name)
-    check_classes(job.command[1], job.title)
-    return job.command[1], job.title.rpartition(" · ")[0] or job.title, []
-
-
-def unpack(workspace: Workspace, file: str | None) -> tuple[str, str, list[str]]:
-    """Unpacks a zip into a folder named by its digest, so that later jobs on the same zip are comparable."""
-    if not file:
-        message = "no zip is chosen. Put the images of each class into a folder, zip the folders, and upload the zip."
-        raise OptionError(message, option="file", given=None)
-    path, left_out = Path(file), list[str]()
-    name = safe_name(path.stem, "images")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    target = workspace.datasets / f"{name}-{digest}"
-    if not target.is_dir():
-        scratch = workspace.new_dataset()
-        try:
-            _, left_out = unpack_zip(path, scratch)
-            inner = class_root(scratch)
-            check_classes(str(inner), "the zip")
-            inner.rename(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return str(target), name, left_out
-
-
-def class_root(folder: Path) -> Path:
-    """Folder that contains the class folders; skips a single outer folder."""
-    entries = list(folder.iterdir())
-    if len(entries) == 1 and entries[0].is_dir() and all(each.is_dir() for each in entries[0].iterdir()):
-        return entries[0] if entries[0].name.lower() not in ("train", "training") else folder
-    return folder
-
-
-def check_classes(data: str, name: str) -> None:
-    """Checks that a data source has at least two classes, by file names only.
-
-    Raises:
-        VeneerError: it has fewer.
-    """
-    try:
-        source = open_source(data)
-    except DataError as error:
-        raise VeneerError.from_error(error, str(error).replace(data, printable(name)), file=name) from error
-    if len(source.classes) < 2:
-        raise VeneerError(
-            f"{printable(name)}: one class, {printable(source.classes[0])}; expected at least two, each a folder of images.",
-            file=printable(name),
-            where="classes",
-            given=source.classes,
-            expected=2,
-        )
+def _reason(name: str) -> str:
+    """Why no form offers a method; empty for unknown names and methods of other models."""
+    return reason_not_offered(registry.get(name)) if name in registry.names() else ""

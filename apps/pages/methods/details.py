@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from veneer.injection import VeneerError, methods
 from veneer.method_catalog import MethodEntry, ParameterCount
 from veneer.method_search import USES, Use
 
 from ..shared.html import facts, table
+from .availability import pages_of, reason_not_offered
 
 NO_MATCH = '<div class="empty"><p><strong>No method matches.</strong> Remove a filter, or search for another word.</p></div>'
 CONDITIONS = {"image": "a control image", "embeds": "embeddings of a reference image", "text": "a text"}
+KINDS = {
+    "selective": "Selective: trains some of the model's own parameters",
+    "additive": "Additive: adds small new layers",
+    "prompt": "Prompt: trains token embeddings or pixels of the input",
+    "reparameterized": "Reparameterized: trains a small weight update",
+    "hybrid": "Hybrid: several of these",
+}
+"""Kind of a method to its heading, in the order of the page."""
+MANY = 12
+"""Methods of a use from which on they are grouped by kind."""
 OPEN_METHOD = (
     "const method = document.getElementById('method-{}'); method.open = true; method.scrollIntoView(); "
     "method.firstElementChild.focus()"
@@ -33,8 +45,18 @@ def method_list(groups: Groups, counts: Mapping[str, ParameterCount | None] | No
     parts += [_start([method for _, entries in groups for method in entries])] if start else []
     for use, entries in groups:
         parts += [f'<h2 class="use">{escape(use.title)}</h2><p class="about">{escape(use.about)}</p>'] if use else []
-        parts += [_method(method, _counted(counts, method.name), model, use) for method in entries]
+        for heading, members in _by_kind(entries, use):
+            parts += [f'<h3 class="kind">{escape(heading)}</h3>'] if heading else []
+            parts += [_method(method, _counted(counts, method.name), model, use) for method in members]
     return "".join(parts)
+
+
+def _by_kind(entries: Sequence[MethodEntry], use: Use | None) -> list[tuple[str, list[MethodEntry]]]:
+    """The methods of a use: recommended ones first, without a heading, then by kind if there are many."""
+    first = [method for method in entries if use is None or len(entries) < MANY or use.key in method.recommended_for]
+    others = [method for method in entries if method not in first]
+    kinds = sorted({method.kind for method in others}, key=lambda kind: [*KINDS, kind].index(kind))
+    return [("", first), *((KINDS.get(kind, f"From {kind}"), [m for m in others if m.kind == kind]) for kind in kinds)]
 
 
 def _start(entries: Sequence[MethodEntry]) -> str:
@@ -64,6 +86,7 @@ def _method(method: MethodEntry, counted: str, model: str, group: Use | None) ->
     pairs = [
         ("Formula", method.formula),
         ("Used for", ", ".join(use.title for use in USES if use.key in method.uses)),
+        *_where(method.name),
         ("Attaches to", method.needs),
         ("Kind", method.kind),
         ("Conditioning", ", ".join(CONDITIONS.get(c, c) for c in method.conditions) or "nothing"),
@@ -78,6 +101,17 @@ def _method(method: MethodEntry, counted: str, model: str, group: Use | None) ->
         facts([(k, v) for k, v in pairs if v]) + options + f'<h3>Documentation</h3><pre tabindex="0">{escape(method.text)}</pre>'
     )
     return f'<details class="method" id="method-{escape(method.name)}"><summary>{line}</summary>{inside}</details>'
+
+
+def _where(name: str) -> list[tuple[str, str]]:
+    """The pages that train a method, or why none does."""
+    try:
+        reason, pages = reason_not_offered(methods.get(name)), pages_of(name)
+    except (ImportError, VeneerError, AttributeError):  # its entry has the error
+        return []
+    if reason:
+        return [("Only as a command", f"{reason[0].upper()}{reason[1:]}")]
+    return [("Trained on the page", "; ".join(pages))] if pages else []
 
 
 def short_count(count: int) -> str:

@@ -16,16 +16,9 @@ from veneer.method_search import USES, group_by_use, rank_methods, with_use
 from ...context import Context, show_errors
 from ...workspace import check_text
 from ..page import Page
-from .details import method_list
+from .details import KINDS, method_list
 
 AREAS = [("All models", ""), ("Diffusion: generates images", "diffusion"), ("Vision: classifies images", "vision")]
-KINDS = {
-    "selective": "Selective: trains some of the model's own parameters",
-    "additive": "Additive: adds small new layers",
-    "prompt": "Prompt: trains token embeddings or pixels of the input",
-    "reparameterized": "Reparameterized: trains a small weight update",
-    "hybrid": "Hybrid: several of these",
-}
 SORTS = [("By use, or by relevance to the search", "use"), ("By name", "name"), ("Fewest trainable parameters first", "trained")]
 
 

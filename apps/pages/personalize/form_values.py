@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,11 +30,13 @@ def fill_form(slots: Slots, preset: str, base: str, method: str) -> list[Any]:
 
 
 def method_summary(method: str) -> str:
-    """Summary of the method whose options are shown, in Markdown."""
-    line = (methods.get(main_method(method)).__doc__ or "").strip().splitlines()[0]
-    return f"**{escape_markup(main_method(method))}**: {escape_markup(line)}" + (
-        "" if options_of(method) else " It has no options."
-    )
+    """Summary of the method whose options are shown, in Markdown: what it does, and its formula."""
+    name = main_method(method)
+    kind = methods.get(name)
+    formula = (inspect.getdoc(kind) or "").split("\n")[0]
+    title = (inspect.getdoc(sys.modules[kind.__module__]) or formula).split("\n")[0]
+    lines = dict.fromkeys((f"**{escape_markup(name)}** {escape_markup(title)}", escape_markup(formula)))
+    return "\n\n".join(lines) + ("" if options_of(method) else " It has no options.")
 
 
 def check_form_is_current(filled_for: Sequence[str], now: Sequence[str]) -> None:

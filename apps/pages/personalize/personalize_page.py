@@ -49,6 +49,7 @@ from .results import KOHYA, result_components, result_values, stamp
 KIND = "train"
 SHORT: dict[str, Any] = {"max_length": LIMITS.text, "min_width": 140}
 """Layout of a short text field."""
+METHOD_HELP = "pivotal: token embedding and LoRA, most similar. lora: one file for all tools. The page Methods explains all."
 EMPTY = "**No run yet.** Progress and previews appear here; then the images before and after, a verdict and the files."
 
 
@@ -146,7 +147,7 @@ class _Form:
         with gr.Row():
             self.method = gr.Dropdown(
                 method_names(False), value=DEFAULT_METHOD, label="Method", allow_custom_value=True, min_width=140,
-                elem_id="train-method", info="pivotal: token embedding and LoRA, most similar. lora: one file for all tools.",
+                elem_id="train-method", info=METHOD_HELP,
             )  # fmt: skip
             self.base = gr.Textbox("bundled", label="Base model", info="bundled, a folder, or a hub name.", **SHORT)
         settings = preset_settings("quick", "bundled", DEFAULT_METHOD)
@@ -223,12 +224,13 @@ class _Form:
             [self.preset.change, self.method.change, self.base.submit, self.base.blur], show_errors(fill), [*parts, filled_for],
             form_outputs, show_progress="hidden", **hidden_api,
         )  # fmt: skip
-        gr.on(None, lambda: gr.Dropdown(choices=method_names(True)), None, self.method, show_progress="hidden", **hidden_api)
+        base_changes = [self.base.blur, self.base.submit]
+        for when in (None, base_changes):
+            gr.on(when, show_errors(method_choices), self.base, self.method, show_progress="hidden", **hidden_api)
         costs = [self.base, self.method, *(self.settings[name] for name in ("steps", "batch", "optimizer", "eval_seeds"))]
         gr.on([part.change for part in costs], show_errors(cost), costs, self.estimate, show_progress="hidden", **hidden_api)
         gr.on(None, show_errors(cost), costs, self.estimate, **QUIET)
-        changes = [self.base.blur, self.base.submit, self.method.change]
-        for when in (None, changes):
+        for when in (None, [*base_changes, self.method.change]):
             gr.on(when, show_errors(preset_labels), [self.base, self.method], self.preset, **QUIET)
         subject = [self.files, self.captions, self.concept, self.word]
         inputs = [*subject, *parts, filled_for, *setting_components, *self.slots.components, *self.more.components]
@@ -241,6 +243,11 @@ class _Form:
         example.success(show_errors(start), inputs, choice, **hidden_api).success(None, js="() => reveal('train-runs')", **QUIET)
         single: dict[str, Any] = {"concurrency_id": "check", "concurrency_limit": 1, **hidden_api}
         self.check.click(show_errors(try_step), inputs, self.dry_run, **single)
+
+
+def method_choices(base: str) -> Any:
+    """Update of the method field: the methods for a base model."""
+    return gr.Dropdown(choices=method_names(True, base))
 
 
 def _layout(field: Field) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from veneer.base_models.loading import find
 from veneer.base_models.quantized_linear import KINDS
 from veneer.injection import OptionError
 from veneer.training import attach_methods
-from veneer.training.attach_methods import trainable_methods
 from veneer.training.loop.config import PRESETS, preset_steps
 from veneer.training.method_names import SHORTHANDS, split_methods
 from veneer.training.personalization_config import PersonalizeConfig
@@ -25,6 +24,7 @@ from ...base_access import check_access
 from ...jobs import Job
 from ...limits import LIMITS
 from ...workspace import Workspace, check_text
+from ..methods.availability import check_photo_method, photo_methods
 from ..shared.config_form import Field, fields_of, flags_of, with_choices
 from ..shared.time_estimates import REFERENCE, Timing, duration, measure_timing
 from ..shared.verdict import read_result
@@ -73,15 +73,20 @@ class PersonalizeRequest:
     groups: tuple[ConceptGroup, ...] = ()
 
 
-def method_names(include_untuned: bool) -> list[str]:
+def method_names(include_untuned: bool, base: str = "bundled") -> list[str]:
     """Methods to choose from: the default first, then those with presets for the bundled base model.
 
     Args:
-        include_untuned: also list every other compatible method, which is slow the first time.
+        include_untuned: also list every other method with sites in the base model, which is slow the first time.
     """
-    tuned = [name for name in base_models.preset("bundled").training if not methods.get(name).conditions]
-    others = [name for name in trainable_methods() if name not in tuned] if include_untuned else []
+    tuned = tuned_methods()
+    others = [name for name in photo_methods(check_base(base)) if name not in tuned] if include_untuned else []
     return [*SHORTHANDS, *tuned, *others]
+
+
+def tuned_methods() -> list[str]:
+    """Methods with a preset for the bundled base model."""
+    return [name for name in base_models.preset("bundled").training if not methods.get(name).conditions]
 
 
 def main_method(method: str) -> str:
@@ -145,11 +150,14 @@ def command(request: PersonalizeRequest, photos: Path, more: Sequence[Path] = ()
     if not concept:
         message = "the concept is empty; expected a new, unique name such as <toy>."
         raise OptionError(message, option="concept", given="")
-    name = main_method(method)
+    name, base = main_method(method), check_base(request.base)
+    for each in split_methods(method):
+        if each not in tuned_methods():
+            check_photo_method(each, base)
     settings = flags_of(PersonalizeConfig, SETTINGS, request.settings)
     options = flags_of(methods.get(name), options_of(method), request.options, name)
     word = check_text(request.class_word, "class word")
-    values = {"concept": concept, "class-word": word, "base": check_base(request.base), "method": method}
+    values = {"concept": concept, "class-word": word, "base": base, "method": method}
     _check_bounds(settings)
     flags = [f"--{key}={value}" for key, value in values.items() if value]
     check_groups(concept, request.groups)

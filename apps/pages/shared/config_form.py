@@ -76,10 +76,19 @@ def _field(field: dataclasses.Field[Any], hint: Any, texts: str) -> Field:
     multiple = any(_is_collection(o) for o in options)
     kind: Kind = "choice" if literal else "check" if bool in options else "text"
     default = None if field.default is dataclasses.MISSING else field.default
-    texts = re.sub(r"\bNone\b", "empty", texts)  # an empty field means None
     choices = tuple(map(str, typing.get_args(literal))) if literal else ()
     nested = any(_is_collection(argument) for o in options for argument in typing.get_args(o))
-    return Field(field.name, texts, kind, choices, multiple, default, commas=not nested)
+    return Field(field.name, form_help(texts), kind, choices, multiple, default, commas=not nested)
+
+
+def form_help(text: str) -> str:
+    """Help of an option for its form field: an empty field means None, and Python notation is left out.
+
+    The help of a field is Markdown that reads two asterisks as emphasis, in code too.
+    """
+    text = re.sub(r"\bNone\b", "empty", text)
+    text = re.sub(r"( as a flag)?, in Python `[^`]*`", "", text)
+    return text if text.count("*") < 2 else text.replace("*", "\N{ASTERISK OPERATOR}")
 
 
 def _options(hint: Any) -> Iterator[Any]:

@@ -82,7 +82,7 @@ def _after_step(last: Progress | None) -> str:
 
 
 def _training_time(last: Progress | None) -> str:
-    return f": {last.steps} steps in {clock(last.seconds)}" if last else ""
+    return f": {last.steps} {'step' if last.steps == 1 else 'steps'} in {clock(last.seconds)}" if last else ""
 
 
 def progress_bar(steps: Sequence[Progress], phase: Phase | None = None) -> str:

@@ -33,16 +33,16 @@ def verdict_html(result: Mapping[str, Any]) -> str:
     parts = [f"<h3>{words}</h3>", f"<p>{escape(str(judgment.get('summary') or ''))}</p>"]
     for name, title in (("reasons", "Why"), ("advice", "What to change")):
         lines = judgment.get(name)
-        items = "".join(f"<li>{escape(_replace_flags(str(line)))}</li>" for line in lines) if isinstance(lines, list) else ""
+        items = "".join(f"<li>{escape(replace_flags(str(line)))}</li>" for line in lines) if isinstance(lines, list) else ""
         parts.append(f"<h4>{title}</h4><ul>{items}</ul>" if items else "")
     return f'<section class="verdict {kind}" role="status">{"".join(parts)}</section>'
 
 
-FIELD_NAMES = {"generated-images": "generated training images", "lp-ft": "LP-FT"}
+FIELD_NAMES = {"generated-images": "generated training images", "lp-ft": "LP-FT", "shots": "images per class"}
 """Flag to the label of its field on a page, if different."""
 
 
-def _replace_flags(line: str) -> str:
+def replace_flags(line: str) -> str:
     """Replaces flags in a sentence by labels of form fields: `--eval-seeds 3` becomes `eval seeds = 3`."""
 
     def field_name(match: re.Match[str]) -> str:

@@ -157,8 +157,13 @@ def skip_lower_layers(attached: Sequence[Attachment], layers: int) -> None:
 
 
 @functools.cache
-def trainable_methods() -> tuple[str, ...]:
-    """Names of the methods that `personalize` supports: on a diffusion model or its text encoders, or on token embeddings."""
+def trainable_methods(hosts: tuple[str, ...] = MODELS) -> tuple[str, ...]:
+    """Names of the methods that `personalize` supports: on a diffusion model or its text encoders, or on token embeddings.
+
+    Args:
+        hosts: those of the models in the pipeline, such as only the UNet's and the text encoder's.
+    """
     classes = {name: methods.get(name) for name in methods.names()}
-    candidates = {name: cls for name, cls in classes.items() if not (cls.conditions or cls.prepares or cls.keeps_head)}
-    return tuple(name for name, cls in candidates.items() if trains_token_embeddings(cls) or hosts_for(cls, MODELS))
+    excluded = ("conditions", "prepares", "keeps_head", "needs_tasks")
+    candidates = {name: cls for name, cls in classes.items() if not any(getattr(cls, each) for each in excluded)}
+    return tuple(name for name, cls in candidates.items() if trains_token_embeddings(cls) or hosts_for(cls, hosts))

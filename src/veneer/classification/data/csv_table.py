@@ -21,7 +21,9 @@ _SPLITS = ("split", "subset", "set", "partition")
 _COLUMNS = "path,label or path,label,split"
 
 
-class _Line(NamedTuple):
+class TableLine(NamedTuple):
+    """A line of a table: its number as text, the path, the label cell, and the split or ""."""
+
     where: str
     path: str
     label: str
@@ -67,15 +69,23 @@ def read_metadata(root: Path, tables: Mapping[Path, Split | None], multi_label: 
     paths: dict[str, Path] = {}
     notes: list[str] = []
     for table, split in tables.items():
-        lines = _jsonl_lines(table) if table.suffix == ".jsonl" else _csv_lines(table, multi_label)
-        contents = _read_table(table, lines, root, split, multi_label)
+        contents = _read_table(table, read_lines(table, multi_label), root, split, multi_label)
         rows += contents.rows
         paths.update(contents.paths)
         notes += contents.notes
     return assemble(str(root), rows, reader(paths), notes, multi_label)
 
 
-def _read_table(table: Path, lines: Iterator[_Line], root: Path, split: Split | None, multi_label: bool) -> _TableRows:
+def read_lines(table: Path, multi_label: bool = False) -> Iterator[TableLine]:
+    """The lines of a table with their text, without reading images.
+
+    Raises:
+        DataError: no CSV with a path and a label column, or no JSON objects.
+    """
+    return _jsonl_lines(table) if table.suffix == ".jsonl" else _csv_lines(table, multi_label)
+
+
+def _read_table(table: Path, lines: Iterator[TableLine], root: Path, split: Split | None, multi_label: bool) -> _TableRows:
     rows: dict[str, LabeledRow] = {}
     paths: dict[str, Path] = {}
     first: dict[str, str] = {}
@@ -118,7 +128,7 @@ def _read_table(table: Path, lines: Iterator[_Line], root: Path, split: Split | 
     return _TableRows(list(rows.values()), paths, notes)
 
 
-def _resolve_path(line: _Line, folder: Path, root: Path) -> tuple[DataError | None, Path, str]:
+def _resolve_path(line: TableLine, folder: Path, root: Path) -> tuple[DataError | None, Path, str]:
     """Error of a line's path or None, the absolute path, and the image's name in the source."""
     if not line.path:
         return line.error("no path", "", "path"), folder, ""
@@ -133,7 +143,7 @@ def _resolve_path(line: _Line, folder: Path, root: Path) -> tuple[DataError | No
     return (None if path.is_file() else line.error(f"no such file: {path}", line.path, "file")), path, name
 
 
-def _csv_lines(path: Path, multi_label: bool) -> Iterator[_Line]:
+def _csv_lines(path: Path, multi_label: bool) -> Iterator[TableLine]:
     text = read_utf8(path)
     separator = _separator(text, ",\t" if multi_label else ",;\t|")
     table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
@@ -148,7 +158,7 @@ def _csv_lines(path: Path, multi_label: bool) -> Iterator[_Line]:
                 if is_header:
                     continue
             fields = [cells[column] if column is not None and column < len(cells) else "" for column in columns]
-            yield _Line(f"line {table.line_num}", *fields)
+            yield TableLine(f"line {table.line_num}", *fields)
     except csv.Error as error:
         message = f"{path}: line {table.line_num}: not CSV ({error}); expected {_COLUMNS}."
         raise DataError(message, file=path, where=f"line {table.line_num}") from error
@@ -173,7 +183,7 @@ def _separator(text: str, separators: str = ",;\t|") -> str:
     return max(separators, key=first.count)  # the first of equally frequent ones
 
 
-def _jsonl_lines(path: Path) -> Iterator[_Line]:
+def _jsonl_lines(path: Path) -> Iterator[TableLine]:
     for number, text in enumerate(read_utf8(path).splitlines(), 1):
         if not text.strip():
             continue
@@ -187,7 +197,7 @@ def _jsonl_lines(path: Path) -> Iterator[_Line]:
             raise DataError(message, file=path, where=f"line {number}", given=record, expected=("file_name", "label"))
         words = {str(key).lower(): _cell(value) for key, value in record.items()}
         cells = (next((words[word] for word in known if word in words), "") for known in (_PATHS, _LABELS, _SPLITS))
-        yield _Line(f"line {number}", *cells)
+        yield TableLine(f"line {number}", *cells)
 
 
 def _cell(value: object) -> str:

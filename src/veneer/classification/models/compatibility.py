@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 from veneer.injection import methods
+from veneer.injection.attachment.plan import supports
 from veneer.injection.attention_sites import SelfAttentionSite
 from veneer.injection.method import Method
 from veneer.injection.multimodal_prompt_site import MultimodalPromptSite
@@ -18,8 +21,9 @@ from veneer.injection.sites import (
     TokenSite,
     WeightSite,
 )
+from veneer.injection.towers import towers_of
 
-from .loading import is_clip_name
+from .loading import is_clip_name, open_classifier
 
 IMAGE_SITES: tuple[type[Site], ...] = (
     WeightSite, NormSite, BranchSite, StreamSite, TokenSite, SelfAttentionSite, ParamSite, PixelSite, FeatureSite,
@@ -39,6 +43,17 @@ def compatible_methods(model: str) -> list[str]:
     kinds = (*IMAGE_SITES, PromptSite, MultimodalPromptSite) if clip else IMAGE_SITES
     found = [name for name in methods.names() if _supports(methods.get(name), kinds, clip)]
     return sorted([*found, "zero_shot"]) if clip else found
+
+
+@functools.cache
+def methods_with_sites(model: str) -> frozenset[str]:
+    """The compatible methods that have a site in a classifier with a new head. Loads the model."""
+    sites = [site for tower in towers_of(open_classifier(model, ["a", "b"]).model) for site in tower.sites]
+    return frozenset(
+        name
+        for name in compatible_methods(model)
+        if name == "zero_shot" or any(supports(methods.get(name), site) for site in sites)
+    )
 
 
 def _supports(method: type[Method], kinds: tuple[type[Site], ...], prompted: bool) -> bool:

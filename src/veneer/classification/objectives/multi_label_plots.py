@@ -20,7 +20,7 @@ def write_class_precision(metrics: MultiLabelMetrics, classes: Sequence[str], pa
     shares = metrics.targets.double().mean(0).tolist()
     rows = [(p, name, share) for p, name, share in zip(metrics.average_precision, classes, shares, strict=True) if p is not None]
     lowest = sorted(rows)[:MOST_CLASSES]
-    figure, axes = panels(7.2, 1.6 + 0.24 * len(lowest))
+    figure, axes = panels(7.2, 1.8 + 0.24 * len(lowest))
     places = range(len(lowest))
     axes.barh(places, [p for p, _, _ in lowest], color=BLUE, label="average precision")
     axes.scatter([share for _, _, share in lowest], places, color=ORANGE, marker="|", s=90, zorder=3, label="random ranking")
@@ -28,7 +28,7 @@ def write_class_precision(metrics: MultiLabelMetrics, classes: Sequence[str], pa
     axes.set(xlim=(0, 1), xlabel="average precision")
     axes.invert_yaxis()
     axes.grid(alpha=0.25, axis="x")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     low, high = metrics.interval
     interval = f"95 % interval {low:.1%} to {high:.1%}"
     figure.suptitle(f"mean average precision {metrics.score:.1%}, {metrics.images:,} test images\n{interval}", fontsize=10)

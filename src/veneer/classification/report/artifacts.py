@@ -165,5 +165,6 @@ def _method(attachment: Attachment) -> dict[str, Any]:
         "config": attachment.method.config(),
         "where": list(attachment.where),
         "sites": len(attachment.parts),
+        "summary": attachment.method.summary(list(attachment.parts.values())),
         "parameters": sum(p.numel() for p in attachment.parameters()),
     }
