@@ -9,7 +9,7 @@ from veneer.testing.pipelines import tiny_pipeline
 from veneer.training import attach_methods
 from veneer.training.attach_methods import trainable_methods
 
-ALONE = {"textual_inversion", "lst", "diffusekrona", "boft", "mona", "coda", "adapter_fusion", "special_tokens"}
+ALONE = {"textual_inversion", "p_plus", "lst", "diffusekrona", "boft", "mona", "coda", "adapter_fusion", "special_tokens"}
 """Methods that train the text encoder by themselves, have no sites in this UNet or in its text encoder, or need options."""
 
 

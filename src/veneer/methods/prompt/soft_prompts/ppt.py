@@ -79,9 +79,13 @@ class PPT(PromptTuning):
     `attachment.unlabeled_passes`, `method.unlabeled_loss` and `attachment.after_step`.
 
     Args:
-        tokens, initialize, words, limit: as in `prompt_tuning`, before the pre-training.
+        tokens: p, number of trained vectors, at least 1.
+        initialize: values of the vectors before the pre-training: `uniform`, `vocabulary`, `classes` or `auto`, as in
+            `prompt_tuning`.
+        words: initial words of the first vectors before the pre-training, one for each, separated by white space.
+        limit: bound of `uniform`, above 0.
         pretraining_share: share of the steps without labels, 0 to 1, both excluded.
-        confidence: t, lowest probability of a pseudo-class, 0 to 1; above 1 there are none.
+        confidence: t, lowest probability of a pseudo-class, 0 to 1; above 1 crop matching is the only task.
     Counts: those of `prompt_tuning`, p·width; ViT-B/16 15,360 with p = 20, CLIP ViT-B/16 10,240.
     Source: Gu, Han, Liu, Huang, PPT: Pre-trained Prompt Tuning for Few-shot Learning, ACL 2022, section 3: prompts are
     pre-trained by tasks in the form of the later one and then tuned; a model labels the texts of single-sentence classification,
