@@ -35,8 +35,13 @@ def tensors(module: nn.Module) -> dict[str, tuple[Any, ...]]:
 
 
 def fields(site: Site) -> dict[str, Any]:
-    """All fields of a site but the tokenizer, of which only its presence is compared."""
-    return {k: v is None if k == "tokenizer" else v for k, v in vars(site).items() if k != "encoder"} | {"kind": type(site)}
+    """All fields of a site; of the tokenizer only its presence is compared, of readers of text states their classes."""
+    readers = getattr(site, "readers", None)
+    others = {
+        "tokenizer": getattr(site, "tokenizer", None) is None,
+        "readers": readers and ([type(m).__name__ for m in (*readers.cross, *readers.others)], readers.widths),
+    }
+    return {k: others.get(k, v) for k, v in vars(site).items() if k != "encoder"} | {"kind": type(site)}
 
 
 @pytest.mark.parametrize("name", base_models.ARCHITECTURES)
