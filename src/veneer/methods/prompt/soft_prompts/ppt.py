@@ -79,7 +79,12 @@ class PPT(PromptTuning):
     `attachment.unlabeled_passes`, `method.unlabeled_loss` and `attachment.after_step`.
 
     Args:
-        tokens, initialize, words, limit: as in `prompt_tuning`, before the pre-training.
+        tokens: p, number of trained vectors, at least 1.
+        initialize: values before the pre-training: `uniform` is U(−limit, limit); `vocabulary`, `classes` and `auto` are those
+            of `prompt_tuning`.
+        words: initial words of the first vectors, one for each, separated by white space, instead of class names; the others are
+            as `initialize`.
+        limit: bound of `uniform`, above 0.
         pretraining_share: share of the steps without labels, 0 to 1, both excluded.
         confidence: t, lowest probability of a pseudo-class, 0 to 1; above 1 there are none.
     Counts: those of `prompt_tuning`, p·width; ViT-B/16 15,360 with p = 20, CLIP ViT-B/16 10,240.
