@@ -319,7 +319,7 @@ def test_flags_in_pages_exist(scripts: ModuleType, page: str) -> None:
     """Flags with an underscore are of other tools; those of `python -m` commands are not checked."""
     known = set(re.findall(r"`(--[\w.-]+)`", scripts.command_page()))
     known |= _flags_of("personalize photos --method lokr+head_pruning") | _flags_of("personalize photos --method pez")
-    known |= _flags_of("transfer digits --method pet")
+    known |= _flags_of("transfer digits --method pet") | _flags_of("transfer digits --method ppt")
     code = [code for code in _code(page) if not code.startswith("python -m")]
     named = {flag for text in code for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", text) if "_" not in flag}
     assert named - known - set(FOREIGN_FLAGS) == set()

@@ -28,6 +28,7 @@ EXPLICIT = {
     "mpo": NOT_RUN,
     "norm_tuning": BASE,
     "null_prompt": NOT_RUN,
+    "ppt": NOT_RUN,
     "prompt_tuning": "the authors' code is for JAX",
     "special_tokens": NO_CODE,
     "textual_inversion": NOT_RUN,

@@ -84,3 +84,12 @@ def link(tensor: Tensor) -> Any:
 def offset_link(parameter: Tensor, offset: Tensor | float) -> Any:
     """Reads a parameter of the oracle minus its value without an adapter; gradients are unchanged."""
     return lambda read: parameter - offset if read(parameter) is parameter else read(parameter)
+
+
+def copy_projections(attention: Any, *layers: nn.Linear) -> None:
+    """Copies query, key and value of a ViT's attention to three linear layers."""
+    weights, biases = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
+    with torch.no_grad():
+        for layer, weight, bias in zip(layers, weights, biases, strict=True):
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)

@@ -80,9 +80,10 @@ class PPT(PromptTuning):
 
     Args:
         tokens: p, number of trained vectors, at least 1.
-        initialize: values of the vectors before the pre-training: `uniform`, `vocabulary`, `classes` or `auto`, as in
-            `prompt_tuning`.
-        words: initial words of the first vectors before the pre-training, one for each, separated by white space.
+        initialize: values before the pre-training: `uniform` is U(−limit, limit); `vocabulary`, `classes` and `auto` are those
+            of `prompt_tuning`.
+        words: initial words of the first vectors, one for each, separated by white space, instead of class names; the others are
+            as `initialize`.
         limit: bound of `uniform`, above 0.
         pretraining_share: share of the steps without labels, 0 to 1, both excluded.
         confidence: t, lowest probability of a pseudo-class, 0 to 1; above 1 crop matching is the only task.
