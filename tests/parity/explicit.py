@@ -24,14 +24,18 @@ EXPLICIT = {
     "lion": NO_CODE,
     "llama_adapter_v2": NOT_RUN,
     "lora_fa": NOT_RUN,
+    "mam": NOT_RUN,
     "mask": NOT_RUN,
     "mpo": NOT_RUN,
     "norm_tuning": BASE,
     "null_prompt": NOT_RUN,
+    "p_plus": NO_CODE,
+    "ppt": NOT_RUN,
     "prompt_tuning": "the authors' code is for JAX",
     "special_tokens": NO_CODE,
     "textual_inversion": NOT_RUN,
     "tiny_attention": NO_CODE,
+    "unipelt": NOT_RUN,
     "y_tuning": NO_CODE,
 }
 """Method to the reason. The tests are in `tests/methods/test_NAME.py`."""
