@@ -309,7 +309,11 @@ def test_all_layers_start_as_the_initializer_word_or_differ_without_one() -> Non
 
 
 @pytest.mark.parametrize(
-    ("model", "counts"), [("Stable Diffusion 1.5", [16 * 768]), ("Stable Diffusion XL", [70 * 768, 70 * 1280])]
+    ("model", "counts"),
+    [
+        ("Stable Diffusion 1.5", [16 * 768]),
+        pytest.param("Stable Diffusion XL", [70 * 768, 70 * 1280], marks=pytest.mark.slow),
+    ],
 )
 def test_counts_of_full_size_models(model: str, counts: list[int]) -> None:
     tuned = attach(full_size(model), "p_plus")
