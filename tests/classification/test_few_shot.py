@@ -143,25 +143,21 @@ def test_compare_writes_the_curves_and_repeats_no_run(
 
     monkeypatch.setattr(comparison.ClassifierTrainer, "train", record)
     config = CompareConfig(
-        data=str(images), model=str(model), methods="bitfit", shots=(1, 3), seeds=2, steps=2, batch=2, search=2, search_epochs=1,
-        validation=0.2, test=0.2, workers=1, augment="none", out=tmp_path / "out",
+        data=str(images), model=str(model), methods="bitfit", baseline=False, shots=(1, 3), seeds=2, steps=1, batch=2, search=2,
+        search_epochs=1, validation=0.2, test=0.2, workers=1, augment="none", out=tmp_path / "out",
     )  # fmt: skip
     out = compare(config)
-    assert sorted(trained) == [("bitfit", 2)] * 4 + [("linear_probe", 2)] * 4, (
-        "two numbers of shots and two seeds, without trials"
-    )
+    assert trained == [("bitfit", 1)] * 4, "two numbers of shots and two seeds, without trials"
     record_of = json.loads((out / "few_shot.json").read_text())
     assert {(each["row"], each["shots"], each["seeds"]) for each in record_of["table"]} == {
-        (row, shots, 2) for row in ("linear_probe", "bitfit") for shots in (1, 3)
+        ("bitfit", shots, 2) for shots in (1, 3)
     }
     assert (out / "few_shot.md").is_file()
     assert (out / "few_shot.png").is_file()
-    searches = [read_search(out / "search" / row) for row in ("linear_probe", "bitfit")]
-    assert len(trials) == sum(map(len, searches)), "one search for each method"
-    assert all(searches)
+    assert len(trials) == len(read_search(out / "search" / "bitfit")) > 0, "one search"
     results = {name: json.loads((out / name / "results.json").read_text()) for name in ("1-shots-0", "3-shots-0", "3-shots-1")}
     assert len({each["data"]["split_digest"] for each in results.values()}) == 3
-    best = {run["learning_rate"] for each in results.values() for run in each["runs"] if run["row"] == "bitfit"}
+    best = {run["learning_rate"] for each in results.values() for run in each["runs"]}
     assert len(best) == 1, "one learning rate for all numbers of shots and seeds"
     assert not any((out / name / "search").exists() for name in results)
     trained.clear()
@@ -169,7 +165,7 @@ def test_compare_writes_the_curves_and_repeats_no_run(
     before = (out / "few_shot.json").read_text()
     (out / "3-shots-1" / "results.json").unlink()
     compare(config)
-    assert [method for method, _ in trained] == ["linear_probe", "bitfit"], "only the runs without results"
+    assert [method for method, _ in trained] == ["bitfit"], "only the run without results"
     assert trials == []
     after = json.loads((out / "few_shot.json").read_text())["table"]
     for old, new in zip(json.loads(before)["table"], after, strict=True):

@@ -15,7 +15,7 @@ from torch.overrides import _get_current_function_mode
 
 from tests.raising import raises
 from veneer.hosts._describe import calls_sdpa
-from veneer.injection import HostChanged
+from veneer.injection import HostChanged, hosts
 from veneer.injection.method import Adapter
 from veneer.injection.seams.key_value_seam import AddedKeys, KeyValueSeam
 from veneer.injection.sites import WeightSite
@@ -188,6 +188,8 @@ def test_attention_that_is_computed_in_another_way() -> None:
     assert not calls_sdpa(timm.layers.DiffAttention(8, 2))
     assert not calls_sdpa(timm.models.xcit.XCA(8, 2))  # keys are channels
     assert not calls_sdpa(Own())
+    mochi: Any = hosts.get("diffusers_dit")().tiny()["mochi"]()  # one call for each sample
+    assert not calls_sdpa(mochi.transformer_blocks[0].attn1)
 
 
 class OfInput(Added):

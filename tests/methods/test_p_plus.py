@@ -119,6 +119,26 @@ def test_every_layer_reads_its_own_embedding(family: str, denoiser: dict[str, An
         torch.testing.assert_close(new.grad[0], table.grad[-new.shape[1] :], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("tower", ["text", "text_2"])
+def test_tokens_of_one_of_two_encoders(tower: str) -> None:
+    """Every layer reads its own states of that encoder, and the same states of the other."""
+    pipe, plain = tiny_pipeline("sdxl"), tiny_pipeline("sdxl")
+    p_plus(pipe, where=f"{tower}/vocabulary")
+    states, pooled = encode(pipe, PROMPTS)
+    widths = [encoder.config.hidden_size for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
+    readers = text_readers(plain.components)
+    assert readers is not None
+    counts = [8 if tower == name else 1 for name in ("text", "text_2")]
+    parts = states.split([count * width for count, width in zip(counts, widths, strict=True)], -1)
+    for layer, module in enumerate(readers.cross):
+        own = [part.chunk(n, -1)[layer if n > 1 else 0] for part, n in zip(parts, counts, strict=True)]
+        module.processor = OwnStates(module.processor, torch.cat(own, -1))  # type: ignore[assignment]
+    got, want = denoise(pipe, states, pooled), denoise(plain, states[..., : sum(widths)], pooled)
+    torch.testing.assert_close(got, want)
+    first = [part.chunk(n, -1)[0] for part, n in zip(parts, counts, strict=True)]
+    assert not torch.allclose(got, denoise(tiny_pipeline("sdxl"), torch.cat(first, -1), pooled), rtol=0, atol=1e-3)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     pipe = tiny_pipeline("sd")
     (learned,) = vectors(p_plus(pipe)).values()
@@ -207,6 +227,23 @@ def test_only_prompts_with_the_token_are_encoded_for_each_layer() -> None:
     assert states.shape[-1] == 4 * 24
 
 
+def test_a_forward_pass_after_one_that_raised_an_error() -> None:
+    pipe = tiny_pipeline("sd")
+    plain, _ = encode(pipe, ["a photo of a duck"])
+    tuned = p_plus(pipe, initialize="duck")
+
+    def interrupt(*_: Any) -> None:
+        raise InterruptedError
+
+    hook = pipe.text_encoder.get_input_embeddings().register_forward_hook(interrupt)
+    with pytest.raises(InterruptedError):
+        encode(pipe, ["a photo of a <toy>"])
+    hook.remove()
+    with tuned.enabled(False):
+        states, _ = encode(pipe, ["a photo of a <toy>"])
+    assert torch.equal(states, plain)
+
+
 # several attachments
 
 
@@ -272,7 +309,11 @@ def test_all_layers_start_as_the_initializer_word_or_differ_without_one() -> Non
 
 
 @pytest.mark.parametrize(
-    ("model", "counts"), [("Stable Diffusion 1.5", [16 * 768]), ("Stable Diffusion XL", [70 * 768, 70 * 1280])]
+    ("model", "counts"),
+    [
+        ("Stable Diffusion 1.5", [16 * 768]),
+        pytest.param("Stable Diffusion XL", [70 * 768, 70 * 1280], marks=pytest.mark.slow),
+    ],
 )
 def test_counts_of_full_size_models(model: str, counts: list[int]) -> None:
     tuned = attach(full_size(model), "p_plus")

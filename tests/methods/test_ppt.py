@@ -137,6 +137,20 @@ def test_a_run_begins_without_labels() -> None:
     torch.testing.assert_close(got, F.cross_entropy(same(image[:2]).float(), labels[:2]))
 
 
+def test_passes_of_other_methods_have_the_prompts() -> None:
+    """After the pre-training, a third pass is that of another method, such as a pattern of `pet`."""
+    model, image = classifiers.tiny(), classifiers.pictures()
+    bare = model(image)
+    tuned = attach(model, "ppt", tokens=4)
+    perturb(tuned, size=0.3)
+    train(tuned)
+    tuned.begin_pass(0, 0, 2)
+    torch.testing.assert_close(model(image), bare)
+    tuned.after_step(2, 4)
+    tuned.begin_pass(0, 3, 2)
+    assert not torch.allclose(model(image), bare)
+
+
 def test_the_file_and_a_resumed_run(tmp_path: Any) -> None:
     model, image = classifiers.tiny(), classifiers.pictures()
     tuned = attach(model, "ppt", tokens=4)

@@ -159,6 +159,15 @@ def test_start() -> None:
     assert not bottleneck.up_bias.any()
 
 
+@pytest.mark.parametrize("role", ["attn.q", "attn.out", "mlp", "bias.mlp.in"])
+def test_sites_that_change_the_output_at_the_start(role: str) -> None:
+    model, x = tiny(), picture()
+    before = model(x)
+    tuned = attach(model, "unipelt", hidden=0, biases=True, where=role)
+    changes = {tuned.method.changes_at_start(site) for site, _ in tuned.parts.values()}
+    assert changes == {not torch.equal(model(x), before)} == {role in ("attn.out", "mlp")}
+
+
 def test_strength() -> None:
     """0 is the host; a negative one has no logarithm."""
     model, x = tiny(), picture()

@@ -240,7 +240,8 @@ def calls_sdpa(attn: Any) -> bool:
     if isinstance(attn, nn.MultiheadAttention) or "fused_attn" in vars(attn):
         return not any(hasattr(attn, name) for name in ("lambda_q1", "temperature"))  # two softmaxes; attention of channels
     if hasattr(attn, "processor"):
-        return not any(kind in type(attn.processor).__name__ for kind in ("Linear", "XFormers", "Flash", "Sliced"))
+        name = type(attn.processor).__name__
+        return not any(kind in name for kind in ("Linear", "XFormers", "Flash", "Sliced", "Mochi"))  # Mochi: once per sample
     recorded = getattr(attn, "attention_implementation", None)  # of modules without a config, see `skeletons.recording`
     return getattr(getattr(attn, "config", None), "_attn_implementation", recorded) == "sdpa"
 

@@ -105,6 +105,8 @@ def text_readers(components: Mapping[str, Any]) -> TextReaders | None:
     cross = tuple(module for module in blocks if is_attention(module) and NAMES.is_cross(module))
     if config["encoder_hid_dim_type"] is not None or {module.cross_attention_dim for module in cross} != {sum(widths)}:
         return None
+    if len({*widths}) < len(widths):  # the width of states must tell which encoder wrote one for each layer
+        return None
     others = (unet.get_submodule("add_embedding"),) if config["addition_embed_type"] == "text" else ()
     return TextReaders(cross, others, widths)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -38,16 +40,17 @@ class SelfAttentionSite(Site):
 
 @dataclass(frozen=True)
 class LayerStates:
-    """A forward pre-hook that takes one layer's text states of those that a text encoder wrote side by side.
+    """A forward pre-hook that takes one layer's text states of those that text encoders wrote side by side.
 
     Args:
-        layer: number of the layer, or None for the mean over layers. `layers`: their number, L.
+        layer: number of the layer, or None for the mean over layers.
         widths: of the text encoders, whose states follow each other: (batch, tokens, L·w₁ + L·w₂) to (batch, tokens, w₁ + w₂).
+        written: width of the states to the number of layers of each encoder, 1 for one whose states are those of all layers.
     """
 
     layer: int | None
-    layers: int
     widths: tuple[int, ...]
+    written: Mapping[int, tuple[int, ...]]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Replaces the text states among the arguments of the module; those of a single layer are left unchanged."""
@@ -55,12 +58,13 @@ class LayerStates:
 
     def take(self, value: Any) -> Any:
         """The states of the layer if a value is the states of all layers, else the value."""
-        if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[-1] != self.layers * sum(self.widths):
+        if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[-1] not in self.written:
             return value
-        encoders = value.split([self.layers * width for width in self.widths], -1)
-        layers = [states.unflatten(-1, (self.layers, width)) for states, width in zip(encoders, self.widths, strict=True)]
-        if self.layer is not None:
-            return torch.cat([states[:, :, self.layer] for states in layers], -1)
+        counts = self.written[value.shape[-1]]
+        encoders = value.split([count * width for count, width in zip(counts, self.widths, strict=True)], -1)
+        layers = [states.unflatten(-1, (-1, width)) for states, width in zip(encoders, self.widths, strict=True)]
+        if (layer := self.layer) is not None:
+            return torch.cat([states[:, :, layer if count > 1 else 0] for states, count in zip(layers, counts, strict=True)], -1)
         first = torch.cat([states[:, :, 0] for states in layers], -1)
         change = [(states - states[:, :, :1]).mean(2) for states in layers]
         return first + torch.cat(change, -1)  # exact for equal layers
@@ -72,7 +76,7 @@ class TextReaders:
 
     Args:
         cross: the cross-attention modules, in the order of the forward pass. `others`: others, such as a pooled embedding.
-        widths: of the pipeline's text encoders, whose states are concatenated.
+        widths: of the pipeline's text encoders, whose states are concatenated; all different.
     """
 
     cross: tuple[nn.Module, ...] = ()
@@ -80,9 +84,11 @@ class TextReaders:
     widths: tuple[int, ...] = ()
 
     def register(self, layers: int) -> list[RemovableHandle]:
-        """Registers a hook on each module that takes its states of those of `layers` layers."""
+        """Registers a hook on each module that takes its states of those of `layers` layers, from one encoder or several."""
         numbers = [*range(len(self.cross)), *(None for _ in self.others)]
-        hooks = [LayerStates(number, layers, self.widths) for number in numbers]
+        counts = [several for several in product((layers, 1), repeat=len(self.widths)) if max(several, default=1) > 1]
+        written = {sum(n * width for n, width in zip(several, self.widths, strict=True)): several for several in counts}
+        hooks = [LayerStates(number, self.widths, written) for number in numbers]
         modules = (*self.cross, *self.others)
         return [m.register_forward_pre_hook(h, with_kwargs=True) for m, h in zip(modules, hooks, strict=True)]
 

@@ -125,7 +125,10 @@ class LayeredVocabularySeam(VocabularySeam):
         """The first enabled seam replaces the batch of prompts by the rows to encode."""
         active = self._active()
         ids = kwargs.get(self.sites[0].argument, args[0] if args else None)
-        if not active or active[0] is not self or not isinstance(ids, Tensor):
+        if active and active[0] is not self:
+            return None
+        self.__dict__["_rows"] = None  # those of a forward pass that raised an error
+        if not active or not isinstance(ids, Tensor):
             return None
         is_layered = torch.stack([seam.adapters[0].contains(ids) for seam in active]).any(0)
         rows = encoded_rows(is_layered, self.layers)

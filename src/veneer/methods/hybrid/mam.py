@@ -44,7 +44,7 @@ class MAM(PrefixPartMethod):
     code: Down Kaiming-uniform with a = sqrt 5, Up and biases zero, no norm in the adapter. Deviations: p = 10 and h = 64, where
     the code has 30 and 512 for BART; s = 0.1 as in `adaptformer`, where the code has 4 for BART; a hidden layer of 512 instead
     of 800; one table and hidden layer for all attention modules, where the code has one for each of BART's three kinds. If a
-    host has a gate after the branch, y is taken before the gate. In T5, x is the stream before the norm.
+    host has a gate after the branch, y is taken before the gate. In T5 and PRX, x is the stream before the norm.
     """
 
     name: ClassVar[str] = "mam"

@@ -148,6 +148,10 @@ class UniPELT(PrefixPartMethod):
         """With a small MLP of the keys and values, and without it and with biases."""
         return cls(tokens=3, hidden=8, reduction=2), cls(tokens=2, hidden=0, rank=2, reduction=2, biases=True)
 
+    def changes_at_start(self, site: Any) -> bool:
+        """True for attention and MLPs; B and the deltas of biases are zero."""
+        return isinstance(site, BranchSite) or self.has_prefix(site)
+
     def build(self, site: WeightSite | BranchSite | ParamSite) -> Adapter:  # type: ignore[override]
         """The part of one site, with its gate; a delta without a gate for a bias."""
         if isinstance(site, ParamSite):

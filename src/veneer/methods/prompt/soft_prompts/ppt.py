@@ -119,7 +119,7 @@ class PPT(PromptTuning):
     def begin_pass(self, adapters: Iterable[tuple[Site, Any]], seed: int, step: int, number: int) -> None:
         """Leaves the prompts out in the last pass of a pre-training step."""
         for _, adapter in adapters:
-            adapter.leaves_out = number == PASSES - 1
+            adapter.leaves_out = number == PASSES - 1 and bool(adapter.pretrains)
 
     def unlabeled_passes(self, adapters: Iterable[tuple[Site, Any]]) -> int:
         """3 during the pre-training, else 0."""

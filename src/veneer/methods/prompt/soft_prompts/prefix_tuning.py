@@ -24,8 +24,9 @@ class PrefixTuning(PrefixMethod):
     Counts: 2·p·width per attention module after training; ViT-B/16 184,320. During training 2·width·(hidden + 1) per attention
     module and p·width + (width + 1)·hidden once, with the width of the widest attention; ViT-B/16 with p = 30 and hidden 512
     9,872,384, with hidden 800 15,402,272.
-    Supports attention modules that call `F.scaled_dot_product_attention`; timm's Swin calls it while the method is attached,
-    Swin v2 and linear attention do not. The strength s multiplies the attention weights of the keys before they are normalized.
+    Supports attention modules that call `F.scaled_dot_product_attention` once; Mochi calls it for each sample. timm's Swin calls
+    it while the method is attached, Swin v2 and linear attention do not. The strength s multiplies the attention weights of the
+    keys before they are normalized.
     Source: Li, Liang, Prefix-Tuning: Optimizing Continuous Prompts for Generation, ACL 2021, equations 2 and 3, section 4.3; E is
     N(0, 1), layers as torch's Linear. Deviations: P_k and P_v trained directly are N(0, 0.02²), not N(0, 1), whose keys take most
     of the attention of a vision model; the learning rate is ours.
