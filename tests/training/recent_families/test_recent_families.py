@@ -15,6 +15,7 @@ from torch.nn.functional import pixel_shuffle
 from veneer.pipelines.generate import GenerateConfig, generate
 from veneer.pipelines.personalize import PersonalizeConfig, personalize
 
+import veneer
 from tests.raising import raises
 from tests.training.family_checks import assert_missing_components_are_named
 from tests.training.images import save
@@ -99,6 +100,29 @@ def test_hidream_in_training_mode_predicts_an_image(pipe_of: PipeOf, height: int
             kind.tower.training = False
 
 
+def test_hidream_rejects_an_image_with_more_patches_than_its_transformer_pads_to(pipe_of: PipeOf) -> None:
+    """64 patches of 8×8 pixels; squares are not padded."""
+    kind = family(pipe_of("hidream"))
+    for height, width in ((64, 64), (72, 72), (32, 128)):
+        assert kind.encode_images(torch.zeros(1, 3, height, width))[0].shape == (1, 4, height // 4, width // 4)
+    with raises(OptionError, option="resolution", given=72, expected=64):
+        kind.encode_images(torch.zeros(1, 3, 64, 72))
+
+
+def test_mean_velocities_of_hunyuan_image_are_those_of_one_time() -> None:
+    """The mean velocity from a time to itself is the velocity."""
+    kind = family(tiny("hunyuan_image", use_meanflow=True))
+    noisy, times = torch.randn(2, 4, 4, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([300.0, 800.0])
+    with torch.no_grad():
+        text = kind.encode_text(PROMPTS)
+        names = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "mask"}
+        names |= {f"{name}_2": f"{key}_2" for name, key in names.items()}
+        inputs = {name: text[key] for name, key in names.items()}
+        expected, other = (kind.tower(noisy, times, **inputs, timestep_r=r, return_dict=False)[0] for r in (times, times / 2))
+        assert torch.equal(kind.denoise(noisy, times, text), expected)
+    assert not torch.allclose(expected, other)
+
+
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
@@ -146,8 +170,9 @@ def test_a_prompt_that_is_too_long(pipe_of: PipeOf, name: str) -> None:
     longest = "a" + " dog" * (limit - template - 1)
     kind.check_length([longest])
     with raises(PromptError, given=limit + 8, expected=limit) as caught:  # the end of the template is cut off first
-        kind.encode_text(["a dog", longest + " dog" * 8])
-    assert set(caught.value.where.split()) == {"dog"}
+        kind.encode_text(["a dog", longest + " dog" * 7 + " toy"])
+    *others, last = caught.value.where.split()
+    assert (set(others), last) == ({"dog"}, "toy")
     assert kind.shorten(longest + " dog" * 8) == longest
 
 
@@ -284,6 +309,27 @@ def test_gradient_checkpointing_changes_no_gradient(pipe_of: PipeOf, name: str) 
     for plain, recomputed in zip(*gradients, strict=True):
         if plain is not None:
             torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_experts_of_hidream_train_with_gradient_checkpointing() -> None:
+    """They stop gradients in evaluation mode, except with the hooks of an attachment."""
+    kind = family(tiny("hidream"))
+    with torch.no_grad():
+        text = kind.encode_text(PROMPTS)
+    noisy = torch.randn(2, kind.latent_channels, 4, 6, generator=torch.Generator().manual_seed(0))
+    lora = veneer.attach(kind.tower, "lora", rank=2, where=("attn.{q,v}", "mlp.{in,gate,out}"))
+    with torch.no_grad():
+        for i, parameter in enumerate(lora.parameters()):
+            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(i))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            enable_gradient_checkpointing(kind.tower)
+        loss = kind.denoise(noisy, torch.tensor([300.0, 800.0]), text).square().mean()
+        gradients.append(torch.autograd.grad(loss, list(lora.parameters())))
+    assert all(gradient.any() for gradient in gradients[0])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
 
 
 # -- images and commands ----------------------------------------------------------------------------------------------
