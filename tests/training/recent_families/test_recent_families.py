@@ -57,15 +57,15 @@ def grid(latents: Tensor, kind: Family) -> Tensor:
 
 
 def assert_denoise_is_the_loop(pipe: Any, name: str, **settings: Any) -> None:
-    """The prediction that the scheduler gets in the pipeline's own loop of three steps, for its noise levels, with its sign."""
+    """The prediction that the scheduler gets in the pipeline's own loop of two steps, for its noise levels, with its sign."""
     kind = family(pipe)
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-    sizes = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 3, "output_type": "latent"}
+    sizes = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 2, "output_type": "latent"}
     settings = sizes | UNGUIDED.get(name, {"guidance_scale": 1.0}) | OWN.get(name, {}) | settings
     with recorded_steps(pipe.scheduler) as steps, torch.no_grad():
         pipe(prompt=list(PROMPTS), generator=generators, **settings)
-    levels = kind.objective().model_input(pipe.scheduler.sigmas[:3])
-    assert len(steps) == 3
+    levels = kind.objective().model_input(pipe.scheduler.sigmas[:2])
+    assert len(steps) == 2
     with torch.no_grad():
         text = kind.encode_text(PROMPTS)
         for (prediction, _, noisy), level in zip(steps, levels, strict=True):
@@ -101,12 +101,12 @@ def test_hidream_in_training_mode_predicts_an_image(pipe_of: PipeOf, height: int
 
 
 def test_hidream_rejects_an_image_with_more_patches_than_its_transformer_pads_to(pipe_of: PipeOf) -> None:
-    """64 patches of 8×8 pixels; squares are not padded."""
+    """144 patches of 4×4 pixels; squares are not padded."""
     kind = family(pipe_of("hidream"))
-    for height, width in ((64, 64), (72, 72), (32, 128)):
-        assert kind.encode_images(torch.zeros(1, 3, height, width))[0].shape == (1, 4, height // 4, width // 4)
-    with raises(OptionError, option="resolution", given=72, expected=64):
-        kind.encode_images(torch.zeros(1, 3, 64, 72))
+    for height, width in ((52, 52), (32, 72)):
+        assert kind.encode_images(torch.zeros(1, 3, height, width))[0].shape == (1, 4, height // 2, width // 2)
+    with raises(OptionError, option="resolution", given=156, expected=144):
+        kind.encode_images(torch.zeros(1, 3, 48, 52))
 
 
 def test_mean_velocities_of_hunyuan_image_are_those_of_one_time() -> None:
@@ -155,6 +155,15 @@ def test_shapes_of_text_without_weights(pipe_of: PipeOf, name: str) -> None:
     prompts = ["dog " * (kind.text_tokens - 1)] * 2 if name == "ernie_image" else PROMPTS
     real, shapes = kind.encode_text(prompts), kind.text_shapes(2)
     assert {k: (v.shape, v.dtype) for k, v in real.items()} == {k: (v.shape, v.dtype) for k, v in shapes.items()}
+
+
+def test_text_without_glyphs_has_the_dtype_of_the_text_encoder() -> None:
+    """The pipeline's zeros for it are in float32, also beside text with glyphs."""
+    kind = family(tiny("hunyuan_image").to(torch.bfloat16))
+    with torch.no_grad():
+        texts = [kind.encode_text(["a dog"]), kind.encode_text(PROMPTS)]
+    shapes = kind.text_shapes(2)
+    assert all({k: v.dtype for k, v in text.items()} == {k: v.dtype for k, v in shapes.items()} for text in texts)
 
 
 LIMITS: dict[str, tuple[int, int]] = {
@@ -239,7 +248,7 @@ def test_sizes_and_shifts(pipe_of: PipeOf) -> None:
         "hunyuan_image": (4, 4, 256, 4),
         "ovis_image": (4, 8, 512, 4),
         "bria": (4, 8, 512, 4),
-        "hidream": (4, 8, 40, 4),
+        "hidream": (2, 4, 40, 4),
         "ernie_image": (2, 4, 1024, 3),
         "prx": (4, 8, 64, 4),
     }
