@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from veneer.training.objective.objectives import Flow
 from veneer.training.preflight.memory_parts import count_training_step
 from veneer.training.preflight.meta_family import meta_family
 from veneer.training.prepare_base import enable_gradient_checkpointing
+from veneer.training.report.previews import PreviewSettings, previews
 
 from .tiny import PIPELINES, tiny
 
@@ -357,6 +359,35 @@ def test_generation_is_that_of_the_pipeline(pipe_of: PipeOf, name: str) -> None:
         theirs = pipe(prompt=["a dog", "a toy"], generator=generators, **settings, **own).images
     assert [image.size for image in ours] == [(WIDTH, HEIGHT)] * 2
     assert [image.tobytes() for image in ours] == [image.tobytes() for image in theirs]
+
+
+def test_previews_of_a_pipeline_with_a_single_prompt(pipe_of: PipeOf) -> None:
+    """One call for each prompt, whatever the batch, with its own negative prompt."""
+    settings = PreviewSettings(steps=1, batch=2, size=(HEIGHT, WIDTH), negative="a photo")
+    several = previews(pipe_of("prx"), ["a dog", "a toy"], settings)
+    single = [previews(pipe_of("prx"), [prompt], replace(settings, batch=1))[0] for prompt in ("a dog", "a toy")]
+    assert [preview.image.size for preview in several] == [(WIDTH, HEIGHT)] * 2
+    assert [preview.image.tobytes() for preview in several] == [preview.image.tobytes() for preview in single]
+
+
+def latents(pipe: Any, **settings: Any) -> Tensor:
+    """Latents that a family generates for a prompt in one step."""
+    sizes = {"num_inference_steps": 1, "height": HEIGHT, "width": WIDTH, "output_type": "latent"}
+    return torch.stack(family(pipe).generate(["a dog"], [torch.Generator().manual_seed(0)], **sizes, **settings))
+
+
+def test_images_of_ernie_image_are_of_the_prompt_itself() -> None:
+    """A prompt enhancer is not used; the text encoder in its place cannot generate."""
+    pipe = tiny("ernie_image")
+    expected = latents(pipe)
+    pipe.register_modules(pe=pipe.text_encoder, pe_tokenizer=pipe.tokenizer)
+    assert torch.equal(latents(pipe), expected)
+
+
+def test_the_guidance_scale_of_hunyuan_image_is_that_of_distilled_models(pipe_of: PipeOf) -> None:
+    distilled = tiny("hunyuan_image", guidance_embeds=True)
+    assert not torch.allclose(latents(distilled, guidance_scale=1.0), latents(distilled, guidance_scale=8.0))
+    assert torch.equal(latents(pipe_of("hunyuan_image"), guidance_scale=8.0), latents(pipe_of("hunyuan_image")))
 
 
 SAVED = [name for name in NAMES if name != "prx"]
