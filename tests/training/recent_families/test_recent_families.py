@@ -237,8 +237,8 @@ def test_latents_of_ernie_image_are_those_that_its_pipeline_decodes(pipe_of: Pip
     with torch.no_grad():
         posterior = pipe.vae.encode(pixels).latent_dist
     norm, scale = pipe.vae.bn, torch.sqrt(pipe.vae.bn.running_var + 1e-5).view(1, -1, 1, 1)
-    decoded = pipe._unpatchify_latents(pipe._patchify_latents(mean) * scale + norm.running_mean.view(1, -1, 1, 1))
-    torch.testing.assert_close(decoded, posterior.mean, rtol=1e-5, atol=1e-6)
+    raw = pipe._unpatchify_latents(pipe._patchify_latents(mean) * scale + norm.running_mean.view(1, -1, 1, 1))
+    torch.testing.assert_close(raw, posterior.mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(pipe._unpatchify_latents(pipe._patchify_latents(std) * scale), posterior.std)
 
 
@@ -273,8 +273,8 @@ def test_the_target_is_the_velocity_of_the_scheduler(pipe_of: PipeOf, name: str)
     latents, noise = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     assert objective.model_input(sigmas)[0] == pytest.approx(float(t), rel=1e-6)
     noisy = objective.add_noise(latents, noise, sigmas)
-    recovered = scheduler.step(objective.target(latents, noise, sigmas), t, noisy, return_dict=False)[0]
-    torch.testing.assert_close(recovered, latents, rtol=1e-5, atol=1e-5)
+    clean = scheduler.step(objective.target(latents, noise, sigmas), t, noisy, return_dict=False)[0]
+    torch.testing.assert_close(clean, latents, rtol=1e-5, atol=1e-5)
 
 
 # -- components, memory and gradients ---------------------------------------------------------------------------------
@@ -317,9 +317,9 @@ def test_gradient_checkpointing_changes_no_gradient(pipe_of: PipeOf, name: str) 
             kind.tower.disable_gradient_checkpointing()  # type: ignore[operator]
             kind.tower.eval()
     assert sum(gradient is not None for gradient in gradients[0]) > len(weights) // 2
-    for plain, recomputed in zip(*gradients, strict=True):
+    for plain, gradient in zip(*gradients, strict=True):
         if plain is not None:
-            torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(gradient, plain, rtol=1e-5, atol=1e-7)
 
 
 def test_experts_of_hidream_train_with_gradient_checkpointing() -> None:
@@ -339,8 +339,8 @@ def test_experts_of_hidream_train_with_gradient_checkpointing() -> None:
         loss = kind.denoise(noisy, torch.tensor([300.0, 800.0]), text).square().mean()
         gradients.append(torch.autograd.grad(loss, list(lora.parameters())))
     assert all(gradient.any() for gradient in gradients[0])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
+    for plain, gradient in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, plain, rtol=1e-5, atol=1e-7)
 
 
 # -- images and commands ----------------------------------------------------------------------------------------------
