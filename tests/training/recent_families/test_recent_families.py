@@ -103,12 +103,12 @@ def test_hidream_in_training_mode_predicts_an_image(pipe_of: PipeOf, height: int
 
 
 def test_hidream_rejects_an_image_with_more_patches_than_its_transformer_pads_to(pipe_of: PipeOf) -> None:
-    """144 patches of 4×4 pixels; squares are not padded."""
+    """64 patches of 8×8 pixels; squares are not padded."""
     kind = family(pipe_of("hidream"))
-    for height, width in ((52, 52), (32, 72)):
-        assert kind.encode_images(torch.zeros(1, 3, height, width))[0].shape == (1, 4, height // 2, width // 2)
-    with raises(OptionError, option="resolution", given=156, expected=144):
-        kind.encode_images(torch.zeros(1, 3, 48, 52))
+    for height, width in ((72, 72), (32, 128)):
+        assert kind.encode_images(torch.zeros(1, 3, height, width))[0].shape == (1, 4, height // 4, width // 4)
+    with raises(OptionError, option="resolution", given=72, expected=64):
+        kind.encode_images(torch.zeros(1, 3, 64, 72))
 
 
 def test_mean_velocities_of_hunyuan_image_are_those_of_one_time() -> None:
@@ -249,7 +249,7 @@ def test_sizes_and_shifts(pipe_of: PipeOf) -> None:
         "hunyuan_image": (4, 4, 256, 4),
         "ovis_image": (4, 8, 512, 4),
         "bria": (4, 8, 512, 4),
-        "hidream": (2, 4, 40, 4),
+        "hidream": (4, 8, 40, 4),
         "ernie_image": (2, 4, 1024, 3),
         "prx": (4, 8, 64, 4),
     }

@@ -107,11 +107,11 @@ def _hidream(scheduler: dict[str, Any], **denoiser: Any) -> Any:
     config = {
         "patch_size": 2, "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8,
         "num_attention_heads": 2, "caption_channels": [24, 20], "text_emb_dim": 12 + 16, "num_routed_experts": 3,
-        "num_activated_experts": 2, "axes_dims_rope": (4, 2, 2), "max_resolution": (24, 24), "llama_layers": [0, 1],
+        "num_activated_experts": 2, "axes_dims_rope": (4, 2, 2), "max_resolution": (16, 16), "llama_layers": [0, 1],
     }  # fmt: skip
     pipe = diffusers.HiDreamImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
-        vae=tiny_vae(4, (4, 8), **FLUX_VAE),
+        vae=tiny_vae(4, (4, 8, 12), **FLUX_VAE),
         text_encoder=tiny_clip(8, first, projection=12),
         tokenizer=first,
         text_encoder_2=tiny_clip(16, second, projection=16),
@@ -122,7 +122,7 @@ def _hidream(scheduler: dict[str, Any], **denoiser: Any) -> Any:
         tokenizer_4=fourth,
         transformer=diffusers.HiDreamImageTransformer2DModel(**{**config, **denoiser}),
     )
-    pipe.default_sample_size = 20  # images have about the area of 40×40 pixels
+    pipe.default_sample_size = 10  # images have about the area of 40×40 pixels
     return pipe
 
 
