@@ -410,7 +410,8 @@ def test_personalize_and_generate(name: str, tmp_path: Path) -> None:
     assert training["loss"] > 0
     images = []
     for adapters in ((), (str(run),)):
-        settings: dict[str, Any] = {"base": base, "steps": 1, "size": (side, side), "out": tmp_path / f"{len(adapters)}"}
+        settings: dict[str, Any] = {"base": base, "steps": 1, "size": (side, side), "guidance_scale": 1.0}
+        settings["out"] = tmp_path / f"{len(adapters)}"
         images += [Image.open(path).tobytes() for path in generate(GenerateConfig(("a toy",), adapters, **settings))]
     assert len(images) == 2
     assert images[0] != images[1]
