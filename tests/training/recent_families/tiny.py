@@ -21,7 +21,7 @@ def _hunyuan_image(scheduler: dict[str, Any], **denoiser: Any) -> Any:
         "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1,
         "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 24, "text_embed_2_dim": 20, "rope_axes_dim": (4, 4),
     }  # fmt: skip
-    return diffusers.HunyuanImagePipeline(
+    pipe = diffusers.HunyuanImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 5.0, **scheduler}),
         vae=diffusers.AutoencoderKLHunyuanImage(
             in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32, 32), layers_per_block=1,
@@ -33,6 +33,8 @@ def _hunyuan_image(scheduler: dict[str, Any], **denoiser: Any) -> Any:
         tokenizer_2=glyphs,
         transformer=diffusers.HunyuanImageTransformer2DModel(**{**config, **denoiser}),
     )  # fmt: skip
+    pipe.tokenizer_max_length = 200  # 1,000 of a saved pipeline
+    return pipe
 
 
 OVIS = (

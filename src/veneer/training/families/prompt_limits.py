@@ -100,8 +100,9 @@ class PromptLimits:
                 warnings.warn(PromptWarning(f"{message} and is cut off", **data), stacklevel=3)
 
     def text_beyond(self, ids: list[int], limit: int, tokenizer: Any) -> str:
-        """The part of a prompt beyond the token limit; CLIP and T5 keep the end token, the last of `ids`."""
-        return str(tokenizer.decode(ids[limit - 1 : -1]))
+        """The part of a prompt beyond the token limit; an end token, the last of `ids` by CLIP and T5, is kept."""
+        end = int(ids[-1] in tokenizer.all_special_ids)
+        return str(tokenizer.decode(ids[limit - end : len(ids) - end]))
 
     def text_identity(self, prompt: str) -> str:
         """Cache identity of `encode_text` besides weights: pipeline class, token ids, token limit and padding."""

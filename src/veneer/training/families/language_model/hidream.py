@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.injection.errors import OptionError
+
 from ..family import Family, Sizes
 
 CLIP_TOKENS = 218
@@ -36,6 +38,23 @@ class HiDream(Family):
     def token_limit(self, tokenizer: Any) -> int:
         is_clip = tokenizer in (self.pipe.tokenizer, self.pipe.tokenizer_2)
         return min(self.text_tokens, CLIP_TOKENS if is_clip else int(tokenizer.model_max_length))
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Family.encode_images`.
+
+        Raises:
+            OptionError: sides that are not divisible, or more patches than the transformer pads an image to that is no square.
+        """
+        height, width = pixels.shape[-2:]
+        (rows, columns), patch = self.config.max_resolution, int(self.config.patch_size)
+        limit, patches = rows * columns // patch**2, (height // self.multiple) * (width // self.multiple)
+        if height != width and patches > limit:
+            message = (
+                f"HiDream takes images of at most {limit} patches unless they are squares, got {patches} of an image of "
+                f"{height} x {width} pixels; use a resolution of at most {int(limit**0.5) * self.multiple}, or square images."
+            )
+            raise OptionError(message, option="resolution", given=patches, expected=limit)
+        return super().encode_images(pixels)
 
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         """`prompt_embeds` (batch, tokens, width), `llama` (batch, layers, tokens, width) and `pooled` (batch, width)."""

@@ -60,6 +60,7 @@ class HunyuanImage(LanguageModelLimits, Family):
         """`prompt_embeds` and `mask` of the language model, `prompt_embeds_2` and `mask_2` of ByT5, zeros without glyphs."""
         self.check_length(prompts)
         embeds, mask, glyphs, glyph_mask = self.pipe.encode_prompt(list(prompts), self.text_device, batch_size=len(prompts))
+        glyphs = glyphs.to(self.pipe.text_encoder_2.dtype)  # the pipeline's zeros are in float32
         return {"prompt_embeds": embeds, "mask": mask, "prompt_embeds_2": glyphs, "mask_2": glyph_mask}
 
     def text_shapes(self, rows: int) -> dict[str, Tensor]:
