@@ -25,7 +25,7 @@ from veneer.classification.search.search_report import TrainedRow, read_row, sea
 from veneer.classification.search.space import Space
 from veneer.classification.search.spaces import build_space
 from veneer.classification.search.sub_network import SubNetwork
-from veneer.classification.search.sub_network_config import config_of, single_method
+from veneer.classification.search.sub_network_config import config_of, discard_other_run, single_method
 from veneer.classification.search.trial_log import TrialLog
 from veneer.config_file import CONFIG, write_config
 from veneer.injection import OptionError, VeneerError
@@ -107,7 +107,7 @@ def _evolve(
 def _train_rows(
     config: SearchConfig, base: TransferConfig, space: Space, best: SubNetwork, out: Path, accelerator: Accelerator
 ) -> list[TrainedRow]:
-    """Trains the chosen sub-network, and each method alone at the same budget."""
+    """Trains the chosen sub-network, and each method alone at the same budget; finished runs with the same options are kept."""
     sites = space.sites
     subs = {"search": best}
     for index, name in enumerate(sites.names) if config.baselines else ():
@@ -120,7 +120,9 @@ def _train_rows(
     for label, sub in subs.items():
         folder = out / ("best" if label == "search" else f"single-{label}")
         print(f"{label}: training {sub.text(sites.names)}, {space.parameters(sub):,} parameters", flush=True)
-        transfer(dataclasses.replace(config_of(base, sites, sub), out=folder, resume=True), accelerator)
+        run = dataclasses.replace(config_of(base, sites, sub), out=folder, resume=True)
+        discard_other_run(run)
+        transfer(run, accelerator)
         if not (folder / "result.json").is_file():
             raise KeyboardInterrupt
         rows.append(read_row(label, sub, sites.names, space.parameters(sub), folder))

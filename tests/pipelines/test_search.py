@@ -159,6 +159,21 @@ def test_a_finished_search_is_not_overwritten(noah: Path, inputs: dict[str, str]
     assert (noah / "result.json").stat().st_mtime_ns == before
 
 
+def test_a_resumed_search_trains_rows_with_other_options_again(noah: Path, inputs: dict[str, str], tmp_path: Path) -> None:
+    """The search was stopped before its results; then it continues with other `workers`, and with more epochs."""
+    out = shutil.copytree(noah, tmp_path / "noah", ignore=shutil.ignore_patterns("single-*"))
+    before, result = tensors_of(noah / "best"), (noah / "best" / "result.json").read_bytes()
+    for options in ({"workers": 2}, {"epochs": 2}):
+        (out / "result.json").unlink()
+        search(SearchConfig(**{**OPTIONS, **options}, **inputs, out=out, resume=True))
+        kept = "workers" in options
+        assert ((out / "best" / "result.json").read_bytes() == result) == kept
+        assert (tensors_of(out / "best") == before) == kept
+    (row,) = record_of(out)["rows"]
+    assert row["val_accuracy"] == record_of(out / "best")["val_accuracy"]
+    assert "epochs = 2" in (out / "best" / "config.toml").read_text().splitlines()
+
+
 @pytest.mark.parametrize(
     ("options", "option", "given"),
     [
