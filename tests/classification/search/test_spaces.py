@@ -10,7 +10,7 @@ import pytest
 from tests.classification.search.tiny_space import BUDGETS, METHODS, tiny_sites, tiny_space, tiny_vit
 from tests.raising import raises
 from veneer.classification.config import TransferConfig
-from veneer.classification.search.block_sites import BlockSites, group_bounds
+from veneer.classification.search.block_sites import LARGEST, BlockSites, group_bounds
 from veneer.classification.search.block_spaces import BlockSpace, PrefixSpace, depth_of
 from veneer.classification.search.search_methods import parse_methods
 from veneer.classification.search.spaces import SPACES
@@ -139,6 +139,7 @@ def test_a_single_method_has_the_largest_size_of_the_budget() -> None:
     (size,) = set(sub.sizes[0])
     assert sum(sites.count(0, g, size) for g in range(4)) <= 1600 < sum(sites.count(0, g, size + 1) for g in range(4))
     assert single_method(sites, 0, 100) is None
+    assert single_method(sites, 0, 10**9) == SubNetwork(((LARGEST,) * 4, (0,) * 4, (0,) * 4))
     fixed = tiny_sites(methods="lora(rank=2), adaptformer")
     assert single_method(fixed, 0, 10**6) == SubNetwork(((2, 2, 2, 2), (0, 0, 0, 0)))
 
