@@ -29,6 +29,7 @@ from veneer.injection import methods
 from veneer.injection.attachment.attach import attachments
 from veneer.injection.errors import OptionError
 from veneer.training import param_groups
+from veneer.training.loop.checkpoints import CheckpointError
 
 SUB = SubNetwork(((2, 0), (4, 1), (1, 2)))
 
@@ -46,9 +47,9 @@ def views(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Views, Cla
         yield views, classifier, base
 
 
-def build(views: tuple[Views, Classifier, TransferConfig], folder: Path, options: str = METHODS) -> Supernet:
+def build(views: tuple[Views, Classifier, TransferConfig], folder: Path, sizes: tuple[int, ...] = (1, 2, 4)) -> Supernet:
     images, classifier, base = views
-    sites = BlockSites(classifier.model, parse_methods(options, (1, 2, 4)))
+    sites = BlockSites(classifier.model, parse_methods(METHODS, sizes))
     supernet = Supernet(base, classifier, images, PrefixSpace(sites, 10**6), folder, Accelerator(cpu=True))
     with torch.no_grad():
         for number, weight in enumerate(supernet.weights.values()):
@@ -108,6 +109,30 @@ def test_evaluation_reads_changed_weights_and_adds_no_gradient(
             weight.mul_(1.5)
     assert supernet.evaluate(SUB)[1] != before[1]
     assert all(weight.grad is None for weight in supernet.weights.values())
+
+
+def test_parameters_that_are_not_slices_are_rejected(views: tuple[Views, Classifier, TransferConfig], tmp_path: Path) -> None:
+    """One dimension is larger, or the name is missing in the largest sub-network; the model stays as it is."""
+    supernet = build(views, tmp_path)
+    name = next(name for name, weight in supernet.weights.items() if weight.ndim == 2 and name.startswith("lora/"))
+    shape = tuple(supernet.weights[name].shape)
+    for whole in (supernet.weights[name][:1, :1].detach(), None):
+        supernet.weights.pop(name)
+        supernet.weights |= {} if whole is None else {name: whole}
+        expected = None if whole is None else (1, 1)
+        with raises(OptionError, option="methods", where=name, given=shape, expected=expected):
+            with supernet.sub_network(SubNetwork(((4, 4), (0, 0), (0, 0))), training=True):
+                pass
+        assert attachments(views[1].model) == []
+
+
+def test_a_supernet_with_other_sizes_does_not_continue_the_training(
+    views: tuple[Views, Classifier, TransferConfig], tmp_path: Path
+) -> None:
+    """Its largest sub-network is the same, but its steps sample others."""
+    build(views, tmp_path).fit()
+    with raises(CheckpointError, where="settings", given={"sizes": [[1, 2, 4]] * 3}, expected={"sizes": [[1, 4]] * 3}):
+        build(views, tmp_path, sizes=(1, 4)).fit()
 
 
 def test_the_model_is_the_same_after_training_and_weights_are_not(

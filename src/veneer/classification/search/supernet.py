@@ -44,8 +44,7 @@ class Supernet(ClassifierTrainer):
         base: options of the training. `classifier`, `views`: the model, and the images. `space`: of the sub-networks.
         folder: for checkpoints.
     Raises:
-        OptionError: adapters of a method have parameters of other names or more dimensions at another size, or buffers, or the
-            method takes part in the training loop.
+        OptionError: adapters of a method have buffers.
     Source: Zhang, Zhou, Liu, Neural Prompt Search, 2022, section 3.3, and its code. Deviation: here the budget limits the search
     only, so the training samples larger sub-networks too, as the code does.
     """
@@ -66,7 +65,7 @@ class Supernet(ClassifierTrainer):
             super().__init__(classifier, attached, views, largest, folder, accelerator)
             self.weights = param_groups.named_parameters(attached)
             for attachment in attached:
-                _check_slices(attachment)
+                _check_buffers(attachment)
         finally:
             for attachment in reversed(attached):
                 attachment.detach()
@@ -77,13 +76,15 @@ class Supernet(ClassifierTrainer):
 
         Args:
             training: whether gradients reach the weights, and dropout is enabled.
+        Raises:
+            OptionError: a parameter is not a slice of one of the largest sub-network: it has another name, or a larger dimension.
         """
         device = self.accelerator.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), defer_init():
             attached = attach_methods(self.classifier, config_of(self.base, self.space.sites, sub), self.views.data)
         try:
             for name, parameter in param_groups.named_parameters(attached).items():
-                whole = self.weights[name]
+                whole = self._whole(name, parameter)
                 index = tuple(slice(length) for length in parameter.shape)
                 parameter.data = whole.data[index]
                 if training:
@@ -94,6 +95,18 @@ class Supernet(ClassifierTrainer):
         finally:
             for attachment in reversed(attached):
                 attachment.detach()
+
+    def _whole(self, name: str, parameter: Tensor) -> Tensor:
+        """The weight whose leading slice a parameter is."""
+        whole = self.weights.get(name)
+        shape = None if whole is None else tuple(whole.shape)
+        if whole is None or whole.ndim != parameter.ndim or any(map(int.__lt__, whole.shape, parameter.shape)):
+            message = (
+                f"methods: {name} has the shape {tuple(parameter.shape)} in a sub-network and {shape} in the largest one, which is "
+                "not a slice. Leave the method out, choose other --sizes, or choose --space blocks."
+            )
+            raise OptionError(message, option="methods", where=name, given=tuple(parameter.shape), expected=shape)
+        return whole
 
     def sample(self, step: int) -> SubNetwork:
         """The sub-network of a step."""
@@ -106,6 +119,7 @@ class Supernet(ClassifierTrainer):
 
         Raises:
             Diverged: the loss is no longer finite. KeyboardInterrupt: the training was stopped.
+            CheckpointError: the checkpoints are of a supernet with other options, sizes or groups.
         """
         loss = self.loss()
 
@@ -114,10 +128,12 @@ class Supernet(ClassifierTrainer):
                 return loss(step, rows)
 
         self._set_modes()
+        sites = self.space.sites
+        choices = {"sizes": [[*method.sizes] for method in sites.methods], "groups": [[*bounds] for bounds in sites.groups]}
+        data = {"splits": self.views.data.splits.digest, "weights": self.classifier.weights}
         trainer = Trainer(
             self.config.loop(self.per_epoch, self.steps), self._groups(), sampled_loss, self.named, self.folder,
-            identity={**self.config.identity(), "splits": self.views.data.splits.digest, "weights": self.classifier.weights},
-            accelerator=self.accelerator, on_step=self.on_step,
+            identity={**self.config.identity(), **data, **choices}, accelerator=self.accelerator, on_step=self.on_step,
         )  # fmt: skip
         if trainer.fit(resume=True).stopped:
             raise KeyboardInterrupt
@@ -142,7 +158,7 @@ def check_supernet(methods: Sequence[Method]) -> None:
             raise OptionError(message, option="methods", method=method.name, given=tuple(hooks), expected=())
 
 
-def _check_slices(attachment: Attachment) -> None:
+def _check_buffers(attachment: Attachment) -> None:
     """Raises `OptionError` if an attachment has buffers, which the supernet does not share."""
     state = param_groups.named_state([attachment])
     if buffers := tuple(state.keys() - param_groups.named_parameters([attachment]).keys()):
