@@ -191,6 +191,16 @@ def test_invalid_options_are_rejected(options: dict[str, Any], option: str, give
         SearchConfig(**{**OPTIONS, **options})
 
 
+@pytest.mark.parametrize(("weights", "same"), [("random", False), ("published", False), ("3f0c", True)])
+def test_trials_of_another_model_have_other_settings(weights: str, same: bool) -> None:
+    """A digest of the weights identifies the model, wherever its file is."""
+    config = SearchConfig(**OPTIONS, model="vit_tiny_patch16_224")
+    moved = dataclasses.replace(config, model="deit_tiny_patch16_224")
+    assert (config.settings("splits", weights) == moved.settings("splits", weights)) == same
+    assert config.settings("splits", weights) != config.settings("other", weights)
+    assert config.settings("splits", weights) != dataclasses.replace(config, seed=1).settings("splits", weights)
+
+
 def test_errors_before_the_first_trial_leave_no_folder(inputs: dict[str, str], tmp_path: Path) -> None:
     config = SearchConfig(**OPTIONS, **inputs, out=tmp_path / "run")
     with raises(OptionError, option="budget_parameters", given=23, expected=24):

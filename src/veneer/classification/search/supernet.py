@@ -26,6 +26,7 @@ from ..models.classifier import Classifier
 from ..train.attach_methods import attach_methods
 from ..train.train import ClassifierTrainer
 from .block_spaces import BlockSpace
+from .config import WITHOUT_DIGEST
 from .sub_network import SubNetwork
 from .sub_network_config import config_of
 
@@ -131,6 +132,8 @@ class Supernet(ClassifierTrainer):
         sites = self.space.sites
         choices = {"sizes": [[*method.sizes] for method in sites.methods], "groups": [[*bounds] for bounds in sites.groups]}
         data = {"splits": self.views.data.splits.digest, "weights": self.classifier.weights}
+        if self.classifier.weights in WITHOUT_DIGEST:
+            data["model"] = self.base.model
         trainer = Trainer(
             self.config.loop(self.per_epoch, self.steps), self._groups(), sampled_loss, self.named, self.folder,
             identity={**self.config.identity(), **data, **choices}, accelerator=self.accelerator, on_step=self.on_step,
