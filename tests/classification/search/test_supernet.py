@@ -121,9 +121,11 @@ def test_parameters_that_are_not_slices_are_rejected(views: tuple[Views, Classif
         supernet.weights.pop(name)
         supernet.weights |= {} if whole is None else {name: whole}
         expected = None if whole is None else (1, 1)
-        with raises(OptionError, option="methods", where=name, given=shape, expected=expected):
-            with supernet.sub_network(SubNetwork(((4, 4), (0, 0), (0, 0))), training=True):
-                pass
+        with (
+            raises(OptionError, option="methods", where=name, given=shape, expected=expected),
+            supernet.sub_network(SubNetwork(((4, 4), (0, 0), (0, 0))), training=True),
+        ):
+            pass
         assert attachments(views[1].model) == []
 
 
