@@ -73,6 +73,18 @@ def test_noah_has_each_method_in_the_first_blocks_only() -> None:
     assert {depth_of(row) for sub in subs for row in sub.sizes} == {0, 2, 4, 6, 8}
 
 
+def test_noah_without_sites_in_the_first_blocks() -> None:
+    """The smallest sub-network has the fewest groups that have sites of its method."""
+    sites = tiny_sites(methods="lora(where=attn@2:4), vpt(where=tokens.block@3)")
+    space = PrefixSpace(sites, PrefixSpace(sites, 10**6).least_parameters())
+    assert space.budget == min(sites.count(0, 2, 1), sites.count(1, 3, 1)) > 0
+    assert {space.sample(random.Random(seed)) for seed in range(20)} == {SubNetwork(((0,) * 4, (0, 0, 0, 1)))}
+    large, rng = PrefixSpace(sites, 10**6), random.Random(0)
+    sizes = {large.mutate(large.sample(rng), rng, 0.5).sizes for _ in range(60)}
+    assert {depth_of(lora) for lora, _ in sizes} == {0, 3, 4}
+    assert not any(lora[0] or lora[1] or any(vpt[:3]) for lora, vpt in sizes)
+
+
 def test_mutations_change_no_choice_or_all() -> None:
     """With probability 0 the sub-network of the space blocks stays; noah may still change the depth, never a kept size."""
     blocks, noah = tiny_space("blocks"), tiny_space("noah")
