@@ -28,6 +28,7 @@ from veneer.classification.search.supernet import Supernet, check_supernet
 from veneer.classification.train.attach_methods import attach_methods
 from veneer.injection import methods
 from veneer.injection.attachment.attach import attachments
+from veneer.injection.attachment.model_state import statistics
 from veneer.injection.errors import OptionError
 from veneer.training import param_groups
 from veneer.training.loop.checkpoints import CheckpointError
@@ -168,6 +169,27 @@ def test_the_model_is_the_same_after_training_and_weights_are_not(
     assert attachments(views[1].model) == []
     assert all(torch.equal(tensor, state[name]) for name, tensor in views[1].model.state_dict().items())
     assert all(torch.equal(weight, trained[1][name]) for name, weight in trained[0].items())
+
+
+def test_batch_norm_statistics_of_random_weights_are_trained(tmp_path: Path) -> None:
+    """They stay when a sub-network is detached, and an evaluation does not change them."""
+    data_folder, model = image_folder(tmp_path / "images", 6), model_folder(tmp_path, "coatnet")
+    base = TransferConfig(data=str(data_folder), model=str(model), weights="none", validation=0.3, test=0.2, batch=4, cache=False)
+    data = open_data(base, tmp_path)
+    classifier = open_classifier(base.model, data.classes, weights="none", seed=0)
+    sub = SubNetwork(((0, 1),))
+    with Views(data, classifier.data, base.augment, workers=1) as images:
+        sites = BlockSites(classifier.model, parse_methods("lora", (1, 2)))
+        supernet = Supernet(base, classifier, images, PrefixSpace(sites, 10**6), tmp_path / "run", Accelerator(cpu=True))
+        before = {name: buffer.clone() for name, buffer in statistics(classifier.model.named_modules())}
+        supernet.model.train()
+        with supernet.sub_network(sub, training=True):
+            supernet.model(torch.randn(4, 3, 32, 32))
+        trained = {name: buffer.clone() for name, buffer in statistics(classifier.model.named_modules())}
+        supernet.evaluate(sub)
+    assert trained.keys() == before.keys()
+    assert not any(torch.equal(value, before[name]) for name, value in trained.items())
+    assert all(torch.equal(value, trained[name]) for name, value in statistics(classifier.model.named_modules()))
 
 
 def test_steps_sample_different_sub_networks(views: tuple[Views, Classifier, TransferConfig], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from veneer.injection import Attachment
 from veneer.injection.attachment.deferred_init import defer_init
+from veneer.injection.attachment.model_state import statistics
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
 from veneer.training import param_groups
@@ -39,7 +40,7 @@ class Supernet(ClassifierTrainer):
 
     A sub-network is attached as `veneer transfer` attaches it. Each of its parameters is the leading slice of the parameter of
     the same name in the largest sub-network, so of W (d, r) the first r' columns; its gradient is added to that slice. The
-    sub-network of a step is a function of the seed and the step.
+    sub-network of a step is a function of the seed and the step. BatchNorm statistics of random weights are updated in the model.
 
     Args:
         base: options of the training. `classifier`, `views`: the model, and the images. `space`: of the sub-networks.
@@ -94,8 +95,12 @@ class Supernet(ClassifierTrainer):
                 seam.train(training)
             yield attached
         finally:
+            updated = statistics(self.model.named_modules()) if training and self._updates_statistics else []
+            values = [buffer.clone() for _, buffer in updated]
             for attachment in reversed(attached):
-                attachment.detach()
+                attachment.detach()  # restores the statistics
+            for (_, buffer), value in zip(updated, values, strict=True):
+                buffer.copy_(value)
 
     def _whole(self, name: str, parameter: Tensor) -> Tensor:
         """The weight whose leading slice a parameter is."""
@@ -103,8 +108,8 @@ class Supernet(ClassifierTrainer):
         shape = None if whole is None else tuple(whole.shape)
         if whole is None or whole.ndim != parameter.ndim or any(map(int.__lt__, whole.shape, parameter.shape)):
             message = (
-                f"methods: {name} has the shape {tuple(parameter.shape)} in a sub-network and {shape} in the largest one, which is "
-                "not a slice. Leave the method out, choose other --sizes, or choose --space blocks."
+                f"methods: {name} has the shape {tuple(parameter.shape)} in a sub-network, which is not a slice of its shape in the "
+                f"largest one, {shape}. Leave the method out, choose other --sizes, or choose --space blocks."
             )
             raise OptionError(message, option="methods", where=name, given=tuple(parameter.shape), expected=shape)
         return whole
