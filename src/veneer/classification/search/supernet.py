@@ -108,8 +108,8 @@ class Supernet(ClassifierTrainer):
         shape = None if whole is None else tuple(whole.shape)
         if whole is None or whole.ndim != parameter.ndim or any(map(int.__lt__, whole.shape, parameter.shape)):
             message = (
-                f"methods: {name} has the shape {tuple(parameter.shape)} in a sub-network, which is not a slice of its shape in the "
-                f"largest one, {shape}. Leave the method out, choose other --sizes, or choose --space blocks."
+                f"methods: {name} has the shape {tuple(parameter.shape)} in a sub-network, which is no slice of its "
+                f"shape in the largest one, {shape}. Leave the method out, choose other --sizes, or choose --space blocks."
             )
             raise OptionError(message, option="methods", where=name, given=tuple(parameter.shape), expected=shape)
         return whole
