@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections import Counter
 from typing import Any
-
-from veneer.config_file import CONFIG, to_toml
 
 from ..config import TransferConfig
 from .block_sites import BlockSites
@@ -47,19 +44,3 @@ def single_method(sites: BlockSites, method: int, budget: int) -> SubNetwork | N
     size = sites.largest_size(method, groups, budget)
     rows = (tuple(size if m == method and sites.group_sites(m, g) else 0 for g in groups) for m in range(len(sites.methods)))
     return SubNetwork(tuple(rows)) if size else None
-
-
-def discard_other_run(config: TransferConfig) -> None:
-    """Deletes the run in `config.out` if it has other options, such as those of a sub-network chosen from fewer trials.
-
-    The number of `workers` may differ. A folder without `config.toml` has no trained step, and stays.
-    """
-    assert config.out is not None
-    file = config.out / CONFIG
-    if file.is_file() and _compared_lines(file.read_text(encoding="utf-8")) != _compared_lines(to_toml("transfer", config)):
-        print(f"{config.out}: of an earlier choice or other options; trained again", flush=True)
-        shutil.rmtree(config.out)
-
-
-def _compared_lines(toml: str) -> list[str]:
-    return [line for line in toml.splitlines() if not line.startswith("workers = ")]
