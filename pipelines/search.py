@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from veneer.classification.search.spaces import build_space
 from veneer.classification.search.sub_network import SubNetwork
 from veneer.classification.search.sub_network_config import config_of, single_method
 from veneer.classification.search.trial_log import TrialLog
-from veneer.config_file import CONFIG, write_config
+from veneer.config_file import CONFIG, to_toml, write_config
 from veneer.injection import OptionError, VeneerError
 from veneer.training.report.run_folder import discard_unused, run_folder
 
@@ -107,7 +108,7 @@ def _evolve(
 def _train_rows(
     config: SearchConfig, base: TransferConfig, space: Space, best: SubNetwork, out: Path, accelerator: Accelerator
 ) -> list[TrainedRow]:
-    """Trains the chosen sub-network, and each method alone at the same budget."""
+    """Trains the chosen sub-network, and each method alone at the same budget; finished runs with the same options are kept."""
     sites = space.sites
     subs = {"search": best}
     for index, name in enumerate(sites.names) if config.baselines else ():
@@ -120,11 +121,29 @@ def _train_rows(
     for label, sub in subs.items():
         folder = out / ("best" if label == "search" else f"single-{label}")
         print(f"{label}: training {sub.text(sites.names)}, {space.parameters(sub):,} parameters", flush=True)
-        transfer(dataclasses.replace(config_of(base, sites, sub), out=folder, resume=True), accelerator)
+        run = dataclasses.replace(config_of(base, sites, sub), out=folder, resume=True)
+        _discard_other_run(run)
+        transfer(run, accelerator)
         if not (folder / "result.json").is_file():
             raise KeyboardInterrupt
         rows.append(read_row(label, sub, sites.names, space.parameters(sub), folder))
     return rows
+
+
+def _discard_other_run(config: TransferConfig) -> None:
+    """Deletes the run in `config.out` if it has other options, such as those of a sub-network chosen from fewer trials.
+
+    The number of `workers` may differ. A folder without `config.toml` has no trained step, and stays.
+    """
+    assert config.out is not None
+    file = config.out / CONFIG
+    if file.is_file() and _compared_lines(file.read_text(encoding="utf-8")) != _compared_lines(to_toml("transfer", config)):
+        print(f"{config.out}: of an earlier choice or other options; trained again", flush=True)
+        shutil.rmtree(config.out)
+
+
+def _compared_lines(toml: str) -> list[str]:
+    return [line for line in toml.splitlines() if not line.startswith("workers = ")]
 
 
 def _write(

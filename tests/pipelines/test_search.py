@@ -26,30 +26,37 @@ ROOT = Path(__file__).parents[2]
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+import timm
 from veneer.classification.search.supernet import Supernet
 from veneer.classification.search.trial_log import TrialLog
 from veneer.pipelines.search import SearchConfig, search
 
-data, model, out, where = sys.argv[1:]
+data, model, out = sys.argv[1:]
 append, sample = TrialLog._append, Supernet.sample
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 def append_part(self, record):
-    if where == "trial" and record["trial"] == 2:
+    if record["trial"] == 2:
         with open(self.file, "ab", buffering=0) as file:
             file.write(b'{"trial": 2, "sizes"')
         kill()
     append(self, record)
 
 def sample_or_kill(self, step):
-    if where == "supernet" and step == 3:
+    if step == 3:
         kill()
     return sample(self, step)
 
-TrialLog._append, Supernet.sample = append_part, sample_or_kill
-search(SearchConfig(**OPTIONS, data=data, model=model, out=Path(out), resume=True))
+for name, change in (("supernet", (append, sample_or_kill)), ("trial", (append_part, sample))):
+    if not (child := os.fork()):  # the imports are shared, and nothing has computed yet
+        TrialLog._append, Supernet.sample = change
+        search(SearchConfig(**OPTIONS, data=data, model=model, out=Path(out), resume=True))
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    checkpoints = sorted(path.name for path in Path(out, "supernet").glob("checkpoint-*"))
+    print(name, os.WTERMSIG(status), *checkpoints, os.path.exists(os.path.join(out, "trials.jsonl")))
 """
 OPTIONS: dict[str, Any] = {
     "budget_parameters": 700, "sizes": (1, 2), "trials": 4, "population": 2, "parents": 2, "supernet_epochs": 2,
@@ -117,18 +124,17 @@ def assert_same_search(folder: Path, reference: Path) -> None:
     assert tensors_of(folder / "best") == tensors_of(reference / "best")
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_search_that_is_killed_twice_makes_the_same_choice(noah: Path, inputs: dict[str, str], tmp_path: Path) -> None:
     """First in the supernet's training, after a checkpoint, then in the middle of a line of the third trial."""
     out, code = tmp_path / "noah", KILLED.replace("OPTIONS", repr(OPTIONS))
-    for where in ("supernet", "trial"):
-        arguments = [sys.executable, "-c", code, inputs["data"], inputs["model"], str(out), where]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        checkpoints = sorted(path.name for path in (out / "supernet").glob("checkpoint-*"))
-        assert checkpoints == ["checkpoint-000002", "checkpoint-000004"][: 1 if where == "supernet" else 2]
-        assert (out / "trials.jsonl").exists() == (where == "trial")
+    arguments = [sys.executable, "-c", code, inputs["data"], inputs["model"], str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300)
+    killed = int(signal.SIGKILL)
+    assert [line for line in done.stdout.splitlines() if "checkpoint-" in line] == [
+        f"supernet {killed} checkpoint-000002 False", f"trial {killed} checkpoint-000002 checkpoint-000004 True",
+    ], done.stderr  # fmt: skip
     assert not (out / "trials.jsonl").read_bytes().endswith(b"\n")
     assert main(["search", "--config", str(out / "config.toml"), "--resume", "--out", str(out)]) == 0
     assert_same_search(out, noah)
@@ -159,6 +165,21 @@ def test_a_finished_search_is_not_overwritten(noah: Path, inputs: dict[str, str]
     assert (noah / "result.json").stat().st_mtime_ns == before
 
 
+def test_a_resumed_search_trains_rows_with_other_options_again(noah: Path, inputs: dict[str, str], tmp_path: Path) -> None:
+    """The search was stopped before its results; then it continues with other `workers`, and with more epochs."""
+    out = shutil.copytree(noah, tmp_path / "noah", ignore=shutil.ignore_patterns("single-*"))
+    before, result = tensors_of(noah / "best"), (noah / "best" / "result.json").read_bytes()
+    for options in ({"workers": 2}, {"epochs": 2}):
+        (out / "result.json").unlink()
+        search(SearchConfig(**{**OPTIONS, **options}, **inputs, out=out, resume=True))
+        kept = "workers" in options
+        assert ((out / "best" / "result.json").read_bytes() == result) == kept
+        assert (tensors_of(out / "best") == before) == kept
+    (row,) = record_of(out)["rows"]
+    assert row["val_accuracy"] == record_of(out / "best")["val_accuracy"]
+    assert "epochs = 2" in (out / "best" / "config.toml").read_text().splitlines()
+
+
 @pytest.mark.parametrize(
     ("options", "option", "given"),
     [
@@ -174,6 +195,16 @@ def test_a_finished_search_is_not_overwritten(noah: Path, inputs: dict[str, str]
 def test_invalid_options_are_rejected(options: dict[str, Any], option: str, given: object) -> None:
     with raises(OptionError, option=option, given=given):
         SearchConfig(**{**OPTIONS, **options})
+
+
+@pytest.mark.parametrize(("weights", "same"), [("random", False), ("published", False), ("3f0c", True)])
+def test_trials_of_another_model_have_other_settings(weights: str, same: bool) -> None:
+    """A digest of the weights identifies the model, wherever its file is."""
+    config = SearchConfig(**OPTIONS, model="vit_tiny_patch16_224")
+    moved = dataclasses.replace(config, model="deit_tiny_patch16_224")
+    assert (config.settings("splits", weights) == moved.settings("splits", weights)) == same
+    assert config.settings("splits", weights) != config.settings("other", weights)
+    assert config.settings("splits", weights) != dataclasses.replace(config, seed=1).settings("splits", weights)
 
 
 def test_errors_before_the_first_trial_leave_no_folder(inputs: dict[str, str], tmp_path: Path) -> None:

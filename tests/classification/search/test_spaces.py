@@ -10,7 +10,7 @@ import pytest
 from tests.classification.search.tiny_space import BUDGETS, METHODS, tiny_sites, tiny_space, tiny_vit
 from tests.raising import raises
 from veneer.classification.config import TransferConfig
-from veneer.classification.search.block_sites import BlockSites, group_bounds
+from veneer.classification.search.block_sites import LARGEST, BlockSites, group_bounds
 from veneer.classification.search.block_spaces import BlockSpace, PrefixSpace, depth_of
 from veneer.classification.search.search_methods import parse_methods
 from veneer.classification.search.spaces import SPACES
@@ -71,6 +71,18 @@ def test_noah_has_each_method_in_the_first_blocks_only() -> None:
     rng = random.Random(0)
     subs = [space.mutate(space.sample(rng), rng, 0.2) for _ in range(40)]
     assert {depth_of(row) for sub in subs for row in sub.sizes} == {0, 2, 4, 6, 8}
+
+
+def test_noah_without_sites_in_the_first_blocks() -> None:
+    """The smallest sub-network has the fewest groups that have sites of its method."""
+    sites = tiny_sites(methods="lora(where=attn@2:4), vpt(where=tokens.block@3)")
+    space = PrefixSpace(sites, PrefixSpace(sites, 10**6).least_parameters())
+    assert space.budget == min(sites.count(0, 2, 1), sites.count(1, 3, 1)) > 0
+    assert {space.sample(random.Random(seed)) for seed in range(20)} == {SubNetwork(((0,) * 4, (0, 0, 0, 1)))}
+    large, rng = PrefixSpace(sites, 10**6), random.Random(0)
+    sizes = {large.mutate(large.sample(rng), rng, 0.5).sizes for _ in range(60)}
+    assert {depth_of(lora) for lora, _ in sizes} == {0, 3, 4}
+    assert not any(lora[0] or lora[1] or any(vpt[:3]) for lora, vpt in sizes)
 
 
 def test_mutations_change_no_choice_or_all() -> None:
@@ -139,6 +151,7 @@ def test_a_single_method_has_the_largest_size_of_the_budget() -> None:
     (size,) = set(sub.sizes[0])
     assert sum(sites.count(0, g, size) for g in range(4)) <= 1600 < sum(sites.count(0, g, size + 1) for g in range(4))
     assert single_method(sites, 0, 100) is None
+    assert single_method(sites, 0, 10**9) == SubNetwork(((LARGEST,) * 4, (0,) * 4, (0,) * 4))
     fixed = tiny_sites(methods="lora(rank=2), adaptformer")
     assert single_method(fixed, 0, 10**6) == SubNetwork(((2, 2, 2, 2), (0, 0, 0, 0)))
 

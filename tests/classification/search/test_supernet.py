@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +28,10 @@ from veneer.classification.search.supernet import Supernet, check_supernet
 from veneer.classification.train.attach_methods import attach_methods
 from veneer.injection import methods
 from veneer.injection.attachment.attach import attachments
+from veneer.injection.attachment.model_state import statistics
 from veneer.injection.errors import OptionError
 from veneer.training import param_groups
+from veneer.training.loop.checkpoints import CheckpointError
 
 SUB = SubNetwork(((2, 0), (4, 1), (1, 2)))
 
@@ -46,9 +49,9 @@ def views(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Views, Cla
         yield views, classifier, base
 
 
-def build(views: tuple[Views, Classifier, TransferConfig], folder: Path, options: str = METHODS) -> Supernet:
+def build(views: tuple[Views, Classifier, TransferConfig], folder: Path, sizes: tuple[int, ...] = (1, 2, 4)) -> Supernet:
     images, classifier, base = views
-    sites = BlockSites(classifier.model, parse_methods(options, (1, 2, 4)))
+    sites = BlockSites(classifier.model, parse_methods(METHODS, sizes))
     supernet = Supernet(base, classifier, images, PrefixSpace(sites, 10**6), folder, Accelerator(cpu=True))
     with torch.no_grad():
         for number, weight in enumerate(supernet.weights.values()):
@@ -110,6 +113,47 @@ def test_evaluation_reads_changed_weights_and_adds_no_gradient(
     assert all(weight.grad is None for weight in supernet.weights.values())
 
 
+def test_parameters_that_are_not_slices_are_rejected(views: tuple[Views, Classifier, TransferConfig], tmp_path: Path) -> None:
+    """One dimension is larger, or the name is missing in the largest sub-network; the model stays as it is."""
+    supernet = build(views, tmp_path)
+    name = next(name for name, weight in supernet.weights.items() if weight.ndim == 2 and name.startswith("lora/"))
+    shape = tuple(supernet.weights[name].shape)
+    for whole in (supernet.weights[name][:1, :1].detach(), None):
+        supernet.weights.pop(name)
+        supernet.weights |= {} if whole is None else {name: whole}
+        expected = None if whole is None else (1, 1)
+        with (
+            raises(OptionError, option="methods", where=name, given=shape, expected=expected),
+            supernet.sub_network(SubNetwork(((4, 4), (0, 0), (0, 0))), training=True),
+        ):
+            pass
+        assert attachments(views[1].model) == []
+
+
+def test_a_supernet_with_other_sizes_does_not_continue_the_training(
+    views: tuple[Views, Classifier, TransferConfig], tmp_path: Path
+) -> None:
+    """Its largest sub-network is the same, but its steps sample others."""
+    build(views, tmp_path).fit()
+    with raises(CheckpointError, where="settings", given={"sizes": [[1, 2, 4]] * 3}, expected={"sizes": [[1, 4]] * 3}):
+        build(views, tmp_path, sizes=(1, 4)).fit()
+
+
+@pytest.mark.parametrize(("weights", "same"), [("random", False), ("published", False), ("3f0c", True)])
+def test_a_supernet_of_another_model_does_not_continue_the_training(
+    weights: str, same: bool, views: tuple[Views, Classifier, TransferConfig], tmp_path: Path
+) -> None:
+    """Without a digest of the weights, the models are compared by name; with one, the file may have moved."""
+    images, classifier, base = views
+    other, moved = dataclasses.replace(classifier, weights=weights), dataclasses.replace(base, model="vit_other")
+    build((images, other, base), tmp_path).fit()
+    if same:
+        build((images, other, moved), tmp_path).fit()
+        return
+    with raises(CheckpointError, where="settings", given={"model": base.model}, expected={"model": "vit_other"}):
+        build((images, other, moved), tmp_path).fit()
+
+
 def test_the_model_is_the_same_after_training_and_weights_are_not(
     views: tuple[Views, Classifier, TransferConfig], tmp_path: Path
 ) -> None:
@@ -125,6 +169,27 @@ def test_the_model_is_the_same_after_training_and_weights_are_not(
     assert attachments(views[1].model) == []
     assert all(torch.equal(tensor, state[name]) for name, tensor in views[1].model.state_dict().items())
     assert all(torch.equal(weight, trained[1][name]) for name, weight in trained[0].items())
+
+
+def test_batch_norm_statistics_of_random_weights_are_trained(tmp_path: Path) -> None:
+    """They stay when a sub-network is detached, and an evaluation does not change them."""
+    data_folder, model = image_folder(tmp_path / "images", 6), model_folder(tmp_path, "coatnet")
+    base = TransferConfig(data=str(data_folder), model=str(model), weights="none", validation=0.3, test=0.2, batch=4, cache=False)
+    data = open_data(base, tmp_path)
+    classifier = open_classifier(base.model, data.classes, weights="none", seed=0)
+    sub = SubNetwork(((0, 1),))
+    with Views(data, classifier.data, base.augment, workers=1) as images:
+        sites = BlockSites(classifier.model, parse_methods("lora", (1, 2)))
+        supernet = Supernet(base, classifier, images, PrefixSpace(sites, 10**6), tmp_path / "run", Accelerator(cpu=True))
+        before = {name: buffer.clone() for name, buffer in statistics(classifier.model.named_modules())}
+        supernet.model.train()
+        with supernet.sub_network(sub, training=True):
+            supernet.model(torch.randn(4, 3, 32, 32))
+        trained = {name: buffer.clone() for name, buffer in statistics(classifier.model.named_modules())}
+        supernet.evaluate(sub)
+    assert trained.keys() == before.keys()
+    assert not any(torch.equal(value, before[name]) for name, value in trained.items())
+    assert all(torch.equal(value, trained[name]) for name, value in statistics(classifier.model.named_modules()))
 
 
 def test_steps_sample_different_sub_networks(views: tuple[Views, Classifier, TransferConfig], tmp_path: Path) -> None:

@@ -56,3 +56,11 @@ def test_other_searches_are_rejected(tmp_path: Path) -> None:
     file.write_text("{]\n")
     with raises(VeneerError, file=str(file), where="trials", given="syntax"):
         open_log(tmp_path)
+    for line in ("3", '{"trial": 0}', "[]"):
+        file.write_text(f"{line}\n")
+        with raises(VeneerError, file=str(file), where="line 1", given=None, expected="a"):
+            open_log(tmp_path)
+    record: dict[str, object] = {"settings": "a", "sizes": {"lora": [1]}, "parameters": 3}
+    file.write_text(f"{json.dumps(record)}\n")
+    with raises(VeneerError, file=str(file), where="line 1", given=record, expected="a trial"):
+        open_log(tmp_path)

@@ -78,6 +78,7 @@ class BlockSites:
         low, high = 0, 1
         while high <= LARGEST and fits(high):
             low, high = high, 2 * high
+        high = min(high, LARGEST + 1)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)

@@ -117,10 +117,13 @@ class PrefixSpace(BlockSpace):
         return results
 
     def _smallest(self) -> list[SubNetwork]:
-        """Sub-networks with the smallest sizes of one method in the fewest groups."""
-        least = next(depth for depth in self.depths if depth)
-        rows = ((m, self._first(self._row(m, lambda sizes: sizes[0]), least)) for m in range(len(self.sites.methods)))
-        return [self.empty.with_row(m, row) for m, row in rows if any(row)]
+        """Sub-networks with the smallest sizes of one method in the fewest groups that have sites of it."""
+        results = []
+        for m in range(len(self.sites.methods)):
+            row = self._row(m, lambda sizes: sizes[0])
+            least = next(depth for depth in self.depths if any(row[:depth]))
+            results.append(self.empty.with_row(m, self._first(row, least)))
+        return results
 
     def _all_sizes(self, rng: random.Random) -> list[tuple[int, ...]]:
         """A random size of every method in every group."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from veneer.injection import Attachment
 from veneer.injection.attachment.deferred_init import defer_init
+from veneer.injection.attachment.model_state import statistics
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Method
 from veneer.training import param_groups
@@ -26,6 +27,7 @@ from ..models.classifier import Classifier
 from ..train.attach_methods import attach_methods
 from ..train.train import ClassifierTrainer
 from .block_spaces import BlockSpace
+from .config import WITHOUT_DIGEST
 from .sub_network import SubNetwork
 from .sub_network_config import config_of
 
@@ -38,14 +40,13 @@ class Supernet(ClassifierTrainer):
 
     A sub-network is attached as `veneer transfer` attaches it. Each of its parameters is the leading slice of the parameter of
     the same name in the largest sub-network, so of W (d, r) the first r' columns; its gradient is added to that slice. The
-    sub-network of a step is a function of the seed and the step.
+    sub-network of a step is a function of the seed and the step. BatchNorm statistics of random weights are updated in the model.
 
     Args:
         base: options of the training. `classifier`, `views`: the model, and the images. `space`: of the sub-networks.
         folder: for checkpoints.
     Raises:
-        OptionError: adapters of a method have parameters of other names or more dimensions at another size, or buffers, or the
-            method takes part in the training loop.
+        OptionError: adapters of a method have buffers.
     Source: Zhang, Zhou, Liu, Neural Prompt Search, 2022, section 3.3, and its code. Deviation: here the budget limits the search
     only, so the training samples larger sub-networks too, as the code does.
     """
@@ -66,7 +67,7 @@ class Supernet(ClassifierTrainer):
             super().__init__(classifier, attached, views, largest, folder, accelerator)
             self.weights = param_groups.named_parameters(attached)
             for attachment in attached:
-                _check_slices(attachment)
+                _check_buffers(attachment)
         finally:
             for attachment in reversed(attached):
                 attachment.detach()
@@ -77,13 +78,15 @@ class Supernet(ClassifierTrainer):
 
         Args:
             training: whether gradients reach the weights, and dropout is enabled.
+        Raises:
+            OptionError: a parameter is not a slice of one of the largest sub-network: it has another name, or a larger dimension.
         """
         device = self.accelerator.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), defer_init():
             attached = attach_methods(self.classifier, config_of(self.base, self.space.sites, sub), self.views.data)
         try:
             for name, parameter in param_groups.named_parameters(attached).items():
-                whole = self.weights[name]
+                whole = self._whole(name, parameter)
                 index = tuple(slice(length) for length in parameter.shape)
                 parameter.data = whole.data[index]
                 if training:
@@ -92,8 +95,24 @@ class Supernet(ClassifierTrainer):
                 seam.train(training)
             yield attached
         finally:
+            updated = statistics(self.model.named_modules()) if training and self._updates_statistics else []
+            values = [buffer.clone() for _, buffer in updated]
             for attachment in reversed(attached):
-                attachment.detach()
+                attachment.detach()  # restores the statistics
+            for (_, buffer), value in zip(updated, values, strict=True):
+                buffer.copy_(value)
+
+    def _whole(self, name: str, parameter: Tensor) -> Tensor:
+        """The weight whose leading slice a parameter is."""
+        whole = self.weights.get(name)
+        shape = None if whole is None else tuple(whole.shape)
+        if whole is None or whole.ndim != parameter.ndim or any(map(int.__lt__, whole.shape, parameter.shape)):
+            message = (
+                f"methods: {name} has the shape {tuple(parameter.shape)} in a sub-network, which is no slice of its "
+                f"shape in the largest one, {shape}. Leave the method out, choose other --sizes, or choose --space blocks."
+            )
+            raise OptionError(message, option="methods", where=name, given=tuple(parameter.shape), expected=shape)
+        return whole
 
     def sample(self, step: int) -> SubNetwork:
         """The sub-network of a step."""
@@ -106,6 +125,7 @@ class Supernet(ClassifierTrainer):
 
         Raises:
             Diverged: the loss is no longer finite. KeyboardInterrupt: the training was stopped.
+            CheckpointError: the checkpoints are of a supernet with other options, sizes or groups.
         """
         loss = self.loss()
 
@@ -114,10 +134,14 @@ class Supernet(ClassifierTrainer):
                 return loss(step, rows)
 
         self._set_modes()
+        sites = self.space.sites
+        choices = {"sizes": [[*method.sizes] for method in sites.methods], "groups": [[*bounds] for bounds in sites.groups]}
+        data = {"splits": self.views.data.splits.digest, "weights": self.classifier.weights}
+        if self.classifier.weights in WITHOUT_DIGEST:
+            data["model"] = self.base.model
         trainer = Trainer(
             self.config.loop(self.per_epoch, self.steps), self._groups(), sampled_loss, self.named, self.folder,
-            identity={**self.config.identity(), "splits": self.views.data.splits.digest, "weights": self.classifier.weights},
-            accelerator=self.accelerator, on_step=self.on_step,
+            identity={**self.config.identity(), **data, **choices}, accelerator=self.accelerator, on_step=self.on_step,
         )  # fmt: skip
         if trainer.fit(resume=True).stopped:
             raise KeyboardInterrupt
@@ -142,7 +166,7 @@ def check_supernet(methods: Sequence[Method]) -> None:
             raise OptionError(message, option="methods", method=method.name, given=tuple(hooks), expected=())
 
 
-def _check_slices(attachment: Attachment) -> None:
+def _check_buffers(attachment: Attachment) -> None:
     """Raises `OptionError` if an attachment has buffers, which the supernet does not share."""
     state = param_groups.named_state([attachment])
     if buffers := tuple(state.keys() - param_groups.named_parameters([attachment]).keys()):

@@ -37,16 +37,20 @@ class TrialLog:
             message = f"{self.file} has {len(self.trials)} trials. Continue them with --resume, or choose another --out."
             raise VeneerError(message, file=self.file, where="trials", given=len(self.trials), expected=0)
 
-    def _add(self, number: int, record: dict[str, Any]) -> None:
-        if record.get("settings") != self.settings:
+    def _add(self, number: int, record: Any) -> None:
+        other = record.get("settings") if isinstance(record, dict) else None
+        if other != self.settings:
             message = (
                 f"{self.file}: line {number} is of a search with other options, data or model. Repeat the options of that search "
                 "with --resume, or choose another --out."
             )
-            other = record.get("settings")
             raise VeneerError(message, file=self.file, where=f"line {number}", given=other, expected=self.settings)
-        sub = SubNetwork.from_dict(record["sizes"], self.names)
-        self.trials[sub] = Trial(sub, record["parameters"], record["val_accuracy"], record["val_loss"])
+        try:
+            sub = SubNetwork.from_dict(record["sizes"], self.names)
+            self.trials[sub] = Trial(sub, record["parameters"], record["val_accuracy"], record["val_loss"])
+        except (KeyError, TypeError) as error:
+            message = f"{self.file}: line {number} is not a trial ({error!r}). Delete the line, or choose another --out."
+            raise VeneerError(message, file=self.file, where=f"line {number}", given=record, expected="a trial") from error
 
     def evaluate(self, sub: SubNetwork, parameters: int, measure: Callable[[], tuple[float, float] | None]) -> Trial:
         """The trial of a sub-network, from the file or from `measure`, which returns validation accuracy and loss.
@@ -73,7 +77,7 @@ class TrialLog:
         sync_folder(self.file.parent)
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def _read(file: Path) -> list[Any]:
     """The records of the complete lines; an incomplete last line, of an interrupted write, is cut off the file."""
     if not file.is_file():
         return []
