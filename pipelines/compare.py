@@ -52,9 +52,9 @@ class CompareConfig(OptimizerOptions):
             sigmoid per class, mean average precision instead of accuracy.
         protocol: `none`, or `vtab-1k`, `fgvc` or `coop` for all tasks of the benchmark in the folder `data`, with its splits,
             preprocessing and selection.
-        base_to_new: train on the first half of the classes, and test on these and on the other classes, whose names a CLIP
-            encodes; 16 training images per class unless `shots` is set, and each seed with its own sample. Not with the protocols
-            vtab-1k and fgvc.
+        base_to_new: train on the first half of the classes, in alphabetical order or that of the protocol coop, and test on
+            these and on the other, new classes. Needs a CLIP, and methods without parameters of the trained classes; 16 `shots` by
+            default, a sample for each seed. Not with the protocols vtab-1k and fgvc.
         model: a timm name or folder, `hf:` and a folder or hub name of a vision model of transformers, such as
             `hf:facebook/dinov2-base`, `bundled` (the image encoder of the bundled CLIP), or for methods that use class names,
             such as `coop`, `bundled_clip` or `open_clip:NAME/TAG`, such as `open_clip:ViT-B-32/laion2b_s34b_b79k`.
@@ -62,17 +62,18 @@ class CompareConfig(OptimizerOptions):
         methods: rows of the table: methods, with options in parentheses, or joined by `+`, all in quotes: `'lora,
             adaptformer(bottleneck=8), vpt+lora'`. `linear_probe`, `full` (all weights) and `scratch` (all weights, randomly
             initialized) are rows like any other.
-        seeds: runs per row, on the same splits, each with its own initialization, order and augmentation.
+        seeds: runs per row, on the same splits (but see `shots`), each with its own initialization, order and augmentation.
         baseline: also run the baseline of the table: `linear_probe`, or `zero_shot` for a CLIP.
         lp_ft: LP-FT: initialize a new head with a logistic regression on the frozen features, then fine-tune; best in short
             runs.
         shots: training images per class (default: all; 1 2 4 8 16 with the protocol coop). Several numbers: few-shot curves, each
-            seed with its own sample of the images, and one search on the largest number.
-        unlabeled: images without labels for methods that train on such, such as `pet`: an image, a folder, or a list of paths.
+            seed with its own training images and min(shots, 4) validation images per class; `search` runs once per method, on the
+            largest number with the first seed.
+        unlabeled: images without labels, which `pet` and `ppt` need: an image, a folder, or a list of paths.
         validation: share of the images for the validation split, which selects the epoch, 0 to 1; not used if the data has one.
         test: share of the images for the test split, which is evaluated at the end, 0 to 1; not used if the data has one.
         split_seed: seed of the validation and test splits.
-        steps: optimizer steps, instead of `epochs`; then all numbers of shots have as many.
+        steps: optimizer steps of a run, instead of `epochs`; with several `shots`, the same number of steps for each.
         epochs: passes over the training images (default: 20, or the protocol's).
         batch: images per micro-batch (default: 32, or the protocol's).
         learning_rate: peak learning rate of all rows (default: each method's, such as 0.001 for lora).

@@ -15,23 +15,27 @@ EXPLICIT = "explicit reference"
 HEADER = "| method | oracle | compared | largest difference | dtype | known deviations |\n|---|---|---|---:|---|---|"
 INTRODUCTION = """# Parity with other implementations
 
-Every method beside an *oracle*: the code of its authors at a commit, another library, or, without either, an explicit
-reference, plain torch written from the paper's equations in the method's test file. The scripts read single classes and
-functions from a clone of the repository, put trained parameters far from their initial values on both sides, and compare.
+Each method is compared with a reference implementation, its *oracle*: the code of the paper's authors at a commit, another
+library, or, without either, an explicit reference, which is plain torch from the paper's equations in the method's test file.
+The scripts read single classes and functions from a clone of the repository, set the trained parameters of both sides to the
+same random values, far from the initial ones, and compare outputs and gradients for the same inputs.
 
-A difference is max |a − b| / max |b| of a tensor, the largest over all outputs and over the gradients of all trained
-tensors for a random linear function of the outputs; for selections the same of their 0/1 vectors, for decisions the share
-that differs. A row without a number was not run beside an oracle.
+A difference is max |a − b| / max |b| of a tensor: the largest over all outputs and over the gradients of all trained
+tensors, for a random linear function of the outputs as loss. Selections are compared as 0/1 vectors; of decisions the number
+is the share that differs. Differences up to about 1e-14 are rounding in float64, up to about 1e-6 rounding in float32 (column
+"dtype"). A row without a number has an explicit reference only.
 {counts}
-Every deviation from a paper is in the docstring of the method; here are those from the oracle's code.
+"Known deviations" are those from the oracle's code; an empty cell means that none is known. Every deviation from a paper is in
+the docstring of the method.
 
 ```sh
 python -m tests.parity.table --sources FOLDER  # clones named OWNER+NAME, with or without a work tree
 VENEER_PARITY_SOURCES=FOLDER pytest tests/parity
 ```
 
-The first command writes this page and `src/veneer/parity.json`, from which `veneer methods --survey` has its column.
-An oracle without a clone keeps the row of its last run.
+The first command writes this page and `src/veneer/parity.json`, from which `veneer methods --survey` has its column
+"compared with". Without a clone of an oracle, its rows of the last run are kept. The second command runs the
+comparisons as tests.
 """
 
 
@@ -53,7 +57,10 @@ def render(rows: list[dict[str, Any]]) -> str:
     with_numbers = {row["method"] for row in rows if row["difference"] is not None}
     official = {row["method"] for row in rows if row["kind"] == "official code"}
     others = len(with_numbers - official)
-    counts = f"Of {len(methods)} methods, {len(official)} are beside their authors' code, {others} beside other implementations."
+    counts = (
+        f"Of {len(methods)} methods, {len(official)} are compared with their authors' code, {others} with another library or "
+        "repository."
+    )
     parts = [INTRODUCTION.format(counts=counts)]
     for drawer in DRAWERS:
         lines = [_line(row) for row in rows if drawers[row["method"]] == drawer]

@@ -62,7 +62,7 @@ class TransferConfig(TrainingOptions, MethodSiteOptions):
         batch_norm: BatchNorm statistics: `frozen`, or `moving` to update them in training (default: moving with random weights,
             else frozen).
         shots: training images per class (default: all).
-        unlabeled: images without labels for methods that train on such, `pet` and `ppt`: an image, a folder, or a list of paths.
+        unlabeled: images without labels, which `pet` and `ppt` need: an image, a folder, or a list of paths.
         validation: share of the images for the validation split, which selects the epoch, 0 to 1; not used if the data has one.
         test: share of the images for the test split, which is evaluated at the end, 0 to 1; not used if the data has one.
         split_seed: seed of the validation and test splits.

@@ -17,17 +17,21 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "veneer transfer",
         "veneer transfer photos/ --model vit_small_patch16_224.augreg_in21k --epochs 10",
         "veneer transfer photos/ --method vpt+lora --rank 4 --search 6",
+        "veneer transfer photos/ --method vpt+lora --method-where lora=attn@6:12 vpt=tokens.block@0",
         "veneer transfer photos/ --model bundled_clip --method coop --shots 16",
+        "veneer transfer photos/ --model bundled_clip --method ppt --shots 4 --unlabeled new-photos/",
         "veneer transfer pets/ clothes/ --tasks --method hyperformer_plus_plus --out runs/pets+clothes",
         "veneer transfer photos/ --method pfeiffer --with runs/domain",
     ),
     "compare": (
         "veneer compare photos/ --methods 'lora, ssf, vpt' --seeds 3",
         "veneer compare photos/ --methods 'lora(rank=4), lora(rank=16), full' --epochs 10",
+        "veneer compare photos/ --model bundled_clip --methods 'coop, dart' --shots 1 2 4 --steps 200",
+        "veneer compare photos/ --model bundled_clip --methods 'coop, cocoop' --base-to-new",
     ),
     "search": (
         "veneer search photos/ --budget-parameters 100000 --trials 64",
-        "veneer search photos/ --budget-parameters 100000 --space blocks --methods 'lora, vpt' --trials 16",
+        "veneer search photos/ --budget-parameters 100000 --space blocks --sizes 2 8 --trials 16",
         "veneer search photos/ --budget-parameters 200000 --space s4 --trials 16 --out runs/s4",
     ),
     "predict": (

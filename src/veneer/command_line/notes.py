@@ -25,10 +25,17 @@ NOTES: dict[str, tuple[str, ...]] = {
         "Trains each row once per seed and prints a table of test accuracy (mean ± half a 95 % interval over seeds), trainable "
         "parameters, time and memory, which is also in `compare.md`. `veneer transfer --method NAME --help` shows the options of "
         "a method.",
+        "Several numbers of `--shots` give few-shot curves, in `few_shot.md`, `few_shot.json` and `few_shot.png`. "
+        "`--base-to-new` gives the accuracy on base classes, on new classes and their harmonic mean, in `base_to_new.md` and "
+        "`base_to_new.json`.",
     ),
     "search": (
-        "Evaluates `--trials` combinations on the validation split by an evolutionary search, trains the best as `veneer "
-        "transfer` does, and evaluates the test split once.",
+        "A sub-network is a choice of methods and their sizes for each block; a trial evaluates one on the validation split. An "
+        "evolutionary search over `--trials` of them, as in NOAH, chooses the best, which is trained as `veneer transfer` does "
+        "and evaluated once on the test split. The model needs blocks and a new head: vision models of timm and transformers, or "
+        "`bundled`.",
+        "With `--space noah`, the supernet is trained once, and a trial is a pass over the validation images; with `blocks` and "
+        "`s4`, each trial is a training run of `--trial-epochs`.",
         "The run folder has the trials (`trials.jsonl`), the Pareto front (`search.md`, `pareto.png`), and the run of the chosen "
         "combination (`best`), whose `config.toml` repeats it by `veneer transfer --config`. A stopped search continues with "
         "`--config FOLDER/config.toml --resume --out FOLDER`.",

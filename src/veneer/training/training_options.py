@@ -60,8 +60,8 @@ class MethodSiteOptions(SiteOptions):
     """Sites of adapters on weights, also of single methods.
 
     Args:
-        method_where: sites of single methods, instead of `where`: patterns with spaces between them, such as
-            `lora=attn@0:6 'vpt=tokens.block@0 tokens.block@3'`.
+        method_where: sites of single methods of the run, by the patterns of `where`, several separated by spaces, such as
+            `lora=attn@0:6 'vpt=tokens.block@0 tokens.block@3'`; methods without an entry have the sites of `where`.
     """
 
     method_where: Mapping[str, str] = field(default_factory=dict)

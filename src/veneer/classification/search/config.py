@@ -33,38 +33,42 @@ class SearchConfig(OptimizerOptions):
     """Configuration of `veneer search` and its defaults.
 
     Args:
-        budget_parameters: largest number of trainable parameters of a sub-network, without the head.
+        budget_parameters: largest number of trainable parameters of a sub-network, without the head; required. `veneer transfer
+            --dry-run` prints the number of a method.
         data: image folder (`CLASS/IMAGE`, or `train/CLASS/IMAGE` and so on), a CSV of path, label and optionally split, a
             dataset of Hugging Face (folder or hub name) with such files, or `digits` of scikit-learn (default: digits).
         model: a timm name or folder, `hf:` and a folder or hub name of a vision model of transformers, or `bundled` (the image
             encoder of the bundled CLIP).
         weights: a .safetensors file for the model, or `none` for random weights (default: the published weights).
-        methods: methods to combine, with options in parentheses, in quotes: `'lora, adaptformer(scale=0.5), vpt(tokens=4)'`; a
-            size among the options is the only one (default: `lora, adaptformer, vpt`, with the space s4 `adaptformer,
+        methods: methods to combine, not joined by `+`, with options in parentheses, in quotes: `'lora, adaptformer(scale=0.5),
+            vpt(tokens=4)'`; a size in parentheses is fixed (default: `lora, adaptformer, vpt`, with the space s4 `adaptformer,
             prefix_tuning(hidden=0), bitfit, lora`).
-        space: `noah`: each method in the first blocks up to a depth, evaluated with the shared weights of a supernet; `blocks`:
-            any methods in any blocks, each trial trained alone; `s4`: groups of blocks in the form of a spindle, equally many
-            parameters in all blocks, methods by group, each trial trained alone.
-        sizes: sizes to choose from: the rank of lora, the bottleneck of adaptformer, the tokens of vpt and so on; s4 takes the
-            largest within the budget instead.
-        groups: groups of consecutive blocks with the same sizes (default: one for each block, with s4 4).
-        trials: sub-networks to evaluate.
-        population: sub-networks of a generation: half of them mutations, half crossovers of the best.
-        parents: number of best sub-networks that mutate and cross.
-        mutation: probability that a mutation changes a size, or with s4 a method of a group, 0 to 1.
-        supernet_epochs: passes over the training images of the supernet (noah).
-        trial_epochs: passes over the training images of a trial (blocks, s4).
-        baselines: also train each method alone, with one size in all blocks, at the same budget.
+        space: `noah`: each method in the first blocks up to a depth, trials evaluated with the shared weights of one trained
+            supernet; `blocks`: any methods in any blocks, each trial trained alone; `s4`: groups of blocks in the form of a
+            spindle (2, 4, 4 and 2 of 12), the same number of parameters in every block, one or more methods in each group, each
+            trial trained alone.
+        sizes: sizes to choose from, in ascending order: the rank of lora, the bottleneck of adaptformer, the tokens of vpt and so
+            on; s4 takes the largest within the budget instead.
+        groups: number of groups of consecutive blocks; the blocks of a group have the same methods and sizes (default: one group
+            for each block, with s4 4).
+        trials: sub-networks to evaluate on the validation split.
+        population: sub-networks of a generation: the first generation is random, later ones are half mutations and half
+            crossovers of the best.
+        parents: number of the best trials so far from which mutations and crossovers are made.
+        mutation: probability that a mutation samples a size again, or with s4 changes a method of a group, 0 to 1.
+        supernet_epochs: passes over the training images to train the supernet (noah).
+        trial_epochs: passes over the training images to train one trial (blocks, s4).
+        baselines: also train each method alone, with one size in all blocks, the largest within the budget.
         shots: training images per class (default: all).
         validation: share of the images for the validation split, by which trials are compared, 0 to 1; not used if the data has
             one.
-        test: share of the images for the test split, on which the chosen sub-network is evaluated at the end, 0 to 1; not used
-            if the data has one.
+        test: share of the images for the test split, on which the chosen sub-network and the baselines are evaluated at the end,
+            0 to 1; not used if the data has one.
         split_seed: seed of the validation and test splits.
-        epochs: passes over the training images of the chosen sub-network and of the baselines.
+        epochs: passes over the training images in the final training runs, of the chosen sub-network and of each baseline.
         batch: images per optimizer step.
-        learning_rate: peak learning rate of the first of the methods, and of the head (default: the method's). Other methods
-            keep their ratio to it.
+        learning_rate: peak learning rate of the first of the methods, and of the head, in all training runs (default: the
+            method's). Other methods keep their ratio to it; the search does not tune it.
         schedule: learning-rate schedule: `constant`, `cosine`, `cosine_with_restarts`, `linear`, `polynomial` or `rex`.
         warmup: share of the steps with linear warmup before the schedule, 0 to 1.
         weight_decay: decoupled weight decay of all trained parameters.

@@ -24,17 +24,18 @@ class ParallelBottleneck(Bottleneck):
 
 @dataclass(frozen=True)
 class MAM(PrefixPartMethod):
-    """o = softmax(q [P_k; K]ᵀ / √d) [P_v; V] in every attention, and y' = y + s·Up(Drop(ReLU(Down(x)))) for every MLP y.
+    """o = softmax(q [P_k; K]ᵀ / √d) [P_v; V] in every attention, and y' = y + s·Up(Drop(ReLU(Down(x)))) for every MLP y(x).
 
     P_k and P_v are those of `prefix_tuning`: computed by an MLP during training, of which only they are saved. x is the input of
     the MLP, after its norm, where `adaptformer` reads the stream before the norm. Up is initialized to zero. On models without
     softmax attention, such as Swin v2, only the MLPs are adapted.
 
     Args:
-        tokens: p, trained keys of each attention module, at least 1.
-        hidden: width of the hidden layer of the MLP of the keys and values; 0 trains P_k and P_v directly.
-        bottleneck: h, width between Down and Up, at least 1.
-        scale: s, fixed.
+        tokens: p, prefix length (virtual tokens): trained keys and values of each attention module, at least 1.
+        hidden: width of the hidden layer of the MLP that computes P_k and P_v during training; 0 trains them directly, without
+            it.
+        bottleneck: h, bottleneck width between Down and Up, at least 1.
+        scale: s, factor of the adapter of the MLP; not trained.
         dropout: dropout probability of P_k, P_v and the h features in training, 0 to 1.
     In a training loop of your own: `attachment.finalize()` after the last step replaces the MLP of the keys by its result.
     Counts: 2·p·width per attention module after training, and 2·width·h + h + width per MLP; ViT-B/16 1,373,952. During training

@@ -90,20 +90,22 @@ class GatedBottleneck(OutputBottleneck):
 @dataclass(frozen=True)
 class UniPELT(PrefixPartMethod):
     """o = softmax(q [g P_k; K]ᵀ / √d) [g P_v; V], q' = q + g·B A x (v' likewise) and y' = y + g·Up(ReLU(Down(y))).
+    Each part of each module has its own gate g = mean_t sigmoid(w·x_t + b) of the part's input x.
 
-    Each part has its own gate g(x) = mean_t sigmoid(w·x_t + b): one value for each sample, the mean over its tokens t. x is the
-    input of the part: what the attention module reads for P_k and P_v, the input of the projection for B A, and the output y of
-    the MLP for Down. P_k and P_v are those of `prefix_tuning`, Down and Up those of `pfeiffer`; g replaces the scale of LoRA.
-    Gates depend on the input, so nothing can be merged. The mean includes class tokens and padding; in windows of Swin, each
-    window has its own gates for attention.
+    A gate is one value for each sample, the mean over its tokens t. x is the input of the part: what the attention module reads
+    for P_k and P_v, the input of the projection for B A, and the output y of the MLP for Down. P_k and P_v are those of
+    `prefix_tuning`, Down and Up those of `pfeiffer`; g replaces the scale of LoRA. Gates depend on the input, so nothing can be
+    merged. The mean includes class tokens and padding; in windows of Swin, each window has its own gates for attention.
 
     Args:
-        tokens: p, trained keys of each attention module, at least 1.
-        hidden: width of the hidden layer of the MLP of the keys and values; 0 trains P_k and P_v directly.
-        rank: r, rows of A, at least 1.
-        reduction: h = width // reduction, the width between Down and Up, at least 1.
+        tokens: p, prefix length (virtual tokens): trained keys and values of each attention module, at least 1.
+        hidden: width of the hidden layer of the MLP that computes P_k and P_v during training; 0 trains them directly, without
+            it.
+        rank: r, rank of the update B A of queries and values, at least 1.
+        reduction: reduction factor of the adapter of the MLP, at least 1: the bottleneck between Down and Up is h = width //
+            reduction.
         dropout: dropout probability of P_k and P_v, 0 to 1.
-        biases: the biases are trained too, by deltas without gates as in `bitfit`.
+        biases: also train the biases, as `bitfit`, without gates.
     In a training loop of your own: `attachment.finalize()` after the last step replaces the MLP of the keys by its result.
     Counts: after training 2·p·width + width + 1 per attention module, r·(d_in + d_out) + d_in + 1 for each of query and value,
     2·width·h + h + 2·width + 1 per MLP; ViT-B/16 1,410,672, of which 36,912 in gates. During training those of `prefix_tuning`

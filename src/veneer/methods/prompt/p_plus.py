@@ -37,6 +37,7 @@ class PPlusAdapter(NewTokenAdapter):
 @dataclass(frozen=True)
 class PPlus(NewTokens):
     """v*_1 … v*_L = argmin E ‖ε − ε_θ(z_t, t, c(v_1), …, c(v_L))‖²: cross-attention layer l of the UNet reads c(v_l).
+    v_l is the embedding of the new token for layer l, and c the text encoder.
 
     A new token has one embedding v_l for each of the L cross-attention layers, in the order of the forward pass; table, text
     encoder and UNet are frozen. A prompt with the token is encoded L times, once for each layer, others once. `pipe(prompt)`
@@ -44,14 +45,15 @@ class PPlus(NewTokens):
     initializer token: when disabled, a prompt with the token equals the prompt with that word.
 
     Args:
-        tokens: one or several tokens.
-        initialize: initializer word or words, one text for all tokens or one per token; all layers are initialized alike.
-            Empty: N(0, standard deviation of the table).
-        subtokens: for a word of several sub-tokens, use the `mean` of their rows, or the `first`.
-        ids: ids of the tokens, in order, for a bare text encoder without a tokenizer.
-        layers: L for a bare text encoder; 0 for the number of cross-attention layers of the pipeline's UNet.
+        tokens: one or several new tokens; `veneer personalize` sets the one of `--concept`.
+        initialize: initializer word or words, one text for all tokens or one per token; all layers are initialized alike. `veneer
+            personalize` sets `--class-word`. Empty: normal with mean 0 and the standard deviation of the embedding table.
+        subtokens: for an initializer word of several sub-tokens, use the `mean` of their embeddings, or the `first`.
+        ids: in Python, ids of the tokens, in order, for a bare text encoder without a tokenizer.
+        layers: in Python, L for a bare text encoder; 0 for the number of cross-attention layers of the pipeline's UNet.
     Supports pipelines of a UNet with CLIP text encoders: Stable Diffusion 1.x, 2 and XL. The text states of all layers leave the
-    text encoder side by side, (batch, tokens, L·width), which ControlNets and `clip_skip` do not support.
+    text encoder side by side, (batch, tokens, L·width), which ControlNets and `clip_skip` do not support. Saved
+    as a native file only: embedding files of diffusers, ComfyUI and A1111 have one embedding for all layers.
     Counts: tokens·L·width per text encoder; SD 1.5 16·768 = 12,288, SDXL 70·(768 + 1,280) = 143,360 for one token.
     Source: Voynov et al., P+: Extended Textual Conditioning in Text-to-Image Generation, 2023, section 4 ("XTI"): all layers are
     trained together, 5e-3, 500 steps. The authors have published no code for Stable Diffusion. Chosen here: a pooled text

@@ -1,4 +1,4 @@
-"""PPT: soft prompts that are pre-trained on images without labels, by crop matching and pseudo-classes, and then tuned."""
+"""PPT: soft prompts that are pre-trained on images without labels, by crop matching and pseudo-labels, and then tuned."""
 
 from __future__ import annotations
 
@@ -65,10 +65,11 @@ class PPTText(PretrainedPrompts, TextPrompts):
 @dataclass(frozen=True)
 class PPT(PromptTuning):
     """L = CE(log Σ_c p_c(a_i) p_c(b_j), i) + [max p⁰ ≥ t]·CE(f_P(a_i), argmax p⁰) without labels; then f_P as `prompt_tuning`.
+    a_i and b_i are two crops of image i, f_P the logits with the prompts P, p = softmax f_P, and p⁰ the same without prompts.
 
     In the first part of the run, P is trained on batches of `--unlabeled` images. Crop matching: among the second crops b_j of
     the batch, which one is of the same image as the first crop a_i? Its score is the probability that both have the same class,
-    p = softmax f_P. Pseudo-classes: the class of a_i that the model predicts without P, p⁰, if its probability is at least t.
+    p = softmax f_P. Pseudo-labels: the class of a_i that the model predicts without P, p⁰, if its probability is at least t.
     In the second part P is tuned on labeled images, as `prompt_tuning` from its initial values. The saved file has P alone.
 
     Both tasks read the classes that the head predicts, so the head must classify before the run: that of a CLIP does, by the
@@ -85,14 +86,15 @@ class PPT(PromptTuning):
         words: initial words of the first vectors, one for each, separated by white space, instead of class names; the others are
             as `initialize`.
         limit: bound of `uniform`, above 0.
-        pretraining_share: share of the steps without labels, 0 to 1, both excluded.
-        confidence: t, lowest probability of a pseudo-class, 0 to 1; above 1 crop matching is the only task.
+        pretraining_share: share of the optimizer steps for the pre-training on images without labels, above 0 and below 1.
+        confidence: t, lowest probability p⁰ of a pseudo-label, 0 to 1; with lower ones, an image is only in the crop matching;
+            above 1 no image has a pseudo-label.
     Counts: those of `prompt_tuning`, p·width; ViT-B/16 15,360 with p = 20, CLIP ViT-B/16 10,240.
     Source: Gu, Han, Liu, Huang, PPT: Pre-trained Prompt Tuning for Few-shot Learning, ACL 2022, section 3: prompts are
     pre-trained by tasks in the form of the later one and then tuned; a model labels the texts of single-sentence classification,
     of which those with confident labels are kept. Deviations: two crops of an image take the place of neighboring sentences, and
     the images of a batch that of candidate sentences; both tasks at once, in the same run and schedule as the tuning; the
-    pseudo-classes are those of the task, by the frozen model; p = 20, in the paper 100.
+    pseudo-labels are those of the task, by the frozen model; p = 20, in the paper 100.
     """
 
     name: ClassVar[str] = "ppt"
@@ -130,7 +132,7 @@ class PPT(PromptTuning):
         return 1 if number == 1 else 0
 
     def unlabeled_loss(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Crop matching and pseudo-classes of each image, (batch,)."""
+        """Crop matching and pseudo-labels of each image, (batch,)."""
         first, second = (logits.log_softmax(-1) for logits in outputs[:2])
         scores = (first.unsqueeze(1) + second.unsqueeze(0)).logsumexp(-1)
         matching = F.cross_entropy(scores, torch.arange(len(scores), device=scores.device), reduction="none")

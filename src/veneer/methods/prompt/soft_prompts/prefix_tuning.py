@@ -17,8 +17,9 @@ class PrefixTuning(PrefixMethod):
     are unchanged; every query attends to the p keys, also in causal text towers. P_k enters after norms and rotations of keys.
 
     Args:
-        tokens: p, trained keys of each attention module, at least 1.
-        hidden: width of the hidden layer; 0 trains P_k and P_v directly.
+        tokens: p, prefix length (virtual tokens): trained keys and values of each attention module, at least 1.
+        hidden: width of the hidden layer of the MLP that computes P_k and P_v during training; 0 trains them directly, without
+            it.
         dropout: dropout probability of P_k and P_v, 0 to 1.
     In a training loop of your own: `attachment.finalize()` after the last step replaces the MLP by its result.
     Counts: 2·p·width per attention module after training; ViT-B/16 184,320. During training 2·width·(hidden + 1) per attention
