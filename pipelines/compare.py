@@ -53,8 +53,8 @@ class CompareConfig(OptimizerOptions):
         protocol: `none`, or `vtab-1k`, `fgvc` or `coop` for all tasks of the benchmark in the folder `data`, with its splits,
             preprocessing and selection.
         base_to_new: train on the first half of the classes, in alphabetical order or that of the protocol coop, and test on
-            these and on the other, new classes. Needs a CLIP, and methods without parameters of the trained classes; 16 `shots` by
-            default, a sample for each seed. Not with the protocols vtab-1k and fgvc.
+            these and on the other, new classes. Needs a CLIP, and methods without parameters of the trained classes; 16 `shots`
+            by default, a sample for each seed. Not with the protocols vtab-1k and fgvc.
         model: a timm name or folder, `hf:` and a folder or hub name of a vision model of transformers, such as
             `hf:facebook/dinov2-base`, `bundled` (the image encoder of the bundled CLIP), or for methods that use class names,
             such as `coop`, `bundled_clip` or `open_clip:NAME/TAG`, such as `open_clip:ViT-B-32/laion2b_s34b_b79k`.

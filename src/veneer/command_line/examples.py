@@ -17,7 +17,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "veneer transfer",
         "veneer transfer photos/ --model vit_small_patch16_224.augreg_in21k --epochs 10",
         "veneer transfer photos/ --method vpt+lora --rank 4 --search 6",
-        "veneer transfer photos/ --method vpt+lora --method-where lora=attn@6:12 vpt=tokens.block@0",
+        "veneer transfer photos/ --method vpt+lora --method-where lora=attn@2:4 vpt=tokens.block@0",
         "veneer transfer photos/ --model bundled_clip --method coop --shots 16",
         "veneer transfer photos/ --model bundled_clip --method ppt --shots 4 --unlabeled new-photos/",
         "veneer transfer pets/ clothes/ --tasks --method hyperformer_plus_plus --out runs/pets+clothes",
