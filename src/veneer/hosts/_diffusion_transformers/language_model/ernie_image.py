@@ -23,7 +23,7 @@ BLOCK = (
     Modules("adaLN_sa_ln"),
     Attention("self_attention"),
     Modules("adaLN_mlp_ln"),
-    FeedForward("mlp", layers={"gate_proj": "gate", "up_proj": "in", "linear_fc2": "out"}, branch=False),
+    FeedForward("mlp", layers={"up_proj": "in", "gate_proj": "gate", "linear_fc2": "out"}, branch=False),
 )
 """Tokens come before rows of the batch, except in the attention: other branches and the stream have no sites."""
 RECORD = TransformerRecord(

@@ -41,9 +41,8 @@ RECORD = TransformerRecord(
     tiny={
         "hunyuan_image": {
             "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1,
-            "num_single_layers": 2, "num_refiner_layers": 1, "text_embed_dim": 24, "text_embed_2_dim": 20,
-            "rope_axes_dim": (4, 4),
-        },
+            "num_single_layers": 2, "num_refiner_layers": 1, "text_embed_dim": 24, "rope_axes_dim": (4, 4),
+        },  # without a projection of glyphs, whose inner width is 2048
     },
     roles={"context_embedder_2": "embed.context", "timestep_embedder_r": "time.embed"},
     full_size={"HunyuanImage 2.1": ({"text_embed_2_dim": 1472}, 17_425_795_520)},
