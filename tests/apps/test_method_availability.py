@@ -20,7 +20,7 @@ from tests.raising import raises
 from veneer.injection import UnknownOption, methods
 from veneer.injection.errors import OptionError, UnknownName
 
-COMMANDS_ONLY = {"adapter_fusion", "hyperformer", "hyperformer_plus_plus", "pet"}
+COMMANDS_ONLY = {"adapter_fusion", "hyperformer", "hyperformer_plus_plus", "pet", "ppt"}
 """Methods that need several tasks, files of adapters, or images without labels."""
 
 

@@ -17,6 +17,7 @@ from veneer.base_models import KINDS, quantize_model
 from veneer.base_models.quantized_linear import quantize_linear
 from veneer.hosts.diffusers_dit import DiffusersDiT
 from veneer.injection.attachment.fingerprint import fingerprint, identity
+from veneer.injection.attachment.plan import supports
 from veneer.injection.attachment.quantized_sites import methods_on_quantized
 from veneer.injection.errors import BlockedGradient, LoadError, StateError, UnsupportedSite
 from veneer.injection.quantized_weight import RECORD, float_weight, is_ordinary, is_quantized, keep_unpacked, stored_parts
@@ -98,13 +99,30 @@ def test_a_method_trains_as_on_the_dequantized_model_or_is_rejected(label: str, 
 def test_the_methods_in_the_error_work(pair: tuple[Any, Any]) -> None:
     quantized, reference = pair
     attached = attach(reference, "lora")
-    names = methods_on_quantized(next(site for site, _ in attached.parts.values()))
+    sites = [site for site, _ in attached.parts.values()]
+    names = methods_on_quantized(sites[0])
     attached.detach()
     assert {"lora", "dora", "svdiff", "vera"} <= {*names}
     assert not {"glora", "full", "bitfit"} & {*names}
     for name in names:
         config = next(iter(veneer.methods.get(name).examples()))
-        veneer.attach(quantized, config, where=WHERE).detach()
+        roles = sorted({site.role for site in sites if supports(config, site)})
+        veneer.attach(quantized, config, where=roles).detach()
+
+
+def test_added_keys_and_values_do_not_read_the_quantized_weight(pair: tuple[Any, Any]) -> None:
+    """Of the output layer, which tells only which attention module it is."""
+    outputs = []
+    for model in pair:
+        torch.manual_seed(0)
+        attached = veneer.attach(model, veneer.methods.get("prefix_tuning")(tokens=2, hidden=0))
+        assert {site.role for site, _ in attached.parts.values()} == {"attn.out"}
+        perturb(attached, size=0.3)
+        outputs.append(run(model))
+        with attached.enabled(False):
+            assert not torch.equal(run(model), outputs[-1])
+        attached.detach()
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
 
 
 @needs("nf4")

@@ -121,7 +121,12 @@ def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
 
 
 def acts_in_calls(site: Any, adapter: Adapter) -> bool:
-    """True if an adapter of a weight, parameter or norm changes the output or input of its module, without its tensor."""
+    """True if an adapter of a weight, parameter or norm changes the output or input of its module, or adds keys and values.
+
+    It then does not read the tensor, which may be quantized.
+    """
+    if isinstance(adapter, (KeyValueAdapter, InputKeyValueAdapter)):
+        return True
     form = OutputAdapter if isinstance(adapter, OutputAdapter) or site.rows is not None else InputAdapter
     return bool(site.called) and isinstance(adapter, form)
 
