@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..family import Family, Sizes
+from ..pipeline_resolution import PipelineResolution
 
 
-class Flux(Family):
+class Flux(PipelineResolution, Family):
     """ε − x₀ = unpack(transformer(pack(x_σ), σ, guidance, text, pooled text, positions)).
 
     `guidance` is an input of the guidance-distilled models (`guidance_embeds` in the config), 3.5 in diffusers and kohya.
@@ -23,11 +24,6 @@ class Flux(Family):
     )  # fmt: skip
     denoiser = "transformer"
     packing = 4
-
-    @property
-    def resolution(self) -> int:
-        """128 latents, the pipeline's default."""
-        return self.vae_factor * int(self.pipe.default_sample_size)
 
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         """`prompt_embeds` (batch, T5 tokens, width) and `pooled` (batch, CLIP width)."""

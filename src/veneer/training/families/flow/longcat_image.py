@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..family import Family, Sizes
+from ..pipeline_resolution import PipelineResolution
 from ..prompt_limits import LanguageModelLimits
 from .flux import pack, positions, unpack
 
 
-class LongCatImage(LanguageModelLimits, Family):
+class LongCatImage(LanguageModelLimits, PipelineResolution, Family):
     """ε − x₀ = unpack(transformer(pack(x_σ), σ, text, positions)).
 
     Text in quotation marks is one token per character. The positions of the image follow those of the text and its padding, so
@@ -26,11 +27,6 @@ class LongCatImage(LanguageModelLimits, Family):
     needs = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
     packing = 4
-
-    @property
-    def resolution(self) -> int:
-        """128 latents, the pipeline's default."""
-        return self.vae_factor * int(self.pipe.default_sample_size)
 
     @property
     def text_tokens(self) -> int:

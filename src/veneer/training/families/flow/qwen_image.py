@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..family import Family, Sizes
+from ..pipeline_resolution import PipelineResolution
 from ..prompt_limits import LanguageModelLimits
 from ..text_masks import mask_shapes
 from .flux import pack, unpack
@@ -16,7 +17,7 @@ TRUE_CFG_SCALE = 4.0
 """The pipeline's default, which it uses only with a negative prompt."""
 
 
-class QwenImage(LanguageModelLimits, Family):
+class QwenImage(LanguageModelLimits, PipelineResolution, Family):
     """ε − x₀ = unpack(transformer(pack(x_σ), σ, text, text mask)).
 
     Prompts are within the pipeline's template, whose first tokens are dropped from the last hidden state.
@@ -28,11 +29,6 @@ class QwenImage(LanguageModelLimits, Family):
     denoiser = "transformer"
     packing = 4
     frames = True
-
-    @property
-    def resolution(self) -> int:
-        """128 latents, the pipeline's default."""
-        return self.vae_factor * int(self.pipe.default_sample_size)
 
     def token_limit(self, tokenizer: Any) -> int:
         """Includes the tokens that are dropped."""

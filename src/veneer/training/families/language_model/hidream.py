@@ -10,12 +10,13 @@ from torch import Tensor
 from veneer.injection.errors import OptionError
 
 from ..family import Family, Sizes
+from ..pipeline_resolution import PipelineResolution
 
 CLIP_TOKENS = 218
 """The most tokens that the pipeline passes to its CLIPs."""
 
 
-class HiDream(Family):
+class HiDream(PipelineResolution, Family):
     """ε − x₀ = −transformer(x_σ, σ·1000, T5, layers of Llama, pooled CLIP): the model predicts x₀ − ε.
 
     Text is padded to the limit without a mask in the transformer. Images are generated in the area that the pipeline trains at,
@@ -29,11 +30,6 @@ class HiDream(Family):
         "tokenizer_4", "transformer", "scheduler",
     )  # fmt: skip
     denoiser = "transformer"
-
-    @property
-    def resolution(self) -> int:
-        """128 latents, the pipeline's default."""
-        return self.vae_factor * int(self.pipe.default_sample_size)
 
     def token_limit(self, tokenizer: Any) -> int:
         is_clip = tokenizer in (self.pipe.tokenizer, self.pipe.tokenizer_2)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..family import Family, Sizes, pad
+from ..pipeline_resolution import PipelineResolution
 from ..prompt_limits import LanguageModelLimits
 from ..text_masks import mask_shapes
 
 
-class HunyuanImage(LanguageModelLimits, Family):
+class HunyuanImage(LanguageModelLimits, PipelineResolution, Family):
     """ε − x₀ = transformer(x_σ, σ·1000, text, text mask, glyphs, mask of the glyphs), with 1000·guidance if it is an input.
 
     Prompts are within the pipeline's template, whose first tokens are dropped from the last but two hidden state. Glyphs are the
@@ -33,11 +34,6 @@ class HunyuanImage(LanguageModelLimits, Family):
     def multiple(self) -> int:
         """Pixels: the VAE's factor times the first side of a patch."""
         return self.vae_factor * int(self.config.patch_size[0])
-
-    @property
-    def resolution(self) -> int:
-        """64 latents, the pipeline's default."""
-        return self.vae_factor * int(self.pipe.default_sample_size)
 
     @property
     def text_tokens(self) -> int:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..family import Family, Sizes
 from ..flow.flux import pack, positions, unpack
+from ..pipeline_resolution import PipelineResolution
 from ..prompt_limits import LanguageModelLimits
 
 
-class OvisImage(LanguageModelLimits, Family):
+class OvisImage(LanguageModelLimits, PipelineResolution, Family):
     """ε − x₀ = unpack(transformer(pack(x_σ), σ, text, positions)).
 
     Prompts follow the system prompt in the chat template, whose first tokens are dropped; padding is zeros.
@@ -23,11 +24,6 @@ class OvisImage(LanguageModelLimits, Family):
     needs = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
     packing = 4
-
-    @property
-    def resolution(self) -> int:
-        """128 latents, the pipeline's default."""
-        return self.vae_factor * int(self.pipe.default_sample_size)
 
     def token_limit(self, tokenizer: Any) -> int:
         """Includes the tokens that are dropped."""
