@@ -18,7 +18,7 @@ from veneer.injection.host import Host
 from veneer.injection.sites import Site
 from veneer.testing import Check
 from veneer.testing.case import Case, build_model, merges_at, sites_of
-from veneer.testing.checks_run import site_kind
+from veneer.testing.checks_run import first_of_each, site_kind
 from veneer.testing.suite import METHOD_AXIS
 from veneer.testing.suite import REPRESENTATIVES as ON_EVERY_MODEL
 
@@ -40,13 +40,16 @@ OF_EVERY_MODEL = ("detach_restores", "merge_equals_explicit_change")
 """Checked on every small model with one representative."""
 
 SLOW = frozenset({"compiles_to_one_graph", "two_adapters_compose"})
-"""Checks that take seconds: with one method on each host."""
+"""Checks that take seconds: once for each method, and with one method on each host."""
 
 HEAVY = 100
 """Number of modules above which a small model is used for a method only if it has no other."""
 
 METHODS_OF_A_HOST = 3
-"""With how many representatives each check runs on each host."""
+"""With how many representatives each other check runs on each host."""
+
+TRACED = frozenset({"timm_fallback", "clip_classifier"})
+"""Hosts that describe some models by a trace, at each attach."""
 
 REPRESENTATIVES = frozenset(
     {
@@ -57,10 +60,6 @@ REPRESENTATIVES = frozenset(
         *("ip_adapter", "llama_adapter"),  # cross-attention and self-attention
     }
 )
-
-
-TRACED = frozenset({"timm_fallback", "clip_classifier"})
-"""Hosts that describe some models by a trace, at each attach."""
 
 
 def select(checks: Sequence[Check]) -> list[Check]:
@@ -82,17 +81,10 @@ def at_one_site_of_each_kind(check: Check) -> Check:
     return dataclasses.replace(check, body=functools.partial(body.func, with_fewer_sites(case_of(check))))
 
 
-_FEWER: dict[int, tuple[Case, Case]] = {}
-"""Ids of cases to the case and that with fewer sites: one for all checks of a case, which hold the same object."""
-
-
 def with_fewer_sites(case: Case) -> Case:
     """The case at its first site of each kind."""
-    if id(case) not in _FEWER:
-        kinds = kinds_of(type(case.host), case.model)
-        first = {kinds[site.name]: site for site in reversed(case.sites)}
-        _FEWER[id(case)] = case, dataclasses.replace(case, sites=tuple(site for site in case.sites if site in first.values()))
-    return _FEWER[id(case)][1]
+    kinds = kinds_of(type(case.host), case.model)
+    return first_of_each(case, lambda site: kinds[site.name])
 
 
 def of_methods(checks: Iterable[Check]) -> Iterator[Check]:

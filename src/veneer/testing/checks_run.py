@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -105,9 +105,14 @@ def one_graph(case: Case) -> None:
 
 def one_of_each(case: Case) -> Case:
     """The case at one site of each kind that seams or adapters may treat differently."""
-    kinds: dict[tuple[Any, ...], Site] = {}
+    return first_of_each(case, lambda site: (type(case.method.build(site)), *site_kind(site)))
+
+
+def first_of_each(case: Case, kind: Callable[[Site], Any]) -> Case:
+    """The case at its first site of each kind."""
+    kinds: dict[Any, Site] = {}
     for site in case.sites:
-        kinds.setdefault((type(case.method.build(site)), *site_kind(site)), site)
+        kinds.setdefault(kind(site), site)
     return dataclasses.replace(case, sites=tuple(kinds.values()))
 
 
