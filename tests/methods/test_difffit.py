@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from tests.hosts.published import build
 from tests.methods.bottlenecks import blocks_written_out, branch, picture, random, stirred, tiny
+from tests.methods.transformer_blocks import equal_models
 from tests.raising import raises
 from veneer.injection import SelectionError, attach, hosts
 from veneer.methods.hybrid.difffit import BranchGain
@@ -50,13 +51,7 @@ def written_out(base: nn.Module, tuned: Any) -> dict[str, Tensor]:
 
 def small(host: str, key: str) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
     """Two equal models, and their inputs."""
-    models = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        models.append(hosts.get(host)().tiny()[key]().double().eval())
-        with torch.no_grad():
-            for p in models[-1].parameters():
-                p.add_(torch.randn_like(p), alpha=0.05)
+    models = equal_models(host, key)
     inputs = hosts.get(host)().sample(models[0])
     return *models, {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 

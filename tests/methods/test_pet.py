@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.methods.classifiers import cosines, encode, large, pictures, row, tiny, token
+from tests.methods.classifiers import InOrder, cosines, encode, labeled_batches, large, pictures, row, tiny, token
 from tests.methods.test_coop import END, SIDES, START
 from tests.raising import raises
 from veneer.classification.train.batches import ClassifyingLoss
@@ -136,19 +136,13 @@ def test_a_step_has_labels_or_none() -> None:
     labels = torch.tensor([0, 1, 2, 0])
     read = []
 
-    class InOrder:
-        def at(self, number: int) -> tuple[int, int]:
-            return 0, number % 4
-
-    def labeled(samples: Any) -> tuple[Tensor, Tensor]:
-        indices = [index for _, index in samples]
-        return image[indices], labels[indices]
-
     def unlabeled(step: int, rows: list[int], samples: int, view: int) -> Tensor:
         read.append((step, rows, samples, view))
         return others[rows]
 
-    loss = ClassifyingLoss(model, labeled, InOrder(), 2, passes=ForwardPasses([tuned]), unlabeled=unlabeled)
+    loss = ClassifyingLoss(
+        model, labeled_batches(image, labels), InOrder(), 2, passes=ForwardPasses([tuned]), unlabeled=unlabeled
+    )
     first = loss(1, [0, 1])
     assert read == []
     tuned.begin_pass(0, 1)

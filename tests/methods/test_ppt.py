@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.methods import bottlenecks, classifiers
-from tests.methods.classifiers import cosines
+from tests.methods.classifiers import InOrder, cosines, labeled_batches
 from tests.methods.test_prompt_tuning import class_weights
 from tests.raising import raises
 from veneer.classification.train.batches import ClassifyingLoss
@@ -109,20 +109,12 @@ def test_a_run_begins_without_labels() -> None:
     train(tuned)
     labels, read = torch.tensor([0, 1, 2, 0]), []
 
-    class InOrder:
-        def at(self, number: int) -> tuple[int, int]:
-            return 0, number % 4
-
-    def labeled(samples: Any) -> tuple[Tensor, Tensor]:
-        indices = [index for _, index in samples]
-        return image[indices], labels[indices]
-
     def unlabeled(step: int, rows: list[int], samples: int, view: int) -> Tensor:
         read.append(view)
         return crops(others[rows], view)
 
     passes = ForwardPasses([tuned])
-    loss = ClassifyingLoss(model, labeled, InOrder(), 2, passes=passes, unlabeled=unlabeled)
+    loss = ClassifyingLoss(model, labeled_batches(image, labels), InOrder(), 2, passes=passes, unlabeled=unlabeled)
     torch.testing.assert_close(loss(0, [0, 1]), passes.without_labels(0, lambda view: model(crops(others[:2], view)).float()))
     assert sorted(read) == [0, 1]
     tuned.after_step(1, 4)

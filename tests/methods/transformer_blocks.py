@@ -63,9 +63,8 @@ class Block:
         return x + mlp(b.mlp, second(x))
 
 
-def block_with(host: str, method: str, **options: Any) -> Block:
-    """A block of a small model, in float64, with adapters whose tensors are perturbed."""
-    key, path = PATHS[host]
+def equal_models(host: str, key: str) -> list[nn.Module]:
+    """Two equal small models in float64, whose parameters are perturbed."""
     models: list[nn.Module] = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -73,6 +72,13 @@ def block_with(host: str, method: str, **options: Any) -> Block:
         with torch.no_grad():
             for p in models[-1].parameters():
                 p.add_(torch.randn_like(p), alpha=0.05)
+    return models
+
+
+def block_with(host: str, method: str, **options: Any) -> Block:
+    """A block of a small model, in float64, with adapters whose tensors are perturbed."""
+    key, path = PATHS[host]
+    models = equal_models(host, key)
     tuned = attach(models[1], method, **options)
     stirred(tuned)
     base: Any = models[0].get_submodule(path)

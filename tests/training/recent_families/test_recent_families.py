@@ -18,7 +18,7 @@ from veneer.pipelines.personalize import PersonalizeConfig, personalize
 
 import veneer
 from tests.raising import raises
-from tests.training.family_checks import assert_missing_components_are_named
+from tests.training.family_checks import assert_checkpointing_changes_no_gradient, assert_missing_components_are_named
 from tests.training.images import save
 from tests.training.test_memory_prediction import attach
 from tests.training.transformer_families.test_transformer_families import recorded_steps
@@ -300,25 +300,7 @@ def test_memory_of_a_step_without_weights(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_checkpointing_changes_no_gradient(pipe_of: PipeOf, name: str) -> None:
-    kind = family(pipe_of(name))
-    with torch.no_grad():
-        text = kind.encode_text(PROMPTS)
-    noisy = torch.randn(2, kind.latent_channels, 4, 6, generator=torch.Generator().manual_seed(0))
-    weights = [w for n, w in kind.tower.named_parameters() if ("blocks." in n or "layers." in n) and w.ndim > 1]
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            enable_gradient_checkpointing(kind.tower)
-        try:
-            loss = kind.denoise(noisy, torch.tensor([300.0, 800.0]), text).square().mean()
-            gradients.append(torch.autograd.grad(loss, weights, allow_unused=True))
-        finally:
-            kind.tower.disable_gradient_checkpointing()  # type: ignore[operator]
-            kind.tower.eval()
-    assert sum(gradient is not None for gradient in gradients[0]) > len(weights) // 2
-    for plain, gradient in zip(*gradients, strict=True):
-        if plain is not None:
-            torch.testing.assert_close(gradient, plain, rtol=1e-5, atol=1e-7)
+    assert_checkpointing_changes_no_gradient(family(pipe_of(name)), PROMPTS, ("blocks.", "layers."))
 
 
 def test_experts_of_hidream_train_with_gradient_checkpointing() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import veneer
 from tests.raising import raises
-from tests.training.family_checks import assert_missing_components_are_named
+from tests.training.family_checks import assert_checkpointing_changes_no_gradient, assert_missing_components_are_named
 from tests.training.test_families import assert_same_inputs, recorded
 from tests.training.test_memory_prediction import attach, real_step
 from veneer.injection.errors import OptionError, UnsupportedSite
@@ -306,25 +306,9 @@ def test_counted_activations_are_those_of_a_real_step(name: str, tmp_path: Any) 
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_gradient_checkpointing_changes_no_gradient(pipes: dict[str, Any], name: str) -> None:
-    kind = family(pipes[name], max_tokens=24 if name == "auraflow" else None)
-    with torch.no_grad():
-        text = kind.encode_text(PROMPTS)
-    noisy = torch.randn(2, kind.latent_channels, 4, 6, generator=torch.Generator().manual_seed(0))
-    weights = [w for n, w in kind.tower.named_parameters() if "blocks." in n and w.ndim > 1]
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            enable_gradient_checkpointing(kind.tower)
-        try:
-            loss = kind.denoise(noisy, torch.tensor([300.0, 800.0]), text).square().mean()
-            gradients.append(torch.autograd.grad(loss, weights, allow_unused=True))
-        finally:
-            kind.tower.disable_gradient_checkpointing()  # type: ignore[operator]
-            kind.tower.eval()
-    assert sum(gradient is not None for gradient in gradients[0]) > len(weights) // 2
-    for plain, recomputed in zip(*gradients, strict=True):
-        if plain is not None:
-            torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
+    assert_checkpointing_changes_no_gradient(
+        family(pipes[name], max_tokens=24 if name == "auraflow" else None), PROMPTS, ("blocks.",)
+    )
 
 
 def test_hunyuan_dit_has_no_gradient_checkpointing(pipes: dict[str, Any]) -> None:
