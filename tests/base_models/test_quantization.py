@@ -277,6 +277,20 @@ def test_a_quantized_file_given_as_a_float_one(scale: str, tmp_path: Path) -> No
 
 IN_ANOTHER_DTYPE = ("batch_rows_are_independent", "weight_form_equals_output_form", "half_precision")
 NOT_SIMULATED = "the library cannot move its tensors to a device that is written in Python"
+
+
+@needs("int4")
+def test_optimum_quanto_compiles_nothing_on_a_cpu() -> None:
+    quantized_dit("int4")
+    from optimum.quanto.library.extensions.cpp import ext
+
+    packed = torch.arange(256, dtype=torch.uint8)
+    for bits in (2, 4):
+        digits = [value // 2**shift % 2**bits for shift in range(0, 8, bits) for value in range(256)]
+        assert torch.ops.quanto.unpack(packed, bits).tolist() == digits
+    assert ext._lib is None
+
+
 INSTALLED = [k for k in ("nf4-dq", "int8", "int8-torchao", "fp8", "int4") if importlib.util.find_spec(KINDS[k].library)]
 
 

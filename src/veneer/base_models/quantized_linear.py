@@ -156,9 +156,25 @@ def quanto_layer(linear: nn.Linear, dtype: torch.dtype, kind: str) -> nn.Linear:
         warnings.simplefilter("ignore")
         from optimum.quanto import QLinear, qint4, qint8
 
+        unpack_in_torch()
     made: Any = QLinear.from_module(linear, weights={"qint4": qint4, "qint8": qint8}[kind])
     made.freeze()
     return made
+
+
+@functools.cache
+def unpack_in_torch() -> torch.library.Library:
+    """Replaces the CPU kernel of `quanto::unpack` by operations of PyTorch, with equal results.
+
+    optimum-quanto compiles its own at first use, which takes a minute and needs a C++ compiler.
+    """
+
+    def unpack(packed: Tensor, bits: int) -> Tensor:
+        return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+
+    library = torch.library.Library("quanto", "IMPL", "CPU")
+    library.impl("unpack", unpack, allow_override=True)
+    return library
 
 
 KINDS: dict[str, Kind] = {
