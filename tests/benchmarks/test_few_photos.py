@@ -335,6 +335,7 @@ def test_scores_are_computed_from_the_images(config: FewPhotosConfig, result: di
     assert row["contrast.trained"] == pytest.approx(scores.prompt_contrast(judge.features.images(placed), texts[::2]), abs=1e-4)
     assert row["clip.photos_identified"] == scores.photos_identified(gallery)["dog6"]
     assert (row["ground.trained"], row["place.trained"]) == scores.obeyed(placed, asked)
+    assert row["stored_bytes"] == len((config.out / "dog6" / "short-1" / "adapter.safetensors").read_bytes())
 
 
 def test_existing_results_are_reused(config: FewPhotosConfig, result: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from veneer.atomic_files import write_atomically, write_json
 from veneer.training.data.image_io import read_photo
+from veneer.training.evaluation.adapter_output import ADAPTER
 from veneer.training.personalization_config import PersonalizeConfig
 from veneer.training.report.artifacts import shrink_to, write_image
 from veneer.training.report.metrics import cosine
@@ -119,6 +120,7 @@ class Scoring:
         trained, base = runs.trained_images(subject, preset, seed), runs.base_images(subject.word, seed)
         unrelated = runs.unrelated_images(seed)
         found: dict[str, Any] = {key: record[key] for key in ("steps", "seconds", "wall_seconds", "parameters")}
+        found["stored_bytes"] = (runs.folder(subject, preset, seed) / ADAPTER).stat().st_size
         features = dict[str, tuple[Tensor, Tensor]]()
         for judge in self.judges:
             of_trained, of_photos = prompts.split(judge.images(trained)), self.gallery[judge.key]

@@ -100,11 +100,11 @@ def similarity_table(rows: Sequence[Row], judges: Sequence[str]) -> str:
 
 
 def prompt_table(rows: Sequence[Row], judges: Sequence[str]) -> str:
-    """Table of prompt similarity, background and place, also relative to the base, drift, and time."""
+    """Table of prompt similarity, background and place, also relative to the base, drift, time and size."""
     heads = ["preset", "subject"]
     for name in KEPT:
         heads += [f"{name}: base", "trained", "kept"]
-    heads += [*(f"drift ({key})" for key in judges), "steps", "seconds", "parameters"]
+    heads += [*(f"drift ({key})" for key in judges), "steps", "seconds", "parameters", "bytes of the file"]
     lines = list[list[str]]()
     for row in rows:
         cells = [row["preset"], row["subject"]]
@@ -113,7 +113,7 @@ def prompt_table(rows: Sequence[Row], judges: Sequence[str]) -> str:
             cells += [cell(row.get(f"{name}.{side}"), percent=percent) for side in ("base", "trained")]
             cells.append(cell(row.get(f"{name}.kept"), percent=True))
         cells += [cell(row.get(f"{key}.drift")) for key in judges]
-        cells += [f"{row[name].mean:,.0f}" for name in ("steps", "seconds", "parameters")]
+        cells += [f"{row[name].mean:,.0f}" for name in ("steps", "seconds", "parameters", "stored_bytes")]
         lines.append(cells)
     return markdown(heads, lines)
 
