@@ -50,6 +50,25 @@ def test_a_run_saves_the_distilled_model(folder: Path, tmp_path: Path) -> None:
     assert torch.isfinite(predictor.logits(torch.zeros(1, 3, *predictor.classifier.data["input_size"][1:]))).all()
 
 
+def test_a_run_with_generations(folder: Path, tmp_path: Path) -> None:
+    """The first generation is that of a run without; the second one trains on further images, from zero deltas."""
+    losses = {}
+    for generations in (1, 2):
+        options = {"pet": {"patterns": ("{}", "a {}."), "generations": generations, "labeled_share": 0.7}}
+        out = transfer(config(folder, options=options, steps=12, out=tmp_path / str(generations)))
+        losses[generations] = json.loads((out / "result.json").read_text())["epochs"]
+        assert not (out / "pseudo_labels.json").exists()
+    (entry,) = json.loads(safe_open(out / "adapter.safetensors", "pt").metadata()["veneer"])["attachments"]
+    assert entry["config"]["distilled"]
+    one, two = (losses[generations] for generations in (1, 2))
+    assert len(one) == len(two) >= 3
+    assert one[0] == two[0]
+    assert one[-1]["val_loss"] != two[-1]["val_loss"]
+    short = {"pet": {"patterns": ("{}", "a {}."), "generations": 3}}
+    with raises(OptionError, method="pet", option="generations", given=3, expected=6):
+        transfer(config(folder, options=short, steps=6, out=tmp_path / "short"))
+
+
 def test_a_run_with_pretrained_prompts(folder: Path, tmp_path: Path) -> None:
     """Random crops of images, not their cached features, and an epoch chosen among those with labels."""
     options = {"ppt": {"tokens": 3, "confidence": 0.0}}
