@@ -232,6 +232,10 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
                 "rank pairs of trained prompts by similarity, to choose the initial prompt of another task",
                 _config_command("prompts", "prompt_similarity", "PromptSimilarityConfig", ("files",), True),
             ),
+            spot=(
+                "initialize the prompt of a task from the most similar ones of other tasks",
+                _config_command("prompts", "spot", "SpotConfig", ("files",), True),
+            ),
             transfer=(
                 "transfer a trained prompt to another task or another model, by a projector between the models",
                 _config_command("prompts", "transfer_prompt", "PromptTransferConfig", ("file",), True),

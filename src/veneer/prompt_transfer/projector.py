@@ -28,8 +28,9 @@ class PromptProjector(nn.Module):
         by_token: each token is projected alone, by W_1 (hidden, d_s) and W_2 (d_t, hidden), so that p may differ.
     Raises:
         OptionError: a size below 1.
-    Source: Su et al., On Transferability of Prompt Tuning for Natural Language Processing, NAACL 2022, section 5, and
-    `CrossModelProjector` of the authors' code (hidden 768, LeakyReLU of slope 0.01, vec of all tokens).
+    Source: Su et al., On Transferability of Prompt Tuning for Natural Language Processing, NAACL 2022, cross-model transfer, and
+    `CrossModelProjector` of the authors' code (hidden 768, LeakyReLU of slope 0.01, vec of all tokens). Deviation: without the
+    layer norm of the prompt that some of the authors' runs have.
     """
 
     def __init__(self, tokens: int, source_width: int, target_width: int, hidden: int = 768, by_token: bool = False) -> None:
@@ -93,7 +94,7 @@ class PromptProjector(nn.Module):
 def squared_distance(projected: Tensor, target: Tensor) -> Tensor:
     """‖P − P_t‖² of two prompts (p, d_t).
 
-    Source: Su et al., NAACL 2022, section 5, "distance minimizing".
+    Source: Su et al., NAACL 2022, "distance minimizing".
     """
     return (projected - target).square().sum()
 

@@ -19,7 +19,7 @@ def minimize_distance(
         pairs: prompts (p, d_s) and (p, d_t) of each task. `steps`: of AdamW, each on all pairs, without weight decay.
     Returns:
         The loss of each step.
-    Source: Su et al., NAACL 2022, section 5, "distance minimizing".
+    Source: Su et al., NAACL 2022, "distance minimizing".
     """
     optimizer, losses = _optimizer(projector, learning_rate), list[float]()
     for _ in range(steps):
@@ -48,7 +48,7 @@ def tune_on_task(
         source: P_s (p, d_s). `prompt`: the prompt (p, d_t) of the other model. `loss`: of the model's step, with gradients.
     Returns:
         The loss of each step.
-    Source: Su et al., NAACL 2022, section 5, "task tuning", and the authors' code.
+    Source: Su et al., NAACL 2022, "task tuning", and the authors' code.
     """
     optimizer, losses = _optimizer(projector, learning_rate), list[float]()
     for step in range(steps):
