@@ -22,10 +22,10 @@ MODULES = [
 ]  # fmt: skip
 REGISTRY = ["get", "names", "register", "source", "table", "unregister"]
 ATTACHMENT = [
-    "after_step", "begin_pass", "check", "compare_passes", "condition", "consistency_loss", "detach", "enabled", "finalize",
-    "groups", "host_state_dict", "is_selected", "load_state_dict", "materialize", "merge", "named_parameters", "parameters",
-    "penalty", "prepare", "probe", "report", "require_selection", "require_task", "save", "scale", "select", "state_dict",
-    "swap", "task", "tasks", "unlabeled_passes", "unmerge",
+    "after_step", "begin_generation", "begin_pass", "check", "compare_passes", "condition", "consistency_loss", "detach",
+    "enabled", "finalize", "groups", "host_state_dict", "is_selected", "load_state_dict", "materialize", "merge",
+    "named_parameters", "parameters", "penalty", "prepare", "probe", "report", "require_selection", "require_task", "save",
+    "scale", "select", "state_dict", "swap", "task", "tasks", "unlabeled_passes", "unmerge",
 ]  # fmt: skip
 ROOT = Path(veneer.__file__).parent.parent.parent
 

@@ -49,6 +49,11 @@ JOBS: dict[str, tuple[str, ...]] = {
         "veneer analyze heads runs/classes photos/digits --out runs/classes-heads",
         "veneer analyze heads bundled --prompts 'a photo of a blue car, white background' --timesteps 1 --out runs/bundled-heads",
     ),
+    "Transfer a prompt": (
+        "veneer transfer photos/digits --model bundled_clip --method prompt_tuning --tokens 4 --out runs/prompt",
+        "veneer prompts spot runs/prompt --data digits --model bundled_clip --shots 20 --steps 20 --out runs/initial",
+        "veneer prompts transfer runs/prompt --to bundled_clip --data digits --shots 20 --epochs 3 --out runs/moved",
+    ),
     "Compare methods": ("veneer compare digits --methods 'bitfit, ssf' --epochs 1 --seeds 2 --out runs/compared",),
     "Write captions": ("veneer caption dog --model tagger --threshold 0.1 --prefix 'a photo of <dog>, '",),
     "Control the composition": (

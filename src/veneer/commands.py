@@ -226,11 +226,19 @@ COMMANDS: dict[str, tuple[str, AddFlags]] = {
         ),
     ),
     "prompts": (
-        "compare trained prompts of several tasks",
+        "compare trained prompts, and transfer them to other tasks and models",
         _command_group(
             similarity=(
                 "rank pairs of trained prompts by similarity, to choose the initial prompt of another task",
                 _config_command("prompts", "prompt_similarity", "PromptSimilarityConfig", ("files",), True),
+            ),
+            spot=(
+                "initialize the prompt of a task from the most similar ones of other tasks",
+                _config_command("prompts", "spot", "SpotConfig", ("files",), True),
+            ),
+            transfer=(
+                "transfer a trained prompt to another task or another model, by a projector between the models",
+                _config_command("prompts", "transfer_prompt", "PromptTransferConfig", ("file",), True),
             ),
         ),
     ),

@@ -141,7 +141,15 @@ def test_pages_fit_the_terminal_and_name_no_path_of_this_machine(words: str, mon
 
 
 def test_notes_are_those_of_commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {*NOTES} <= {*COMMANDS, "analyze heads", "prompts similarity", "control train", "control generate"}
+    assert {*NOTES} <= {
+        *COMMANDS,
+        "analyze heads",
+        "prompts similarity",
+        "prompts spot",
+        "prompts transfer",
+        "control train",
+        "control generate",
+    }
     for words, paragraphs in NOTES.items():
         text = " ".join(printed(words, monkeypatch).split())
         assert all(paragraph in text for paragraph in paragraphs), words

@@ -37,7 +37,15 @@ def test_every_example_parses(line: str) -> None:
 
 
 def test_every_command_that_works_on_files_has_an_example() -> None:
-    commands = {*COMMANDS, "analyze heads", "prompts similarity", "control train", "control generate"}
+    commands = {
+        *COMMANDS,
+        "analyze heads",
+        "prompts similarity",
+        "prompts spot",
+        "prompts transfer",
+        "control train",
+        "control generate",
+    }
     commands -= {"analyze", "prompts", "control"}
     assert commands - {*EXAMPLES} == {"methods", "hosts", "pretrain-base"}
     assert all(line.startswith(f"veneer {command}") for command, lines in EXAMPLES.items() for line in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from veneer.classification.data.transforms import TrainView
 from veneer.classification.data.unlabeled import UnlabeledImages, read_unlabeled
 from veneer.classification.predict import open_predictor
 from veneer.injection import OptionError, VeneerError
+from veneer.training.loop.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,50 @@ def test_a_run_saves_the_distilled_model(folder: Path, tmp_path: Path) -> None:
     assert json.loads((out / "result.json").read_text())["chosen"]["step"] >= 4
     predictor = open_predictor(out)
     assert torch.isfinite(predictor.logits(torch.zeros(1, 3, *predictor.classifier.data["input_size"][1:]))).all()
+
+
+def test_a_run_with_generations(folder: Path, tmp_path: Path) -> None:
+    """The first generation is that of a run without; the second one trains on further images, from zero deltas."""
+    losses = {}
+    for generations in (1, 2):
+        options = {"pet": {"patterns": ("{}", "a {}."), "generations": generations, "labeled_share": 0.7}}
+        out = transfer(config(folder, options=options, steps=12, out=tmp_path / str(generations)))
+        losses[generations] = json.loads((out / "result.json").read_text())["epochs"]
+        assert not (out / "pseudo_labels.json").exists()
+    (entry,) = json.loads(safe_open(out / "adapter.safetensors", "pt").metadata()["veneer"])["attachments"]
+    assert entry["config"]["distilled"]
+    one, two = (losses[generations] for generations in (1, 2))
+    assert len(one) == len(two) >= 3
+    assert one[0] == two[0]
+    assert one[-1]["val_loss"] != two[-1]["val_loss"]
+    short = {"pet": {"patterns": ("{}", "a {}."), "generations": 3}}
+    with raises(OptionError, method="pet", option="generations", given=3, expected=6):
+        transfer(config(folder, options=short, steps=6, out=tmp_path / "short"))
+
+
+def test_a_run_that_stops_in_a_generation_resumes_bitwise(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The labels of the second generation, from step 4 on, are those of models that the resumed run no longer has."""
+    options = {"pet": {"patterns": ("{}", "a {}."), "generations": 2, "labeled_share": 0.7}}
+    whole = config(folder, options=options, steps=12, out=tmp_path / "whole")
+    transfer(whole)
+    half, report = dataclasses.replace(whole, out=tmp_path / "half"), Trainer._report
+
+    def stop_at_six(self: Trainer, *rest: Any) -> None:
+        report(self, *rest)
+        if self.step == 6:
+            self.stop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_report", stop_at_six)
+        transfer(half)
+    assert (tmp_path / "half/pseudo_labels.json").exists()
+    assert not (tmp_path / "half/result.json").exists()
+    transfer(dataclasses.replace(half, resume=True))
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "half")]
+    assert results[0]["epochs"] == results[1]["epochs"]
+    assert results[1]["training"]["resumed_from"] > 4
+    first, second = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "half"))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_a_run_with_pretrained_prompts(folder: Path, tmp_path: Path) -> None:

@@ -56,6 +56,15 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "veneer prompts similarity runs/pets runs/flowers runs/clothes",
         "veneer prompts similarity runs/pets runs/flowers --images photos/",
     ),
+    "prompts spot": (
+        "veneer prompts spot runs/pets runs/flowers runs/clothes --data shoes/ --model bundled --out runs/shoes-prompt",
+        "veneer prompts spot runs/* --top 3 --data shoes/ --model vit_base_patch16_224.augreg2_in21k_ft_in1k",
+    ),
+    "prompts transfer": (
+        "veneer prompts transfer runs/pets --to bundled_clip --data flowers/",
+        "veneer prompts transfer runs/pets --to open_clip:ViT-L-14/openai --data pets/ --out runs/pets-large",
+        "veneer prompts transfer runs/birds --to open_clip:ViT-L-14/openai --data birds/ --projector runs/pets-large",
+    ),
     "control train": (
         "veneer control train --condition canny --method t2i_adapter",
         "veneer control train photos/ --condition soft_edge --base owner/model",

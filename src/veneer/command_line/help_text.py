@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 PLACEHOLDERS = {
-    "auth": "NAME:PASSWORD", "base": "MODEL", "check": "SIZE", "class_word": "WORD", "concept": "TOKEN", "features": "MODEL",
-    "host": "ADDRESS", "license": "ID", "model": "MODEL", "negative_prompt": "TEXT", "optimizer": "NAME", "prediction": "TYPE",
-    "quantize": "KIND", "rows": "ROW", "schedule": "NAME", "template": "TEXT", "tracker": "NAME", "train": "SITES",
-    "weights": "FILE", "where": "SITES", "with_": "FILE",
+    "auth": "NAME:PASSWORD", "base": "MODEL", "check": "SIZE", "class_word": "WORD", "concept": "TOKEN",
+    "distance": "SOURCE=TARGET", "features": "MODEL", "host": "ADDRESS", "license": "ID", "model": "MODEL",
+    "negative_prompt": "TEXT", "optimizer": "NAME", "prediction": "TYPE", "quantize": "KIND", "rows": "ROW", "schedule": "NAME",
+    "template": "TEXT", "tracker": "NAME", "train": "SITES", "weights": "FILE", "where": "SITES", "with_": "FILE",
 }  # fmt: skip
 """Name of a field with text to the placeholder of its values; others have the last word of their name."""
 MANY_CHOICES = "NAME"

@@ -53,10 +53,22 @@ NOTES: dict[str, tuple[str, ...]] = {
         "maps) and, for a diffusion model with a CLIP tokenizer, `words.png` (where the image reads each word of the first "
         "prompt). `veneer transfer --method head_pruning` prunes heads.",
     ),
-    "prompts": ("The flags are shown by `veneer prompts similarity --help`.",),
+    "prompts": ("The flags are shown by `veneer prompts similarity --help`, and in the same way for the other commands.",),
     "prompts similarity": (
         "Prints a line for each pair, the most similar one first. `veneer transfer --init-from FILE` trains the prompts of "
         "another task from those of FILE, with the same model, method and options.",
+    ),
+    "prompts spot": (
+        "Trains a prompt on the task for a few steps, and ranks the library by the cosine similarity of its average tokens. The "
+        "folder has the most similar prompt, or the average of several, for `veneer transfer --init-from`; a new head is not in "
+        "it, so that the classes may be others.",
+    ),
+    "prompts transfer": (
+        "The prompt of another model passes through a projector, which is trained by the loss of the task (by default), by its "
+        "distance to prompts of other tasks (`--distance`), or is that of an earlier transfer (`--projector`). The prompt of the "
+        "same model is used as it is.",
+        "Prints the test accuracy with the transferred prompt, with a random prompt and without one, and the optimizer steps "
+        "that the transferred prompt saves as the initial one.",
     ),
     "control": (
         "A control adapter makes images follow a map, such as edges, or an example image. The flags are shown by "

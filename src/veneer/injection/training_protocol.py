@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
@@ -67,6 +68,36 @@ class TrainingProtocol:
     def unlabeled_loss(self, outputs: Sequence[Tensor]) -> Tensor:
         """Loss of each image without a label, (batch,), of the logits of the `unlabeled_passes`."""
         raise NotImplementedError(f"{type(self).__name__} has passes without labels and does not implement unlabeled_loss")
+
+    def generation_starts(self, steps: int) -> tuple[int, ...]:
+        """Steps, from 0, that begin a generation: models that train on images which those of the generation before have labeled.
+
+        Empty without generations. The models take turns: step t trains model t mod `models_in_turn`. Only classifiers ask.
+
+        Args:
+            steps: of the whole run.
+        """
+        return ()
+
+    @property
+    def models_in_turn(self) -> int:
+        """Number of the models of a generation."""
+        return 1
+
+    def training_sets(
+        self, logits: Tensor, counts: Sequence[int], generation: int, generator: torch.Generator
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each model of a generation, indices of images without labels, and the labels with which it trains on them.
+
+        Args:
+            logits: (models, images, classes) by the models of the generation before. `counts`: labeled images of each class.
+            generation: from 1. `generator`: of random numbers, on the CPU.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has generations and does not implement training_sets")
+
+    def begin_generation(self, adapters: Iterable[tuple[Site, Any]]) -> None:
+        """Initializes the models of a generation again, after those of the one before have labeled images."""
+        return None
 
     def compare_passes(self, adapters: Iterable[tuple[Site, Any]], losses: Tensor) -> None:
         """Called with the losses (passes,) of the forward passes of each micro-batch, without gradients, if it is overridden.

@@ -109,7 +109,8 @@ class Views:
         unlabeled: Source | None = None,
     ) -> None:  # fmt: skip
         self.data, self.workers = data, workers
-        self.plain = ImageLoader(DecodedImages(data.source, 2**28), EvalView(entry, squash=squash), workers)
+        self._evaluation = EvalView(entry, squash=squash)
+        self.plain = ImageLoader(DecodedImages(data.source, 2**28), self._evaluation, workers)
         self._view = partial(TrainView, entry, cast(Augmentation, augment), mirror=data.mirror, squash=squash)
         view = self._view(seed)
         self._images = DecodedImages(data.source, side=view.side)
@@ -127,7 +128,7 @@ class Views:
             self.unlabeled = self._open_unlabeled(self.unlabeled.source, seed)
 
     def _open_unlabeled(self, source: Source, seed: int) -> UnlabeledImages:
-        return UnlabeledImages(source, self._view(seed, mirror=source.mirror), seed, self.workers)
+        return UnlabeledImages(source, self._view(seed, mirror=source.mirror), seed, self.workers, self._evaluation)
 
     def batches(self, split: str, size: int) -> Iterator[Batch]:
         """Batches of a split, in order, with the evaluation transform."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -53,10 +53,12 @@ class UnlabeledImages:
 
     Args:
         source: the images. `view`: the training transform. `seed`: of the order. `threads`: as in `ImageLoader`.
+        evaluation: the transform of evaluation, for methods that label the images, or None.
     """
 
-    def __init__(self, source: Source, view: View, seed: int, threads: int = 0) -> None:
+    def __init__(self, source: Source, view: View, seed: int, threads: int = 0, evaluation: View | None = None) -> None:
         self.source = source
+        self.plain = None if evaluation is None else ImageLoader(source, evaluation, threads)
         self.order, self.loader = Order(range(len(source)), seed), ImageLoader(source, view, threads)
 
     def __call__(self, step: int, rows: list[int], samples: int, view: int = 0) -> Tensor:
@@ -70,6 +72,13 @@ class UnlabeledImages:
         places = [self.order.at(step * samples + row) for row in rows]
         return self.loader([(epoch + view * VIEW_EPOCHS, index) for epoch, index in places])[0]
 
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All images (size, 3, height, width) in order, with the transform of evaluation."""
+        assert self.plain is not None
+        return (images for images, _ in self.plain.batches(range(len(self.source)), size))
+
     def close(self) -> None:
         """Stops the loader threads."""
         self.loader.close()
+        if self.plain is not None:
+            self.plain.close()

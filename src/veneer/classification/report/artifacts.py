@@ -132,10 +132,10 @@ def run_record(
 
 
 def tidy(out: Path) -> None:
-    """Removes the files that only an unfinished run needs: checkpoints, the best epoch's tensors, and `curve.json`."""
+    """Removes the files that only an unfinished run needs: checkpoints, the best epoch's tensors, its curve, labels of images."""
     for folder in out.glob("checkpoint-*"):
         shutil.rmtree(folder)
-    for name in ("best.safetensors", "curve.json"):
+    for name in ("best.safetensors", "curve.json", "pseudo_labels.json"):
         (out / name).unlink(missing_ok=True)
 
 

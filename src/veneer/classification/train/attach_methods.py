@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from veneer.injection import Attachment, attach
-from veneer.training.initial_adapter import read_initial
+from veneer.training.initial_adapter import InitialAdapters, read_initial
 from veneer.training.loop.seeds import mix
 
 from ..config import TransferConfig
@@ -32,9 +32,15 @@ def attach_methods(classifier: Classifier, config: TransferConfig, data: Data) -
         attached[-1].begin_pass(config.seed, 0)  # for passes before training
     if classifier.fresh and not any(_trains_head(a) for a in attached):
         attached.append(attach(classifier.model, "linear_probe"))
-    for change in initial.load_into(attached) if initial is not None else ():
+    for change in [] if initial is None else initial.load_into(_initialized(initial, attached, len(configs))):
         logger.info("init-from: %s", change)
     return attached
+
+
+def _initialized(initial: InitialAdapters, attached: list[Attachment], methods: int) -> list[Attachment]:
+    """The attachments that get weights of the file: without the new head, if the file has none, such as one of prompts alone."""
+    has_head = any(each.method.name == "linear_probe" for each in initial.adapters)
+    return attached if has_head else attached[:methods]
 
 
 def _trains_head(attachment: Attachment) -> bool:

@@ -61,6 +61,7 @@ class ClassifyingLoss:
         objective: computes the loss of logits and targets.
         passes: runs the forward passes that the methods ask for.
         unlabeled: returns the unlabeled images of rows of a step in one of several views, or None.
+        generations: returns images and labels of rows of a step, or None for those of `inputs`; None without generations.
     """
 
     def __init__(
@@ -77,8 +78,9 @@ class ClassifyingLoss:
         objective: Objective = SINGLE_LABEL,
         passes: ForwardPasses | None = None,
         unlabeled: Callable[[int, list[int], int, int], Tensor] | None = None,
+        generations: Callable[[int, Sequence[int], int], Batch | None] | None = None,
     ) -> None:
-        self.unlabeled = unlabeled
+        self.unlabeled, self.generations = unlabeled, generations
         self.objective, self.passes = objective, passes or ForwardPasses()
         self.class_weights = None if class_weights is None else class_weights.to(device)
         self.mixing = mixing if mixing is not None and mixing.enabled else None
@@ -105,14 +107,21 @@ class ClassifyingLoss:
 
     def _with_labels(self, step: int, rows: list[int]) -> Tensor:
         needed = rows if self.mixing is None else [*dict.fromkeys([*rows, *(self.mixing.partner(r, self.samples) for r in rows)])]
-        samples, following = ([self.order.at(n * self.samples + row) for row in needed] for n in (step, step + 1))
-        if self.prefetch is not None:
-            self.prefetch([*samples, *following])
-        inputs, labels = self.inputs(samples)
+        inputs, labels = self._read(step, needed)
         inputs, labels = inputs.to(self.device), labels.to(self.device)
         if self.mixing is not None:
             return self._mixed(self.mixing, step, rows, needed, inputs, labels)
         return self._forward(step, inputs, lambda logits: self._loss(logits, labels))
+
+    def _read(self, step: int, rows: Sequence[int]) -> Batch:
+        """Inputs and labels of rows of a step."""
+        batch = None if self.generations is None else self.generations(step, rows, self.samples)
+        if batch is not None:
+            return batch
+        samples, following = ([self.order.at(n * self.samples + row) for row in rows] for n in (step, step + 1))
+        if self.prefetch is not None:
+            self.prefetch([*samples, *following])
+        return self.inputs(samples)
 
     def _mixed(self, mixing: Mixing, step: int, rows: list[int], needed: list[int], inputs: Tensor, labels: Tensor) -> Tensor:
         """λ L(f(x), y) + (1 − λ) L(f(x), y') of images that are mixed with their partners."""

@@ -37,6 +37,7 @@ from .batches import Batch, ClassifyingLoss, Order, logits_of
 from .epoch_selection import Epoch, EpochSelection
 from .layer_decay import layer_factors, with_layer_decay
 from .mixing import Mixing
+from .pseudo_labels import pseudo_labels
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,7 @@ class ClassifierTrainer:
             self.views.data.objective,
             ForwardPasses(self.attached, self.config.seed),
             self.views.unlabeled,
+            pseudo_labels(self.attached, self.views, self.steps, self.config, self.model, self.accelerator.device, self.folder),
         )
 
     def _class_weights(self) -> Tensor | None:
@@ -238,10 +240,10 @@ class ClassifierTrainer:
                 module.train()
 
     def _check_processes(self) -> None:
-        """Raises an error if a method with a preparation pass over the data would run in several processes."""
-        preparing = [a.method.name for a in self.attached if a.method.prepares]
+        """Raises an error if a method with a pass over the data, before or between steps, would run in several processes."""
+        preparing = [a.method.name for a in self.attached if a.method.prepares or a.method.generation_starts(self.steps)]
         if preparing and self.accelerator.num_processes > 1:
-            message = f"{', '.join(preparing)}: the preparation pass over the data needs a single process; start only one."
+            message = f"{', '.join(preparing)}: its pass over the data needs a single process; start only one."
             raise VeneerError(message, where="processes", given=self.accelerator.num_processes, expected=1)
 
     def _prepare(self, epoch: int) -> None:

@@ -101,6 +101,10 @@ class TrainingHooks:
         """
         return self.method.unlabeled_passes(list(self.parts.values()))
 
+    def begin_generation(self) -> None:
+        """Initializes the models of a method's generation again; see `TrainingProtocol.generation_starts`."""
+        self.method.begin_generation(list(self.parts.values()))
+
     def compare_passes(self, losses: Tensor) -> None:
         """Gives the method the losses (passes,) of the forward passes of a micro-batch; most methods do not read them."""
         self.method.compare_passes(list(self.parts.values()), losses[: self.method.passes])

@@ -19,6 +19,7 @@ from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter
 from veneer.injection.sites import ParamSite, PromptSite, Site
 
+from . import _generations
 from ._fixed_prompts import FixedPromptAdapter, FixedPromptMethod
 
 PATTERNS = ("{}", "a photo of a {}.", "an image of {}.", "this is {}.")
@@ -93,6 +94,11 @@ class PET(FixedPromptMethod):
     weights of all patterns, with further deltas. The saved file has f alone, with one forward pass as any classifier. A label
     word is the name of its class, if there are no others; the features of several words of a class are averaged.
 
+    With G generations (iPET) the first part has G equal parts, and the models start from zero deltas in each. Before generation
+    g > 0 they label the images of `--unlabeled`: model i gets those that a random subset of the others has labeled, d^g times as
+    many images as there are labeled ones, with the same share of each class, and trains on both. The last generation is
+    distilled.
+
     A step on unlabeled images has P + 1 forward passes, P of them without gradients. In a training loop of your own:
     `attachment.begin_pass(seed, step, number)` before each pass, `method.unlabeled_passes` and `unlabeled_loss` for the second
     part, `after_step` and `finalize`. Other methods beside it are shared by all models. Strength as for `null_prompt`.
@@ -102,13 +108,17 @@ class PET(FixedPromptMethod):
         label_words: class name to its label words, separated by `|`: `dog=puppy|hound`; the name itself if it has none.
         labeled_share: share of the steps that train the models of the patterns, 0 to 1, both excluded.
         temperature: T, above 0.
+        generations: G ≥ 1; 1 is PET, 3 the default of the authors' iPET. Several need at least two patterns, and G·P steps with
+            labels.
+        growth: d, above 1: the factor by which the images of a generation grow.
+        annotators: share of the other models, at least one, that label the images of a model, above 0, at most 1.
         distilled: only the distilled model, as in a saved file.
     Counts: (P + 1)·biases of both towers, the file 1·biases; CLIP ViT-B/16 with 4 patterns 855,040, the file 171,008.
     Source: Schick and Schütze, Exploiting Cloze Questions for Few Shot Text Classification, EACL 2021, section 3, and the
-    authors' code: T = 2, the mean of the logits. Deviations: deltas of biases instead of all weights; one model for each
-    pattern instead of three; uniform weights of the patterns; no auxiliary language model loss; the distilled model has the
-    prompts of all patterns instead of a new head; patterns and distillation share a run and its schedule. Not here: the
-    generations of iPET.
+    authors' code: T = 2, the mean of the logits, d = 5, a quarter of the models. Deviations: deltas of biases instead of all
+    weights; one model for each pattern instead of three; uniform weights of the patterns; no auxiliary language model loss; the
+    distilled model has the prompts of all patterns instead of a new head; patterns, generations and distillation share a run,
+    its schedule and the moments of its optimizer.
     """
 
     name: ClassVar[str] = "pet"
@@ -120,6 +130,9 @@ class PET(FixedPromptMethod):
     label_words: Mapping[str, str] = field(default_factory=dict, hash=False)
     labeled_share: float = 0.5
     temperature: float = 2.0
+    generations: int = 1
+    growth: float = 5.0
+    annotators: float = 0.25
     distilled: bool = False
 
     def __post_init__(self) -> None:
@@ -130,6 +143,13 @@ class PET(FixedPromptMethod):
             raise OptionError.of(self.name, "labeled_share", self.labeled_share, "above 0, below 1")
         if not 0 < self.temperature < math.inf:
             raise OptionError.of(self.name, "temperature", self.temperature, "finite and above 0")
+        if self.generations < 1 or (self.generations > 1 and len(self.patterns) < 2):
+            expected = "1, or more with at least two patterns"
+            raise OptionError.of(self.name, "generations", self.generations, expected)
+        if not 1 < self.growth < math.inf:
+            raise OptionError.of(self.name, "growth", self.growth, "finite and above 1")
+        if not 0 < self.annotators <= 1:
+            raise OptionError.of(self.name, "annotators", self.annotators, "above 0, at most 1")
         if empty := [name for name, words in self.label_words.items() if not all(map(str.strip, words.split("|")))]:
             raise OptionError.of(self.name, "label_words", {empty[0]: self.label_words[empty[0]]}, "words separated by |")
 
@@ -195,6 +215,36 @@ class PET(FixedPromptMethod):
     def schedule_end(self, steps: int) -> int:
         """The first step of the distillation."""
         return min(max(1, round(self.labeled_share * steps)) + 1, steps)
+
+    @property
+    def models_in_turn(self) -> int:
+        """P."""
+        return len(self.patterns)
+
+    def generation_starts(self, steps: int) -> tuple[int, ...]:
+        """First steps of the generations after the first one.
+
+        Raises:
+            OptionError: fewer than G·P steps with labels, so that a generation has a model without a step.
+        """
+        labeled, needed = self.schedule_end(steps) - 1, self.generations * len(self.patterns)
+        if self.generations > 1 and labeled < needed:
+            message = f"{self.name}: {labeled} of {steps} steps have labels; {self.generations} generations need {needed}."
+            raise OptionError(message, option="generations", method=self.name, given=labeled, expected=needed)
+        return tuple(generation * labeled // self.generations for generation in range(1, self.generations))
+
+    def training_sets(
+        self, logits: Tensor, counts: Sequence[int], generation: int, generator: torch.Generator
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Images labeled by a random subset of the other models; see `_generations.training_sets`."""
+        return _generations.training_sets(logits, counts, generation, self.growth, self.annotators, generator)
+
+    @torch.no_grad()
+    def begin_generation(self, adapters: Iterable[tuple[Site, Any]]) -> None:
+        """Zero deltas of the patterns."""
+        for _, adapter in adapters:
+            if isinstance(adapter, PETBiasAdapter) and not self.distilled:
+                adapter.deltas[: len(self.patterns)] = 0
 
     def finalize(self, adapters: Iterable[tuple[Site, Any]]) -> Self:
         """Drops the deltas of the patterns."""
