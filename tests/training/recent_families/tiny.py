@@ -177,6 +177,22 @@ def _prx(scheduler: dict[str, Any], **denoiser: Any) -> Any:
     )
 
 
+def _omnigen(scheduler: dict[str, Any], **denoiser: Any) -> Any:
+    tokenizer = llama_tokenizer()
+    factors = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [3.0, 4.0, 5.0, 6.0]}
+    config = {
+        "in_channels": 4, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 28,
+        "num_layers": 2, "pad_token_id": 0, "vocab_size": len(tokenizer), "rope_scaling": factors, "pos_embed_max_size": 16,
+        "time_step_dim": 20,
+    }  # fmt: skip
+    return diffusers.OmniGenPipeline(
+        transformer=diffusers.OmniGenTransformer2DModel(**{**config, **denoiser}),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"invert_sigmas": True, "num_train_timesteps": 1, **scheduler}),
+        vae=tiny_vae(4, (4, 4, 8, 12), scaling_factor=0.13025),  # the pipeline counts patches of 16 pixels
+        tokenizer=tokenizer,
+    )
+
+
 def with_values(model: Any) -> Any:
     """A model whose layers have no weights of zeros, as after training."""
     with torch.no_grad():
@@ -193,6 +209,7 @@ PIPELINES: dict[str, Callable[..., Any]] = {
     "hidream": _hidream,
     "ernie_image": _ernie_image,
     "prx": _prx,
+    "omnigen": _omnigen,
 }
 
 

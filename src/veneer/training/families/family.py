@@ -237,11 +237,16 @@ class Family(PromptLimits, ABC):
     def generate(self, prompts: list[str], generators: list[torch.Generator], **settings: Any) -> list[Any]:
         """Generates one PIL image per prompt and generator with the pipeline's text-to-image class, in `eval` mode.
 
+        A family with `single_prompt` generates one image in a call.
+
         Args:
             settings: pipeline arguments: `num_inference_steps`, `guidance_scale`, `height`, `width`, …; None for its default.
         """
         import diffusers
 
+        if self.single_prompt and len(prompts) > 1:
+            rows = zip(prompts, generators, strict=True)
+            return [image for prompt, generator in rows for image in self.generate([prompt], [generator], **settings)]
         pipe, is_main = self.pipe, type(self.pipe).__name__ == self.pipelines[0]
         if not is_main and "image" in inspect.signature(type(pipe).__call__).parameters:  # an image-to-image pipeline
             pipe = getattr(diffusers, self.pipelines[0]).from_pipe(pipe, torch_dtype=None)  # shares the components

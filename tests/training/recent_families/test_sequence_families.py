@@ -1,0 +1,133 @@
+"""Families whose transformer reads text and image as one sequence, against their real pipelines: OmniGen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.raising import raises
+from tests.training.transformer_families.test_transformer_families import recorded_steps
+from veneer.injection.errors import OptionError
+from veneer.training.families import PromptError, PromptWarning, family
+from veneer.training.objective.objectives import Flow, ObjectiveOptions
+
+from .tiny import tiny
+
+PROMPTS = ["a photo of a dog", "a red toy car on the small beach"]
+HEIGHT, WIDTH = 32, 48
+PipeOf = Callable[[str], Any]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# -- OmniGen ----------------------------------------------------------------------------------------------------------
+
+
+def omnigen_steps(pipe: Any, prompt: str, **settings: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(prediction, time, noisy latents) of two steps of the pipeline for a prompt."""
+    sizes = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 2, "output_type": "latent", "guidance_scale": 1.0}
+    with recorded_steps(pipe.scheduler) as steps, torch.no_grad():
+        pipe(prompt=[prompt], generator=[generator()], **sizes | settings)
+    return steps
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_denoise_of_omnigen_is_what_the_pipeline_does(shift: float) -> None:
+    """Prompts of different lengths are one batch here, and a call each in the pipeline. Its scheduler has 1 − σ and x₀ − ε."""
+    pipe = tiny("omnigen", {"shift": shift})
+    kind = family(pipe)
+    steps = [omnigen_steps(pipe, prompt) for prompt in PROMPTS]
+    levels = kind.objective().model_input(1 - pipe.scheduler.sigmas[:2])
+    with torch.no_grad():
+        text = kind.encode_text(PROMPTS)
+        for i, level in enumerate(levels):
+            noisy, predictions = (torch.cat([rows[i][part] for rows in steps]) for part in (2, 0))
+            torch.testing.assert_close(kind.denoise(noisy, level.expand(2), text), -predictions, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_target_of_omnigen_in_place_of_its_prediction_ends_at_the_clean_latents(shift: float) -> None:
+    """Four steps of the pipeline's loop from noise, with the target of a pair of latents and noise at each of its times."""
+    pipe = tiny("omnigen", {"shift": shift})
+    kind = family(pipe)
+    objective = kind.objective()
+    latents, noise = torch.randn(2, 1, 4, 4, 6, generator=generator())
+    times: list[float] = []
+
+    def oracle(hidden_states: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
+        level = 1 - timestep[:1]
+        times.append(float(objective.model_input(level)))
+        expected = objective.add_noise(latents, noise, level)
+        torch.testing.assert_close(hidden_states[:1], expected, rtol=0, atol=1e-6)
+        return (-objective.target(latents, noise, level).expand_as(hidden_states),)
+
+    pipe.transformer.forward = oracle
+    settings = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 4, "output_type": "latent", "guidance_scale": 2.5}
+    ended = pipe(prompt=["a dog"], latents=noise, **settings).images
+    torch.testing.assert_close(ended, latents, rtol=0, atol=1e-6)
+    assert times == sorted(times, reverse=True)
+    assert times[0] == 1000
+
+
+def test_noise_levels_of_omnigen(pipe_of: PipeOf) -> None:
+    """Logit-normal, at least a thousandth, though the scheduler has a single training timestep."""
+    objective = family(pipe_of("omnigen")).objective()
+    assert isinstance(objective, Flow)
+    levels = objective.sample_timesteps([generator(seed) for seed in range(4000)])
+    logits = torch.logit(levels)
+    assert abs(logits.mean()) < 0.06
+    assert abs(logits.std() - 1) < 0.04
+    low = family(pipe_of("omnigen")).objective(ObjectiveOptions(logit_mean=-20.0, density="logit_normal"))
+    assert low.sample_timestep(generator()) == 1 / 1000
+
+
+def test_text_of_omnigen_is_that_of_the_pipeline(pipe_of: PipeOf) -> None:
+    """The ids of each prompt alone, which the pipeline pads on the left to the length of its negative prompt."""
+    pipe = pipe_of("omnigen")
+    text = family(pipe).encode_text(PROMPTS)
+    for prompt, ids, mask in zip(PROMPTS, text["input_ids"], text["mask"], strict=True):
+        data = pipe.multimodal_processor([prompt], None, height=HEIGHT, width=WIDTH, use_img_cfg=False)
+        length = int(mask.sum())
+        assert torch.equal(ids[:length], data["input_ids"][0, -length:])
+        assert data["position_ids"][0, -(length + 1 + 6) :].tolist() == [*range(length + 1 + 6)]
+        assert not ids[length:].any()
+
+
+def test_shapes_of_text_of_omnigen_without_weights(pipe_of: PipeOf) -> None:
+    kind = family(pipe_of("omnigen"), truncate="warn", max_tokens=40)
+    template = kind.encode_text([""])["mask"].shape[1]
+    real, shapes = kind.encode_text(["dog " * (40 - template)] * 2), kind.text_shapes(2)
+    assert {k: (v.shape, v.dtype) for k, v in real.items()} == {k: (v.shape, v.dtype) for k, v in shapes.items()}
+
+
+def test_a_prompt_of_omnigen_that_is_too_long(pipe_of: PipeOf) -> None:
+    kind = family(pipe_of("omnigen"))
+    template = kind.encode_text([""])["mask"].shape[1]
+    longest = "dog" + " dog" * (512 - template - 1)
+    assert kind.encode_text([longest])["mask"].sum() == 512
+    with raises(PromptError, given=514, expected=512) as caught:
+        kind.encode_text(["a dog", longest + " red toy"])
+    assert caught.value.where.split() == ["red", "toy"]
+    short = family(pipe_of("omnigen"), truncate="warn")
+    with pytest.warns(PromptWarning):
+        text = short.encode_text([longest + " red toy"])
+    assert torch.equal(text["input_ids"], kind.encode_text([longest])["input_ids"])
+
+
+def test_latents_of_omnigen_are_those_that_the_pipeline_decodes(pipe_of: PipeOf) -> None:
+    vae, kind = pipe_of("omnigen").vae, family(pipe_of("omnigen"))
+    pixels = torch.rand(2, 3, HEIGHT, WIDTH, generator=generator()) * 2 - 1
+    mean, std = kind.encode_images(pixels)
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+    torch.testing.assert_close(mean / 0.13025, posterior.mean)
+    torch.testing.assert_close(std / 0.13025, posterior.std)
+    assert (kind.vae_factor, kind.multiple, kind.resolution) == (8, 16, 1024)
+    with raises(OptionError, option="pixels", expected=16):
+        kind.encode_images(pixels[..., :24])
