@@ -36,16 +36,19 @@ from veneer.training.report.previews import PreviewSettings, previews
 from .tiny import PIPELINES, tiny
 
 EVERY = list(PIPELINES)
-SEQUENCES = ("omnigen",)
+SEQUENCES = ("ideogram4", "omnigen")
 """Families with other checks of text, denoiser and latents in `test_sequence_families`."""
 NAMES = [name for name in EVERY if name not in SEQUENCES]
 PROMPTS = ["a photo of a dog", "a red toy car on the 'beach'"]
 HEIGHT, WIDTH = 32, 48
 UNGUIDED: dict[str, dict[str, Any]] = {"hunyuan_image": {}}
 """Arguments of the pipelines without classifier-free guidance; `guidance_scale=1` for the others."""
-OWN: dict[str, dict[str, Any]] = {"ernie_image": {"use_pe": False}, "prx": {"use_resolution_binning": False}}
+OWN: dict[str, dict[str, Any]] = {
+    "ernie_image": {"use_pe": False}, "prx": {"use_resolution_binning": False}, "ideogram4": {"guidance_schedule": (3.0, 3.0)},
+}  # fmt: skip
 """Arguments with which the pipelines generate images of the size and prompt that are asked for."""
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),  # a call in Ideogram 4's pipeline
     pytest.mark.filterwarnings("ignore:`LoraLoaderMixin` is deprecated:FutureWarning"),  # a base of PRX's pipeline
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of ERNIE-Image's noise levels
 ]

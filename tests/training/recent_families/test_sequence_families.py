@@ -1,7 +1,8 @@
-"""Families whose transformer reads text and image as one sequence, against their real pipelines: OmniGen."""
+"""Families whose transformer reads text and image as one sequence, against their real pipelines: OmniGen and Ideogram 4."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +12,16 @@ from torch import Tensor
 
 from tests.raising import raises
 from tests.training.transformer_families.test_transformer_families import recorded_steps
+from veneer import attach
 from veneer.injection.errors import OptionError
-from veneer.training.families import PromptError, PromptWarning, family
+from veneer.training.families import PromptError, PromptWarning, families, family
 from veneer.training.objective.objectives import Flow, ObjectiveOptions
 
 from .tiny import tiny
 
 PROMPTS = ["a photo of a dog", "a red toy car on the small beach"]
 HEIGHT, WIDTH = 32, 48
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # a call in Ideogram 4's pipeline
 PipeOf = Callable[[str], Any]
 
 
@@ -131,3 +134,119 @@ def test_latents_of_omnigen_are_those_that_the_pipeline_decodes(pipe_of: PipeOf)
     assert (kind.vae_factor, kind.multiple, kind.resolution) == (8, 16, 1024)
     with raises(OptionError, option="pixels", expected=16):
         kind.encode_images(pixels[..., :24])
+
+
+# -- Ideogram 4 -------------------------------------------------------------------------------------------------------
+
+
+def ideogram4_grid(tokens: Tensor) -> Tensor:
+    """Packed latents of the pipeline as (batch, channels, height, width), as it unpacks them before the VAE."""
+    patches = tokens.view(len(tokens), HEIGHT // 4, WIDTH // 4, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)
+    return patches.reshape(len(tokens), -1, HEIGHT // 2, WIDTH // 2)
+
+
+def test_denoise_of_ideogram4_is_what_the_pipeline_does(pipe_of: PipeOf) -> None:
+    """Two prompts of different lengths, padded to 64 tokens; the scheduler gets ε − x₀."""
+    pipe = pipe_of("ideogram4")
+    kind = family(pipe)
+    settings = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 2, "output_type": "latent", "max_sequence_length": 64}
+    with recorded_steps(pipe.scheduler) as steps, torch.no_grad():
+        pipe(PROMPTS, generator=generator(), guidance_scale=1.0, guidance_schedule=None, **settings)
+    with torch.no_grad():
+        text = kind.encode_text(PROMPTS)
+        levels = kind.objective().model_input(pipe.scheduler.sigmas[:2])
+        for (prediction, _, noisy), level in zip(steps, levels, strict=True):
+            ours = kind.denoise(ideogram4_grid(noisy), level.expand(2), text)
+            torch.testing.assert_close(ours, ideogram4_grid(prediction), rtol=0, atol=1e-6)
+
+
+def test_the_target_of_ideogram4_in_place_of_its_predictions_ends_at_the_clean_latents() -> None:
+    """Both transformers of the pipeline's loop of four steps predict the target of a pair of latents and noise."""
+    pipe = tiny("ideogram4")
+    objective = family(pipe).objective()
+    clean, noise = torch.randn(2, 1, 96, 12, generator=generator())
+
+    def oracle(hidden_states: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
+        level = 1 - timestep
+        expected = objective.add_noise(clean, noise, level)
+        torch.testing.assert_close(hidden_states[:, -96:], expected, rtol=0, atol=2e-6)
+        return (torch.nn.functional.pad(-objective.target(clean, noise, level), (0, 0, hidden_states.shape[1] - 96, 0)),)
+
+    pipe.transformer.forward = pipe.unconditional_transformer.forward = oracle
+    start = objective.add_noise(clean, noise, torch.tensor([9.0]).sigmoid())  # the first noise level of its schedule
+    settings = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 4, "output_type": "latent", "max_sequence_length": 64}
+    ended = pipe(["a dog"], latents=start, guidance_scale=2.5, guidance_schedule=None, **settings).images
+    torch.testing.assert_close(ended, clean, rtol=0, atol=2e-6)
+
+
+def test_text_of_ideogram4_is_that_of_the_pipeline(pipe_of: PipeOf) -> None:
+    """Without the padding before the prompt, and without the zeros of image tokens."""
+    pipe = pipe_of("ideogram4")
+    text = family(pipe).encode_text(PROMPTS)
+    embeds, _, _, roles = pipe.encode_prompt(PROMPTS, 2, 3, 64, torch.device("cpu"))
+    for i, length in enumerate(text["mask"].sum(dim=1).tolist()):
+        assert (roles[i] == 3).sum() == length
+        torch.testing.assert_close(text["prompt_embeds"][i, :length], embeds[i, 64 - length : 64], rtol=0, atol=1e-6)
+        assert not text["prompt_embeds"][i, length:].any()
+
+
+def test_latents_of_ideogram4_are_those_that_its_pipeline_decodes(pipe_of: PipeOf) -> None:
+    """The batch norm's channels are ordered by place first: the pipeline's decoder gets the VAE's mean back."""
+    pipe = tiny("ideogram4")
+    pixels = torch.rand(1, 3, HEIGHT, WIDTH, generator=generator()) * 2 - 1
+    mean, std = family(pipe).encode_images(pixels)
+    with torch.no_grad():
+        posterior = pipe.vae.encode(pixels).latent_dist
+    packed = mean.view(1, 3, HEIGHT // 4, 2, WIDTH // 4, 2).permute(0, 2, 4, 3, 5, 1).reshape(1, 96, 12)
+    decoded: list[Tensor] = []
+
+    def decode(latents: Tensor, **_: Any) -> tuple[Tensor]:
+        decoded.append(latents)
+        return (pixels,)
+
+    def still(hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
+        return (torch.zeros_like(hidden_states),)
+
+    pipe.vae.decode, pipe.transformer.forward, pipe.unconditional_transformer.forward = decode, still, still
+    settings = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 1, "max_sequence_length": 64, "guidance_schedule": None}
+    pipe(["a dog"], latents=packed, guidance_scale=1.0, **settings)
+    torch.testing.assert_close(decoded[0], posterior.mean, rtol=1e-5, atol=1e-6)
+    variance = pipe.vae.bn.running_var.view(2, 2, 3).permute(2, 0, 1) + 1e-4
+    torch.testing.assert_close(std * variance.sqrt().repeat(1, HEIGHT // 4, WIDTH // 4), posterior.std)
+
+
+def test_a_prompt_of_ideogram4_that_is_too_long(pipe_of: PipeOf) -> None:
+    kind = family(pipe_of("ideogram4"), max_tokens=32)
+    template = int(kind.encode_text([""])["mask"].sum())
+    longest = "a" + " dog" * (32 - template - 1)
+    assert kind.encode_text([longest])["mask"].sum() == 32
+    with raises(PromptError, given=34, expected=32) as caught:
+        kind.encode_text(["a dog", longest + " red toy"])
+    assert caught.value.where.split() == ["red", "toy"]
+    short = family(pipe_of("ideogram4"), truncate="warn", max_tokens=32)
+    with pytest.warns(PromptWarning):
+        text = short.encode_text([longest + " red toy"])
+    assert torch.equal(text["prompt_embeds"], kind.encode_text([longest])["prompt_embeds"])
+    real, shapes = kind.encode_text([longest] * 2), kind.text_shapes(2)
+    assert {k: (v.shape, v.dtype) for k, v in real.items()} == {k: (v.shape, v.dtype) for k, v in shapes.items()}
+    assert family(pipe_of("ideogram4")).text_tokens == 2048
+
+
+def test_guidance_of_ideogram4() -> None:
+    """The end of the pipeline's schedule, as long as the number of steps; a scale is that of all steps."""
+    arguments = families()["ideogram4"].sampling_arguments
+    schedules = {steps: arguments({"num_inference_steps": steps}, 1)["guidance_schedule"] for steps in (2, 5, 50)}
+    assert schedules == {2: (3.0,) * 2, 5: (7.0,) * 2 + (3.0,) * 3, 50: (7.0,) * 47 + (3.0,) * 3}
+    assert arguments({}, 1)["guidance_schedule"] == (7.0,) * 45 + (3.0,) * 3
+    assert arguments({"guidance_scale": 4.0}, 1) == {"guidance_scale": 4.0, "guidance_schedule": None}
+
+
+def test_the_unconditional_transformer_of_ideogram4_has_no_adapters(pipe_of: PipeOf) -> None:
+    """By default and where sites are selected by role; its sites are those of the tower `dit_unconditional`."""
+    pipe = tiny("ideogram4")
+    for where in (None, "attn", "dit/attn.q"):
+        lora = attach(pipe, "lora", where=where)
+        assert {name.partition(".")[0] for name in lora.parts} == {"transformer"}
+        lora.detach()
+    both = attach(pipe, "lora", where=("dit/attn.q", "dit_unconditional/attn.q"))
+    assert Counter(name.partition(".")[0] for name in both.parts) == {"transformer": 2, "unconditional_transformer": 2}

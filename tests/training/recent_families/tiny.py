@@ -193,6 +193,39 @@ def _omnigen(scheduler: dict[str, Any], **denoiser: Any) -> Any:
     )
 
 
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content[0].text }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Chat template of Qwen3-VL's processor for messages with text alone."""
+
+
+def _ideogram4(scheduler: dict[str, Any], **denoiser: Any) -> Any:
+    tokenizer = qwen_tokenizer("user assistant")
+    tokenizer.chat_template = CHAT
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 36,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 12, "pad_token_id": tokenizer.pad_token_id,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2], "mrope_interleaved": True},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 8, "patch_size": 4,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    config = {
+        "in_channels": 12, "num_layers": 2, "attention_head_dim": 12, "num_attention_heads": 2, "intermediate_size": 28,
+        "adaln_dim": 16, "llm_features_dim": 13 * 8, "rope_theta": 10000, "mrope_section": (2, 2, 2),
+    }  # fmt: skip
+    return diffusers.Ideogram4Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=flux2_vae(3),
+        text_encoder=transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer,
+        transformer=diffusers.Ideogram4Transformer2DModel(**{**config, **denoiser}),
+        unconditional_transformer=diffusers.Ideogram4Transformer2DModel(**{**config, **denoiser}),
+    )
+
+
 def with_values(model: Any) -> Any:
     """A model whose layers have no weights of zeros, as after training."""
     with torch.no_grad():
@@ -210,6 +243,7 @@ PIPELINES: dict[str, Callable[..., Any]] = {
     "ernie_image": _ernie_image,
     "prx": _prx,
     "omnigen": _omnigen,
+    "ideogram4": _ideogram4,
 }
 
 
