@@ -23,7 +23,7 @@ from tests.training.images import save
 from tests.training.test_memory_prediction import attach
 from tests.training.transformer_families.test_transformer_families import recorded_steps
 from veneer.injection.errors import BaseModelError, OptionError
-from veneer.training.families import PromptError, family
+from veneer.training.families import PromptError, family, generated_images
 from veneer.training.families.family import Family
 from veneer.training.families.flow.flux import unpack
 from veneer.training.families.text_masks import with_mask
@@ -36,7 +36,7 @@ from veneer.training.report.previews import PreviewSettings, previews
 from .tiny import PIPELINES, tiny
 
 EVERY = list(PIPELINES)
-SEQUENCES = ("ideogram4", "omnigen")
+SEQUENCES = ("ideogram4", "kandinsky5", "omnigen")
 """Families with other checks of text, denoiser and latents in `test_sequence_families`."""
 NAMES = [name for name in EVERY if name not in SEQUENCES]
 PROMPTS = ["a photo of a dog", "a red toy car on the 'beach'"]
@@ -341,9 +341,9 @@ def test_generation_is_that_of_the_pipeline(pipe_of: PipeOf, name: str) -> None:
     generators, own = [torch.Generator().manual_seed(i) for i in range(2)], OWN.get(name, {})
     if family(pipe).single_prompt:
         calls = [pipe(prompt=p, generator=g, **settings, **own) for p, g in zip(("a dog", "a toy"), generators, strict=True)]
-        theirs = [call.images[0] for call in calls]
+        theirs = [image for call in calls for image in generated_images(call)]
     else:
-        theirs = pipe(prompt=["a dog", "a toy"], generator=generators, **settings, **own).images
+        theirs = generated_images(pipe(prompt=["a dog", "a toy"], generator=generators, **settings, **own))
     assert [image.size for image in ours] == [(WIDTH, HEIGHT)] * 2
     assert [image.tobytes() for image in ours] == [image.tobytes() for image in theirs]
 

@@ -1,4 +1,4 @@
-"""Families whose transformer reads text and image as one sequence, against their real pipelines: OmniGen and Ideogram 4."""
+"""OmniGen, Ideogram 4 and Kandinsky 5 against their real pipelines."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from tests.raising import raises
 from tests.training.transformer_families.test_transformer_families import recorded_steps
 from veneer import attach
-from veneer.injection.errors import OptionError
+from veneer.hosts.diffusers_dit import DiffusersDiT
+from veneer.injection.errors import BaseModelError, OptionError
+from veneer.testing.copies import cast_model
 from veneer.training.families import PromptError, PromptWarning, families, family
 from veneer.training.objective.objectives import Flow, ObjectiveOptions
 
@@ -250,3 +254,107 @@ def test_the_unconditional_transformer_of_ideogram4_has_no_adapters(pipe_of: Pip
         lora.detach()
     both = attach(pipe, "lora", where=("dit/attn.q", "dit_unconditional/attn.q"))
     assert Counter(name.partition(".")[0] for name in both.parts) == {"transformer": 2, "unconditional_transformer": 2}
+
+
+# -- Kandinsky 5 ------------------------------------------------------------------------------------------------------
+
+
+def test_denoise_of_kandinsky5_is_what_the_pipeline_does(pipe_of: PipeOf) -> None:
+    """Prompts of different lengths are one batch here, and a call each in the pipeline."""
+    pipe = pipe_of("kandinsky5")
+    kind = family(pipe)
+    settings = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 2, "output_type": "latent", "guidance_scale": 1.0}
+    loops = []
+    for prompt in PROMPTS:
+        with recorded_steps(pipe.scheduler) as steps, torch.no_grad():
+            pipe(prompt=[prompt], generator=[generator()], **settings)
+        loops.append(steps)
+    with torch.no_grad():
+        text = kind.encode_text(PROMPTS)
+        for i, level in enumerate(kind.objective().model_input(pipe.scheduler.sigmas[:2])):
+            prediction, noisy = (torch.cat([steps[i][part][:, 0].permute(0, 3, 1, 2) for steps in loops]) for part in (0, 2))
+            torch.testing.assert_close(kind.denoise(noisy, level.expand(2), text), prediction, rtol=0, atol=1e-6)
+
+
+def test_the_target_of_kandinsky5_in_place_of_its_prediction_ends_at_the_clean_latents() -> None:
+    pipe = tiny("kandinsky5")
+    objective = family(pipe).objective()
+    clean, noise = torch.randn(2, 1, 1, 4, 6, 4, generator=generator())
+
+    def oracle(hidden_states: Tensor, timestep: Tensor, **_: Any) -> Any:
+        level = timestep / objective.model_input(torch.ones(1))
+        torch.testing.assert_close(hidden_states, objective.add_noise(clean, noise, level), rtol=0, atol=1e-6)
+        return Transformer2DModelOutput(sample=objective.target(clean, noise, level))
+
+    pipe.transformer.forward = oracle
+    settings = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 4, "output_type": "latent", "guidance_scale": 3.5}
+    torch.testing.assert_close(pipe(prompt=["a dog"], latents=noise, **settings).image, clean, rtol=0, atol=1e-6)
+
+
+def test_text_of_kandinsky5_is_that_of_the_pipeline(pipe_of: PipeOf) -> None:
+    """That of each prompt alone, without padding, and the pooled embedding of CLIP."""
+    pipe = pipe_of("kandinsky5")
+    text = family(pipe).encode_text(PROMPTS)
+    for i, prompt in enumerate(PROMPTS):
+        embeds, pooled, ends = pipe.encode_prompt([prompt])
+        assert text["mask"][i].sum() == ends[1] == embeds.shape[1]
+        assert torch.equal(text["prompt_embeds"][i, : ends[1]], embeds[0])
+        assert torch.equal(text["pooled"][i], pooled[0])
+
+
+def test_a_prompt_of_kandinsky5_that_is_too_long(pipe_of: PipeOf) -> None:
+    """For the language model, within the template of which 40 tokens are dropped, and for CLIP."""
+    kind = family(pipe_of("kandinsky5"), max_tokens=16)
+    template = kind.encode_text([""])["mask"].shape[1]
+    longest = "a" + " dog" * (16 - template - 1)
+    assert kind.encode_text([longest])["mask"].sum() == 16
+    with raises(PromptError, given=40 + 18, expected=40 + 16) as caught:
+        kind.encode_text(["a dog", longest + " red toy"])
+    assert caught.value.where.split() == ["toy"]  # the end of the template is cut off first
+    real, shapes = kind.encode_text([longest] * 2), kind.text_shapes(2)
+    assert {k: (v.shape, v.dtype) for k, v in real.items()} == {k: (v.shape, v.dtype) for k, v in shapes.items()}
+    whole = family(pipe_of("kandinsky5"))
+    assert whole.text_tokens == 512
+    with raises(PromptError, given=80, expected=77) as caught:
+        whole.encode_text(["a" + " dog" * 75 + " red toy"])
+    assert caught.value.where.split() == ["dog", "red", "toy"]
+
+
+def test_latents_of_kandinsky5_are_those_that_its_pipeline_decodes(pipe_of: PipeOf) -> None:
+    """Without the shift of the VAE's config."""
+    pipe = tiny("kandinsky5")
+    kind = family(pipe)
+    pixels = torch.rand(1, 3, HEIGHT, WIDTH, generator=generator()) * 2 - 1
+    mean, std = kind.encode_images(pixels)
+    with torch.no_grad():
+        posterior = pipe.vae.encode(pixels).latent_dist
+    decoded: list[Tensor] = []
+
+    def decode(latents: Tensor) -> Any:
+        decoded.append(latents)
+        return DecoderOutput(sample=pixels)
+
+    def still(hidden_states: Tensor, **_: Any) -> Any:
+        return Transformer2DModelOutput(sample=torch.zeros_like(hidden_states))
+
+    pipe.vae.decode, pipe.transformer.forward = decode, still
+    frames = mean.permute(0, 2, 3, 1).unsqueeze(1)
+    pipe(["a dog"], latents=frames, height=HEIGHT, width=WIDTH, num_inference_steps=1, guidance_scale=1.0)
+    torch.testing.assert_close(decoded[0], posterior.mean)
+    torch.testing.assert_close(std / 0.3611, posterior.std)
+    assert pipe.vae.config.shift_factor == 0.1159
+    assert (kind.vae_factor, kind.multiple, kind.resolution, kind.latent_channels) == (8, 16, 1024, 4)
+
+
+def test_latents_are_in_the_dtype_of_the_layer_that_reads_them() -> None:
+    """In half precision diffusers keeps the embeddings of the time, the first parameters, in float32."""
+    pipe = tiny("kandinsky5")
+    cast_model(DiffusersDiT(), pipe.transformer, torch.bfloat16)
+    kind = family(pipe)
+    assert next(pipe.transformer.parameters()).dtype == torch.float32
+    assert kind.cast(torch.ones(1)).dtype == torch.bfloat16
+
+
+def test_models_of_kandinsky5_that_continue_frames_are_rejected() -> None:
+    with raises(BaseModelError, where="transformer", given=9, expected=4):
+        family(tiny("kandinsky5", visual_cond=True))

@@ -193,6 +193,32 @@ def _omnigen(scheduler: dict[str, Any], **denoiser: Any) -> Any:
     )
 
 
+KANDINSKY = (
+    "system You are a prompt engineer Describe the image by detailing the color shape size texture quantity text spatial "
+    "relationships of the objects and background user"
+)
+
+
+def _kandinsky5(scheduler: dict[str, Any], **denoiser: Any) -> Any:
+    tokenizer, clip = qwen_tokenizer(KANDINSKY), clip_tokenizer()
+    images, videos = transformers.Qwen2VLImageProcessor(), transformers.Qwen2VLVideoProcessor()
+    config = {
+        "in_visual_dim": 4, "in_text_dim": 24, "in_text_dim2": 16, "time_dim": 12, "out_visual_dim": 4, "model_dim": 24,
+        "ff_dim": 28, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (4, 4, 4),
+    }  # fmt: skip
+    pipe = diffusers.Kandinsky5T2IPipeline(
+        transformer=with_values(diffusers.Kandinsky5Transformer3DModel(**{**config, **denoiser})),
+        vae=tiny_vae(4, (4, 4, 8, 12), **FLUX_VAE),  # the pipeline's factor is 8
+        text_encoder=qwen_vision_model(tokenizer, 24),
+        tokenizer=transformers.Qwen2VLProcessor(image_processor=images, tokenizer=tokenizer, video_processor=videos),
+        text_encoder_2=tiny_clip(16, clip),
+        tokenizer_2=clip,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+    )
+    pipe.resolutions = [(48, 32), (64, 64)]  # about 1024×1024 of a saved pipeline
+    return pipe
+
+
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content[0].text }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -244,6 +270,7 @@ PIPELINES: dict[str, Callable[..., Any]] = {
     "prx": _prx,
     "omnigen": _omnigen,
     "ideogram4": _ideogram4,
+    "kandinsky5": _kandinsky5,
 }
 
 
