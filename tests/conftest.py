@@ -42,7 +42,7 @@ TIERS = {
         "classification/test_multi_label.py", "classification/test_protocols.py", "classification/test_successive_halving.py",
         "classification/test_transformers_loading.py", "control/test_maps.py",
         "training/flow_families/", "training/language_model_families/", "training/transformer_families/",
-        "training/video_families/",
+        "training/video_families/", "training/recent_families/test_sequence",
         "injection/test_accelerator.py", "injection/test_activation.py", "injection/test_layer_order.py",
         "injection/test_quantized_weights.py", "injection/test_swap.py",
         "methods/test_chain.py", "methods/test_control", "methods/test_lora_inits.py",

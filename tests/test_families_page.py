@@ -54,6 +54,7 @@ OWN_NAMES = {(UNET, "onetrainer"): "kohya"}
 SIDES = {"DiTTransformer2DModel": 32}
 """Sides of images of classes with a fixed size, pixels; 64 for others, the least of Sana."""
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),  # a call in Ideogram 4's pipeline
     pytest.mark.filterwarnings("ignore:`LoraLoaderMixin` is deprecated:FutureWarning"),  # a base of PRX's pipeline
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of diffusers' DPM solver
     pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters:RuntimeWarning"),

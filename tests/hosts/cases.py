@@ -15,6 +15,7 @@ from veneer.hosts._timm_fallback import tiny
 from veneer.injection.host import Host
 from veneer.injection.registry import hosts
 from veneer.injection.sites import Site
+from veneer.testing.copies import cast_model
 
 HOSTS = (
     "diffusers_unet", "diffusers_dit", "clip_text", "timm_vit", "timm_swin", "timm_convnext", "timm_conv", "timm_fallback",
@@ -172,7 +173,8 @@ def build(host: str, key: str) -> nn.Module:
     """A tiny or an uncommon model, seeded."""
     torch.manual_seed(0)
     tiny = hosts.get(host)().tiny()
-    model = (tiny[key] if key in tiny else UNCOMMON[host, key])().double().eval()
+    built = (tiny[key] if key in tiny else UNCOMMON[host, key])().eval()
+    model = cast_model(hosts.get(host)(), built, torch.float64)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))

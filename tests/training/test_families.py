@@ -438,8 +438,8 @@ def test_other_pipelines_are_refused_by_name():
 def test_every_file_is_one_family():
     assert list(families()) == [
         "auraflow", "bria", "chroma", "cogview4", "dit", "ernie_image", "flux", "flux2", "flux2_klein", "hidream", "hunyuan_dit",
-        "hunyuan_image", "hunyuan_video", "krea2", "longcat_image", "lumina2", "ovis_image", "pixart", "prx", "qwen_image",
-        "sana", "sd", "sd3", "sdxl", "wan", "z_image",
+        "hunyuan_image", "hunyuan_video", "ideogram4", "kandinsky5", "krea2", "longcat_image", "lumina2", "omnigen", "ovis_image",
+        "pixart", "prx", "qwen_image", "sana", "sd", "sd3", "sdxl", "wan", "z_image",
     ]  # fmt: skip
     for kind in families().values():
         for name in kind.pipelines:

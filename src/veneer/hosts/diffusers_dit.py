@@ -54,6 +54,10 @@ class DiffusersDiT(Host):
         record = self.record(model)
         return register_gradient_modes(model, record.gradient_modes) if record is not None and record.gradient_modes else []
 
+    def float32_modules(self, model: nn.Module) -> tuple[str, ...]:
+        record = self.record(model)
+        return record.float32 if record is not None else ()
+
     def tiny(self) -> dict[str, Callable[[], nn.Module]]:
         every = ((record, key, config) for record in records().values() for key, config in record.tiny.items())
         return {key: functools.partial(record.build, **config) for record, key, config in every}

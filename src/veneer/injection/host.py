@@ -51,6 +51,10 @@ class Host(ABC):
         """Registers hooks on modules that stop gradients otherwise, for the time of an attachment; returns their handles."""
         return []
 
+    def float32_modules(self, model: nn.Module) -> tuple[str, ...]:
+        """Parts of the paths of modules that take and return float32 in a model of any dtype, such as embeddings of the time."""
+        return ()
+
     @abstractmethod
     def tiny(self) -> dict[str, Callable[[], nn.Module]]:
         """Builders of small models with the real classes, for tests: fast, without downloads. The caller sets the seed."""

@@ -18,6 +18,8 @@ from .registry import host_of, hosts
 from .sites import Site
 
 _CACHE: ContextVar[dict[int, list[Tower]] | None] = ContextVar("tower_cache", default=None)
+UNCONDITIONAL = "unconditional_"
+"""Beginning of the name of a component that only predicts the unconditional branch of classifier-free guidance."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Tower:
         """
         prefix = f"{self.component}." if self.component else ""
         number = re.search(r"_\d+$", self.component)
-        suffix = number[0] if number else ""
+        suffix = "_unconditional" if self.component.startswith(UNCONDITIONAL) else number[0] if number else ""
         sites = tuple(
             _relabel(s, name=prefix + s.name, component=self.component, tower=(s.tower or self.host.tower) + suffix)
             for s in self.host.sites(self.module, self.component, self.components)
@@ -109,7 +111,11 @@ def _find_towers(model: Any, strict: bool) -> list[Tower]:
             raise TypeError(f"{type(model).__name__} is neither a torch module nor a pipeline with `components`.")
         modules = {k: _unwrap(m) for k, m in components.items() if isinstance(m, nn.Module)}
         matches = [(k, m, host_of(m)) for k, m in modules.items()]
-        towers = [Tower(k, m, host, host.main, components, m is not components[k]) for k, m, host in matches if host]
+        towers = [
+            Tower(k, m, host, host.main and not k.startswith(UNCONDITIONAL), components, m is not components[k])
+            for k, m, host in matches
+            if host
+        ]
         towers.sort(key=lambda t: not t.main)
     if strict and not towers:
         message = f"no host matches {type(model).__name__}. Available hosts: {', '.join(hosts.names())}."

@@ -24,7 +24,7 @@ FAMILIES = {
     "dit": ("dit",),
 }
 """Architecture -> the tags of diffusers' training scripts."""
-NO_LOADER = ("PixArt", "DiT", "HunyuanDiT", "LongCatImage", "HunyuanImage", "OvisImage", "BriaTransformer")
+NO_LOADER = ("PixArt", "DiT", "HunyuanDiT", "LongCatImage", "HunyuanImage", "OvisImage", "BriaTransformer", "OmniGen")
 """Denoisers whose diffusers pipelines do not load LoRA files."""
 TEMPLATE = "template:sd-lora"
 """Tag by which the hub shows a gallery of the widget's images."""

@@ -13,6 +13,7 @@ CALLS = {
     "HunyuanVideoTransformer3DModel": VIDEO,
     "LongCatImageTransformer2DModel": ("enable_prompt_rewrite=False", "images[0]"),
     "ErnieImageTransformer2DModel": ("use_pe=False", "images[0]"),
+    "Kandinsky5Transformer3DModel": ("", "image[0]"),
 }
 """Class of the denoiser -> (arguments, image) of a call of its pipeline for one image of the prompt itself."""
 CONTROL_CLASSES = {"controlnet": "ControlNetModel", "t2i_adapter": "T2IAdapter"}

@@ -29,7 +29,7 @@ from veneer.injection.seams.adapter_calls import base_tensor
 from veneer.injection.sites import Site, StreamSite, TokenSite, VocabularySite
 from veneer.injection.towers import Tower
 
-from .copies import copy_module
+from .copies import cast_model, copy_module
 from .records import Skip
 
 
@@ -111,8 +111,7 @@ class Case:
 
     def fresh(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A new copy of the bare model."""
-        model = fresh_model(self.host, self.model)
-        return nn.Module.to(model, dtype)  # not the library's `to`, which may keep parts in float32
+        return cast_model(self.host, fresh_model(self.host, self.model), dtype)
 
     def bare(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A frozen copy of the bare model, like an attached one: attention may choose its kernel by `requires_grad`."""

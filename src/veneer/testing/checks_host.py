@@ -15,7 +15,7 @@ from veneer.injection.registry import hosts
 from veneer.injection.sites import BranchSite, FeatureSite, NormSite, ParamSite, PixelSite, Site, VocabularySite, WeightSite
 
 from .case import run, same
-from .copies import copy_module
+from .copies import cast_model, copy_module
 from .roles import ROLES
 from .trace import Trace, ports, width
 
@@ -183,7 +183,7 @@ def sample_is_a_fixed_batch_of_two(traced: Trace) -> None:
         raise AssertionError(
             f"{traced.host.name}: sample() gives outputs {[tuple(t.shape) for t in outputs]}; expected a batch of 2"
         )
-    half = nn.Module.to(_copy(traced), torch.bfloat16)
+    half = cast_model(traced.host, _copy(traced), torch.bfloat16)
     if not all(torch.isfinite(t).all() for t in run(half, traced.host.sample(half))):
         raise AssertionError(f"{traced.host.name}: sample() gives non-finite outputs in bfloat16")
 

@@ -6,10 +6,23 @@ import copy
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import nn
+
+from veneer.injection.host import Host
 
 IMMUTABLE = (bool, int, float, str, bytes, type(None))
 EMPTY = (dict, OrderedDict, set, list)
+
+
+def cast_model(host: Host, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Casts a model in place, except `Host.float32_modules`; not by the library's `to`, which may keep more in float32."""
+    nn.Module.to(model, dtype)
+    kept = host.float32_modules(model)
+    for path, module in model.named_modules():
+        if any(part in path for part in kept):
+            module.float()
+    return model
 
 
 def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

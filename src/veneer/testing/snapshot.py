@@ -43,7 +43,8 @@ def _facts(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for key, value in module.__dict__.items():
         if key in ("_parameters", "_buffers"):
             for name, tensor in value.items():
-                yield f"tensor {name}", None if tensor is None else _TensorState(module, tensor)
+                replaced = name in module._non_persistent_buffers_set
+                yield f"tensor {name}", None if tensor is None else _TensorState(module, tensor, replaced)
             yield f"order of {key}", list(value)
         elif key == "_modules":
             yield "children", list(value.items())
@@ -56,16 +57,21 @@ def _facts(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 class _TensorState:
-    """A tensor of a module: the object, a copy of its values (and scales, if it is quantized), and its requires_grad flag."""
+    """A tensor of a module: the object, a copy of its values (and scales, if it is quantized), and its requires_grad flag.
 
-    def __init__(self, module: nn.Module, tensor: Tensor) -> None:
-        self.tensor, self.flag = tensor, tensor.requires_grad
+    Args:
+        replaced: True if another object with the same values is equal: a forward pass of OmniGen computes a buffer anew.
+    """
+
+    def __init__(self, module: nn.Module, tensor: Tensor, replaced: bool) -> None:
+        self.tensor, self.flag, self.replaced = tensor, tensor.requires_grad, replaced
         self.values = [part.detach().clone() for _, part in stored_parts(module, "", tensor)]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _TensorState):
             return False
-        if self.tensor is not other.tensor or self.flag != other.flag or len(self.values) != len(other.values):
+        is_same = self.tensor is other.tensor or self.replaced
+        if not is_same or self.flag != other.flag or len(self.values) != len(other.values):
             return False
         pairs = zip(self.values, other.values, strict=True)
         return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)

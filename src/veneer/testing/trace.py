@@ -13,6 +13,7 @@ from veneer.injection.host import Host
 from veneer.injection.sites import BranchSite, Port, Site, StreamSite, TokenSite
 
 from .case import build_model, fresh_model, sites_of
+from .copies import cast_model
 
 PortKey = tuple[str, str]
 
@@ -42,7 +43,7 @@ class Trace:
 @functools.cache
 def trace(host: type[Host], model: str) -> Trace:
     """Traces one forward pass of a small model, in float64, on the host's sample. The result is cached: do not modify it."""
-    built = fresh_model(host(), model).double()
+    built = cast_model(host(), fresh_model(host(), model), torch.float64)
     order: dict[PortKey, int] = {}
     tensors: dict[PortKey, Any] = {}
     inputs: dict[str, tuple[Any, Any]] = {}

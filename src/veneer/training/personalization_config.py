@@ -51,7 +51,8 @@ class PersonalizeConfig(DatasetFields, EvaluationFields, DiffusionTrainingOption
             a new token. For DiT a class label, by name or number.
         base: base model: `bundled`, a folder, a .safetensors file or a hub name, of SD 1.x, SD 2, SDXL, SD3, FLUX, FLUX.2,
             Chroma, Sana, Krea 2, PixArt, DiT, Z-Image, Qwen-Image, Lumina 2, CogView4, AuraFlow, LongCat-Image, HunyuanDiT,
-            HunyuanImage, Ovis-Image, Bria, HiDream-I1, ERNIE-Image, PRX, Wan or HunyuanVideo.
+            HunyuanImage, Ovis-Image, Bria, HiDream-I1, ERNIE-Image, Ideogram 4, Kandinsky 5, OmniGen, PRX, Wan or
+            HunyuanVideo.
         method: a method of `veneer methods`, several joined by `+`, or `pivotal` (token and LoRA); `pez` searches a prompt and
             trains no adapter; `--method NAME --help` has its options.
         options: method name to its options.

@@ -177,6 +177,81 @@ def _prx(scheduler: dict[str, Any], **denoiser: Any) -> Any:
     )
 
 
+def _omnigen(scheduler: dict[str, Any], **denoiser: Any) -> Any:
+    tokenizer = llama_tokenizer()
+    factors = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [3.0, 4.0, 5.0, 6.0]}
+    config = {
+        "in_channels": 4, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 28,
+        "num_layers": 2, "pad_token_id": 0, "vocab_size": len(tokenizer), "rope_scaling": factors, "pos_embed_max_size": 16,
+        "time_step_dim": 20,
+    }  # fmt: skip
+    return diffusers.OmniGenPipeline(
+        transformer=diffusers.OmniGenTransformer2DModel(**{**config, **denoiser}),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"invert_sigmas": True, "num_train_timesteps": 1, **scheduler}),
+        vae=tiny_vae(4, (4, 4, 8, 12), scaling_factor=0.13025),  # the pipeline counts patches of 16 pixels
+        tokenizer=tokenizer,
+    )
+
+
+KANDINSKY = (
+    "system You are a prompt engineer Describe the image by detailing the color shape size texture quantity text spatial "
+    "relationships of the objects and background user"
+)
+
+
+def _kandinsky5(scheduler: dict[str, Any], **denoiser: Any) -> Any:
+    tokenizer, clip = qwen_tokenizer(KANDINSKY), clip_tokenizer()
+    images, videos = transformers.Qwen2VLImageProcessor(), transformers.Qwen2VLVideoProcessor()
+    config = {
+        "in_visual_dim": 4, "in_text_dim": 24, "in_text_dim2": 16, "time_dim": 12, "out_visual_dim": 4, "model_dim": 24,
+        "ff_dim": 28, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (4, 4, 4),
+    }  # fmt: skip
+    pipe = diffusers.Kandinsky5T2IPipeline(
+        transformer=with_values(diffusers.Kandinsky5Transformer3DModel(**{**config, **denoiser})),
+        vae=tiny_vae(4, (4, 4, 8, 12), **FLUX_VAE),  # the pipeline's factor is 8
+        text_encoder=qwen_vision_model(tokenizer, 24),
+        tokenizer=transformers.Qwen2VLProcessor(image_processor=images, tokenizer=tokenizer, video_processor=videos),
+        text_encoder_2=tiny_clip(16, clip),
+        tokenizer_2=clip,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+    )
+    pipe.resolutions = [(48, 32), (64, 64)]  # about 1024×1024 of a saved pipeline
+    return pipe
+
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content[0].text }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Chat template of Qwen3-VL's processor for messages with text alone."""
+
+
+def _ideogram4(scheduler: dict[str, Any], **denoiser: Any) -> Any:
+    tokenizer = qwen_tokenizer("user assistant")
+    tokenizer.chat_template = CHAT
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 36,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 12, "pad_token_id": tokenizer.pad_token_id,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2], "mrope_interleaved": True},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 8, "patch_size": 4,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    config = {
+        "in_channels": 12, "num_layers": 2, "attention_head_dim": 12, "num_attention_heads": 2, "intermediate_size": 28,
+        "adaln_dim": 16, "llm_features_dim": 13 * 8, "rope_theta": 10000, "mrope_section": (2, 2, 2),
+    }  # fmt: skip
+    return diffusers.Ideogram4Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=flux2_vae(3),
+        text_encoder=transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer,
+        transformer=diffusers.Ideogram4Transformer2DModel(**{**config, **denoiser}),
+        unconditional_transformer=diffusers.Ideogram4Transformer2DModel(**{**config, **denoiser}),
+    )
+
+
 def with_values(model: Any) -> Any:
     """A model whose layers have no weights of zeros, as after training."""
     with torch.no_grad():
@@ -193,6 +268,9 @@ PIPELINES: dict[str, Callable[..., Any]] = {
     "hidream": _hidream,
     "ernie_image": _ernie_image,
     "prx": _prx,
+    "omnigen": _omnigen,
+    "ideogram4": _ideogram4,
+    "kandinsky5": _kandinsky5,
 }
 
 

@@ -33,12 +33,14 @@ class TransformerRecord(ModelRecord):
         tiny: config of each small model by its name, unique among all records: keyword arguments of the first class.
         gradient_modes: name of a class of modules that stop gradients in evaluation mode to the attributes with which they do
             not; see `GradientMode`.
+        float32: parts of the paths of modules that take and return float32 in a model of any dtype.
         roles, inert_biases, read, inert, full_size: as for `ModelRecord`.
     """
 
     library: str = "diffusers"
     default_roles: ClassVar[Mapping[str, str]] = ROLES
     gradient_modes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    float32: tuple[str, ...] = ()
 
     def attention_order(self, model: nn.Module) -> Mapping[str, int]:
         return processor_order(model)

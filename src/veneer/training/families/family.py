@@ -70,7 +70,7 @@ class Family(PromptLimits, ABC):
                 f"base model, or pass the missing component to from_pretrained({missing[0]}=…)."
             )
             raise BaseModelError(message, where="missing", given=tuple(missing), expected=self.needs)
-        channels, latent = self.config.in_channels, self.packing * self.latent_channels
+        channels, latent = self.input_channels, self.packing * self.latent_channels
         if channels != latent:
             message = (
                 f"the {self.denoiser} has {channels} input channels, the VAE {latent} latent channels: an inpainting, depth, "
@@ -93,6 +93,11 @@ class Family(PromptLimits, ABC):
     def config(self) -> Any:
         """The denoiser's config."""
         return self.pipe.components[self.denoiser].config
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the denoiser's input."""
+        return int(self.config.in_channels)
 
     @property
     def latent_channels(self) -> int:
@@ -237,11 +242,16 @@ class Family(PromptLimits, ABC):
     def generate(self, prompts: list[str], generators: list[torch.Generator], **settings: Any) -> list[Any]:
         """Generates one PIL image per prompt and generator with the pipeline's text-to-image class, in `eval` mode.
 
+        A family with `single_prompt` generates one image in a call.
+
         Args:
             settings: pipeline arguments: `num_inference_steps`, `guidance_scale`, `height`, `width`, …; None for its default.
         """
         import diffusers
 
+        if self.single_prompt and len(prompts) > 1:
+            rows = zip(prompts, generators, strict=True)
+            return [image for prompt, generator in rows for image in self.generate([prompt], [generator], **settings)]
         pipe, is_main = self.pipe, type(self.pipe).__name__ == self.pipelines[0]
         if not is_main and "image" in inspect.signature(type(pipe).__call__).parameters:  # an image-to-image pipeline
             pipe = getattr(diffusers, self.pipelines[0]).from_pipe(pipe, torch_dtype=None)  # shares the components
@@ -275,7 +285,8 @@ class Family(PromptLimits, ABC):
 
 def generated_images(output: Any) -> list[Any]:
     """The images in the output of a pipeline, of videos the first frames."""
-    return list(output.images) if "images" in output else [frames[0] for frames in output.frames]
+    name = next((name for name in ("images", "image") if name in output), None)
+    return [frames[0] for frames in output.frames] if name is None else list(output[name])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -121,6 +121,26 @@ class LanguageModelLimits(PromptLimits):
 
     def text_beyond(self, ids: list[int], limit: int, tokenizer: Any) -> str:
         """The part of a prompt beyond the token limit, without the end of the template."""
+        return str(tokenizer.decode(ids[limit : len(ids) - self.template_end(ids, tokenizer)]))
+
+    def template_end(self, ids: list[int], tokenizer: Any) -> int:
+        """Number of tokens of the template after the prompt."""
         template = self._token_ids([""], tokenizer)[0]
-        end = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(ids), reversed(template), strict=False)))
-        return str(tokenizer.decode(ids[limit : len(ids) - end]))
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(ids), reversed(template), strict=False)))
+
+
+class WholeTemplateLimits(LanguageModelLimits):
+    """Limits of a language model whose pipeline cuts off nothing: words of the prompt are, and the template is whole."""
+
+    def text_beyond(self, ids: list[int], limit: int, tokenizer: Any) -> str:
+        end = self.template_end(ids, tokenizer)
+        return str(tokenizer.decode(ids[limit - end : len(ids) - end]))
+
+    def within_limits(self, prompts: list[str]) -> list[str]:
+        """Prompts without the words above the token limit.
+
+        Raises:
+            PromptError: a prompt exceeds it and `truncate` is `error`, or its first word does.
+        """
+        self.check_length(prompts)
+        return [prompt if self._fits(prompt) else self.shorten(prompt) for prompt in prompts]

@@ -20,10 +20,13 @@ def with_mask(rows: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def without_mask(text: dict[str, Tensor]) -> list[Tensor]:
-    """The inverse of `with_mask`. A mask on the meta device has no values and counts as ones."""
-    embeds, mask = text["prompt_embeds"], text["mask"]
-    lengths = [mask.shape[1]] * len(mask) if mask.is_meta else mask.sum(dim=1).tolist()
-    return [row[:length] for row, length in zip(embeds, lengths, strict=True)]
+    """The inverse of `with_mask`."""
+    return [row[:length] for row, length in zip(text["prompt_embeds"], text_lengths(text["mask"]), strict=True)]
+
+
+def text_lengths(mask: Tensor) -> list[int]:
+    """Number of tokens in each row of a mask (batch, tokens). One on the meta device has no values and counts as ones."""
+    return [mask.shape[1]] * len(mask) if mask.is_meta else mask.sum(dim=1).tolist()
 
 
 def mask_shapes(rows: int, tokens: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:

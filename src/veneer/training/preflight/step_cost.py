@@ -22,7 +22,7 @@ from veneer.injection.sharded_tensor import local_bytes
 
 
 class MaskValues(FakeTensorMode):
-    """Fake tensors, except that masks keep their values: a model may read the lengths of texts from them."""
+    """Fake tensors, except that masks and positions keep their values: a model may read the lengths of sequences from them."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -162,7 +162,7 @@ def fake_pass(
     masks = {
         name: mode.mask(torch.ones_like(v, device=device) if v.is_meta else v.to(device))
         for name, v in inputs.items()
-        if "mask" in name and isinstance(v, Tensor) and not v.is_floating_point()
+        if ("mask" in name or name == "position_ids") and isinstance(v, Tensor) and not v.is_floating_point()
     }
     fake_inputs = {**tree_map(lambda v: fake(v) if isinstance(v, Tensor) else v, dict(inputs)), **masks}
     call = twin if method == "forward" else getattr(twin, method)

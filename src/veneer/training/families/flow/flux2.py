@@ -86,9 +86,16 @@ class Flux2(LanguageModelLimits, Flux):
         return unpack(output, height, width)
 
 
-def normalize_patches(vae: Any, mean: Tensor, std: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(mean, std) of latents normalized by the VAE's batch norm, which has a channel for each place in a 2×2 patch."""
+def normalize_patches(vae: Any, mean: Tensor, std: Tensor, eps: float, places_first: bool = False) -> tuple[Tensor, Tensor]:
+    """(mean, std) of latents normalized by the VAE's batch norm, which has a channel for each place in a 2×2 patch.
+
+    Args:
+        places_first: the channels of the batch norm are ordered by row, column and channel, not by channel, row and column.
+    """
     height, width = mean.shape[-2:]
     shift, scale = vae.bn.running_mean.float(), (vae.bn.running_var.float() + eps).rsqrt()
-    shift, scale = (part.view(-1, 2, 2).repeat(1, height // 2, width // 2) for part in (shift, scale))
+    shift, scale = (
+        (part.view(2, 2, -1).permute(2, 0, 1) if places_first else part.view(-1, 2, 2)).repeat(1, height // 2, width // 2)
+        for part in (shift, scale)
+    )
     return (mean - shift) * scale, std * scale

@@ -65,11 +65,6 @@ class Prx(Family):
         )[0]
         return output
 
-    def generate(self, prompts: list[str], generators: list[torch.Generator], **settings: Any) -> list[Any]:
-        """One image in a call: with guidance the pipeline takes a single prompt."""
-        rows = zip(prompts, generators, strict=True)
-        return [image for prompt, generator in rows for image in super(Prx, self).generate([prompt], [generator], **settings)]
-
     @classmethod
     def sampling_arguments(cls, arguments: dict[str, Any], prompts: int) -> dict[str, Any]:
         return arguments | {"use_resolution_binning": False}
