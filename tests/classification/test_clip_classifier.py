@@ -17,12 +17,12 @@ from veneer.classification.data.transforms import EvalView
 from veneer.classification.models.classifier import ModelError
 from veneer.classification.models.loading import open_classifier
 from veneer.classification.models.open_clip_loading import open_clip_classifier
-from veneer.hosts.clip_classifier import small_tokenizer
+from veneer.hosts.clip_classifier import LAST, small_tokenizer
 from veneer.injection import attach
 from veneer.injection.sites import FeatureSite, PromptSite
 from veneer.injection.towers import sites
 from veneer.models.clip_classifier import CLIPClassifier
-from veneer.models.tokenizer import TextError
+from veneer.models.tokenizer import PromptTokenizer, TextError
 
 NAMES = (("toy", "cat"), ("dog",), ("red", "car"))
 
@@ -219,6 +219,22 @@ def test_no_prompt_site_without_end_token_pooling() -> None:
     model = CLIPClassifier(open_clip.model.CustomTextCLIP(16, vision, text), small_tokenizer, ["cat"])
     assert model(pictures().float()).shape == (2, 1)
     assert not [s for s in sites(model) if isinstance(s, PromptSite)]
+
+
+@pytest.mark.parametrize("pad", [0, LAST], ids=["padding", "ends"])
+def test_ids_are_those_of_the_tokenizer_up_to_the_context_length(pad: int) -> None:
+    """With zeros after the end token, and with more end tokens."""
+
+    def tokenizer(texts: list[str], context_length: int = 20) -> Tensor:
+        ids = small_tokenizer(texts, context_length)
+        return ids.masked_fill(ids == 0, pad)
+
+    texts = ["long " * count for count in (0, 1, 17, 18)]
+    own = PromptTokenizer(tokenizer, 20)
+    assert torch.equal(own.ids(texts), tokenizer(texts))
+    for count in (19, 300):
+        with raises(TextError, where="tokens", expected=20):
+            own.ids([*texts, "long " * count])
 
 
 def test_error_lists_texts_that_are_too_long() -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.pipelines.blank_plots import blank_plots
 from tests.training.images import save
 from veneer.testing.pipelines import tiny_pipeline
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _blank_plots() -> Iterator[None]:
+    with blank_plots():
+        yield
 
 
 @pytest.fixture

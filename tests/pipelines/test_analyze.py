@@ -14,6 +14,7 @@ from veneer.pipelines.transfer import transfer
 
 from tests.classification.small import image_folder, model_folder
 from tests.classification.test_multi_label import color_table
+from tests.pipelines.blank_plots import rendered_plots
 from tests.raising import raises
 from veneer.attention_heads import disabled_heads
 from veneer.classification.config import TransferConfig
@@ -36,7 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_head_of_a_classifier_on_the_validation_images(folder: Path, tmp_path: Path) -> None:
     """Against the predictions of the run for the same files, one by one."""
     data, out = str(folder / "images"), tmp_path / "heads"
-    text = list(analyze_heads(AnalyzeHeadsConfig(str(folder / "run"), data, batch=2, out=out)))
+    with rendered_plots():
+        text = list(analyze_heads(AnalyzeHeadsConfig(str(folder / "run"), data, batch=2, out=out)))
     record = json.loads((out / "heads.json").read_text())
     assert [(head["layer"], head["head"]) for head in record["heads"]] == [
         (f"blocks.{d}.attn.proj", h) for d in (0, 1) for h in (0, 1)

@@ -18,6 +18,7 @@ from veneer.pipelines.predict import PredictConfig, predict
 from veneer.pipelines.search import SearchConfig, search
 
 from tests.classification.small import CLASSES, image_folder, model_folder
+from tests.pipelines.blank_plots import rendered_plots
 from tests.raising import raises
 from veneer.cli import main
 from veneer.injection.errors import OptionError, VeneerError
@@ -72,7 +73,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def noah(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return search(SearchConfig(**{**OPTIONS, "baselines": True}, **inputs, out=tmp_path_factory.mktemp("runs") / "noah"))
+    config = SearchConfig(**{**OPTIONS, "baselines": True}, **inputs, out=tmp_path_factory.mktemp("runs") / "noah")
+    with rendered_plots():
+        return search(config)
 
 
 def record_of(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from veneer.pipelines.predict import PredictConfig, predict
 from veneer.pipelines.transfer import transfer
 
 from tests.classification.small import CLASSES, image_folder, model_folder
+from tests.pipelines.blank_plots import rendered_plots
 from tests.raising import raises
 from veneer.classification.config import TransferConfig
 from veneer.classification.predict import Predictor, open_predictor
@@ -58,7 +59,8 @@ def result(out: Path) -> dict[str, Any]:
 def taught(tmp_path_factory: pytest.TempPathFactory, pictures: Path, models: dict[str, Path]) -> Path:
     """A run of LoRA that learns the colors."""
     out = tmp_path_factory.mktemp("run") / "lora"
-    return transfer(config(pictures, models["vit"], out, epochs=12, learning_rate=2e-2))
+    with rendered_plots():
+        return transfer(config(pictures, models["vit"], out, epochs=12, learning_rate=2e-2))
 
 
 def test_colors_are_learned_and_all_files_are_written(taught: Path) -> None:
@@ -83,6 +85,7 @@ def test_colors_are_learned_and_all_files_are_written(taught: Path) -> None:
     for name in ("confusion.png", "curves.png", "mistakes.png"):
         with Image.open(taught / name) as picture:
             assert picture.size[0] > 200
+            assert picture.mode == "RGBA", "rendered"
 
 
 def test_the_epoch_is_the_one_with_the_best_validation_accuracy(taught: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
 
 from veneer.injection.registry import host_of
 from veneer.injection.sites import Port, Site
+from veneer.injection.towers import relabel
 
 NAMES = ("name", "bias", "guard", "attention", "query_norm", "key_norm")
 
@@ -24,20 +24,19 @@ def nested_sites(model: nn.Module, path: str, tower: str = "", component: str = 
     inner = model.get_submodule(path)
     host = host_of(inner)
     for site in host.sites(inner, component) if host is not None else ():
-        yield replace(site, tower=tower or site.tower, component=component, **_prefixed(site, path))
+        yield relabel(site, tower=tower or site.tower, component=component, **_prefixed(site, path))
 
 
 def _prefixed(site: Site, path: str) -> dict[str, Any]:
     """The fields that hold names, paths or ports, prefixed with `path`."""
     moved: dict[str, Any] = {}
-    for field in fields(site):
-        value = getattr(site, field.name)
+    for name, value in vars(site).items():
         if isinstance(value, Port):
-            moved[field.name] = Port(_join(path, value.path), value.side)
+            moved[name] = Port(_join(path, value.path), value.side)
         elif isinstance(value, Site):
-            moved[field.name] = replace(value, **_prefixed(value, path))
-        elif field.name in ("path", "head") or (field.name in NAMES and value):
-            moved[field.name] = _join(path, value)
+            moved[name] = relabel(value, **_prefixed(value, path))
+        elif name in ("path", "head") or (name in NAMES and value):
+            moved[name] = _join(path, value)
     return moved
 
 

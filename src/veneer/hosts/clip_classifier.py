@@ -43,14 +43,15 @@ class ClipClassifier(Host):
         head, linear = TowerPart(model, self.tower, component), isinstance(model.get_submodule("head"), nn.Linear)
         texts = head.module("head.texts")
         prompted = texts is not None and texts.accepts_embeddings
-        for site in nested_sites(model, "clip", component=component):
+        nested = [*nested_sites(model, "clip", component=component)]
+        for site in nested:
             read = site.tower == self.tower or (not linear and site.tower in ("text", "joint"))
             if read and not isinstance(site, (FeatureSite, VocabularySite)):
                 yield replace(site, prompted=prompted) if isinstance(site, ParamSite) else site
         width = head.module("head").in_features
         if prompted:
             fields = {"width": texts.width, "features": width, "classes": texts.names, "tokenizer": texts.tokenizer}
-            yield _prompts(head.at(tower="text"), texts.layers, fields)
+            yield _prompts(head.at(tower="text"), texts.layers, fields, nested)
         yield from head.features("head", width)
         yield from head.layer("head", "head")
 
@@ -71,11 +72,10 @@ class ClipClassifier(Host):
         }
 
 
-def _prompts(part: TowerPart, layers: int, fields: dict[str, Any]) -> PromptSite:
+def _prompts(part: TowerPart, layers: int, fields: dict[str, Any], nested: Sequence[Site]) -> PromptSite:
     """The prompts, with the tokens of the image tower if all of its blocks accept more."""
     facts: dict[str, Any] = {"name": "head.prompts", "role": "prompts", "path": "head.texts", **fields, **part.labels}
-    sites = nested_sites(part.model, "clip", component=part.component)
-    images = tuple(s for s in sites if isinstance(s, TokenSite) and s.role == "tokens.block" and s.tower == "vision")
+    images = tuple(s for s in nested if isinstance(s, TokenSite) and s.role == "tokens.block" and s.tower == "vision")
     if not images or not all(site.can_insert for site in images):
         return PromptSite(**facts)
     norm = next((path for path in NORMS if part.module(path) is not None), "")

@@ -44,12 +44,14 @@ class PromptTokenizer:
         Raises:
             TextError: texts that are too long, with their token counts.
         """
-        long, ids = self._rows(texts, 8 * self.length), self._rows(texts, self.length)
-        past = long[:, self.length :]
-        complete = (long[:, : self.length] == ids).all(1) & (past == long[:, -1:]).all(1)
-        if not complete.all():
-            bad = [(texts[i], int((long[i] != long[i, -1]).sum())) for i in (~complete).nonzero().flatten().tolist()]
-            self.raise_too_long(bad)
+        long = self._rows(texts, 8 * self.length)
+        ids, past = long[:, : self.length].clone(), long[:, self.length :]
+        doubtful = (long[:, self.length - 1 :] != long[:, -1:]).any(1).nonzero().flatten()  # others end in padding
+        if len(doubtful):
+            short = self._rows([texts[i] for i in doubtful.tolist()], self.length)
+            complete = (ids[doubtful] == short).all(1) & (past[doubtful] == long[doubtful, -1:]).all(1)
+            if bad := [(texts[i], int((long[i] != long[i, -1]).sum())) for i in doubtful[~complete].tolist()]:
+                self.raise_too_long(bad)
         return ids
 
     def tokens(self, text: str) -> list[int]:

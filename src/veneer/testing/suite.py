@@ -172,7 +172,8 @@ def _on_host(method: Method, other: Method, host: Host) -> Iterator[Check]:
         try:
             sites = usable_sites(method, host, model)
             if sites and type(other) is type(method) and other != method:
-                sites = tuple(site for site in usable_sites(other, host, model) if site in sites)
+                names = {site.name for site in sites}
+                sites = tuple(site for site in usable_sites(other, host, model) if site.name in names)
         except ImportError as error:
             yield Check("library", method.name, host.name, model, functools.partial(_without_library, error))
             continue
