@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--targets", nargs="+", help="tasks that have few images in turn (default: all)")
     made.add_argument("--epochs", type=int, default=4, help="passes over many images (default: 4)")
     made.add_argument("--few-epochs", type=int, default=10, help="passes over few images, 8 in a step (default: 10)")
-    made.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2], help="learning rates to choose from")
+    made.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates to choose from")
     made.add_argument("--batch", type=int, default=16, help="images of a step (default: 16)")
     made.add_argument("--model", default="bundled", help="as for veneer transfer (default: bundled)")
     made.add_argument("--size", type=int, default=32, help="side of the images in pixels (default: 32)")
