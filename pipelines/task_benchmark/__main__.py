@@ -12,6 +12,7 @@ from veneer.atomic_files import write_atomically, write_json
 from veneer.injection import VeneerError
 
 from . import few_shot, joint, report, styles
+from .icons import STYLES
 from .report import Row
 from .runs import Runs
 from .task_images import Counts, TaskImages
@@ -32,8 +33,8 @@ TABLES: dict[str, tuple[str, Callable[[Runs, Sequence[int]], list[Row]], dict[st
     "styles": (
         "Filled icons with labels, outlines without",
         styles.style_rows,
-        {styles.SINGLE: "outlines: over pfeiffer"},
-        styles.STYLES[1],
+        {joint.SINGLE: "outlines: over pfeiffer"},
+        STYLES[1],
     ),
 }
 """Key in `tasks.json` to title, function of the rows, columns of differences and the task that is compared."""
@@ -78,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--targets", nargs="+", help="tasks that have few images in turn (default: all)")
     made.add_argument("--epochs", type=int, default=4, help="passes over many images (default: 4)")
     made.add_argument("--few-epochs", type=int, default=10, help="passes over few images, 8 in a step (default: 10)")
-    made.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates to choose from")
+    made.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates (default: three)")
     made.add_argument("--batch", type=int, default=16, help="images of a step (default: 16)")
     made.add_argument("--model", default="bundled", help="as for veneer transfer (default: bundled)")
     made.add_argument("--size", type=int, default=32, help="side of the images in pixels (default: 32)")
