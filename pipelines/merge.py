@@ -23,7 +23,7 @@ FROM_FILES = ("parameters", "aligned", "stack", "average", "parallel")
 """Values of `method` that need native files and no base model."""
 LORA_OPTIONS = ("rank", "energy", "error", "cumulative", "ratio", "density", "base", "to", "dtype")
 """Options of the methods that write a LoRA."""
-SOUP_OPTIONS = ("images", "domains", "select", "most", "clip")
+SOUP_OPTIONS = ("heads", "images", "domains", "select", "most", "clip")
 """Options of the methods that average parameters."""
 SELECTION_OPTIONS = ("select", "most", "clip")
 """Those of them that need `images` and `domains`."""
@@ -55,6 +55,8 @@ class MergeConfig:
         ratio: keep singular values above the largest one divided by this number, above 1; sd-scripts' `sv_ratio`.
         density: share of the entries of each ΔW that `ties` (default: 0.2) or `dare` (default: 0.1) keeps, 0 to 1.
         seed: seed of `dare` and `dare_ties`, and of the clusters of `select`.
+        heads: with `parameters` or `aligned`, `average` the heads of classifiers as well, or `drop` them, as for adapters of
+            tasks with other classes.
         images: with `parameters` or `aligned`, folder of images of a new domain: only the files whose domains are most similar to
             it are averaged; needs `domains`, without `weights`.
         domains: with `images`: for each file, in their order, a folder of images that it was trained on. Of each folder at most
@@ -82,6 +84,7 @@ class MergeConfig:
     ratio: float | None = None
     density: float | None = None
     seed: int = 0
+    heads: Literal["average", "drop"] = "average"
     images: Path | None = None
     domains: tuple[Path, ...] = ()
     select: Literal["clusters", "similarity"] = "clusters"
@@ -162,7 +165,7 @@ def _merge_native(config: MergeConfig, files: Sequence[Path], out: Path) -> list
         path, tree = adapter_merging.compose_files(files, out, config.method, weights)
         return [str(path), str(tree)]
     weights = weights if config.images is None and not config.domains else _select(config, weights)
-    path = adapter_merging.average_files(files, out, weights, aligned=config.method == "aligned")
+    path = adapter_merging.average_files(files, out, weights, aligned=config.method == "aligned", heads=config.heads == "average")
     weights = weights or [1.0] * len(files)
     parts = zip(config.files, weights, strict=True)
     return [str(path), *(f"{file.name}: {weight / sum(weights):.3g}" for file, weight in parts)]

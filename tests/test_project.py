@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"veneer": ROOT / "src" / "veneer", "veneer.pipelines": ROOT / "pipelines", "veneer.apps": ROOT / "apps"}
 """Package to its folder, for those that setuptools is told of; the rest lie below them."""
 PIPELINES = sorted(p.stem for p in (ROOT / "pipelines").glob("*.py") if not p.stem.startswith("_"))
-MODULES = {"control_benchmark", "few_photos", "memory_benchmark", "quantization_benchmark", "task_benchmark"}
+MODULES = {"control_benchmark", "few_photos", "memory_benchmark", "quantization_benchmark"}
 """Pipelines without a command, run as `python -m veneer.pipelines.NAME`: they make the tables of `docs/results`."""
 
 

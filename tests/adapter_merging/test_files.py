@@ -83,6 +83,23 @@ def test_files_of_files(tmp_path: Path) -> None:
     assert [a.name for a in veneer.attachments(model)] == ["pair-x", "pair-y", "z", "z-linear_probe"]
 
 
+def test_heads_of_other_classes_are_dropped(tmp_path: Path) -> None:
+    """The adapters of a file with a head and of one without have the mean of the adapters alone."""
+    paths = [saved(tmp_path, name, seed=i, head=i == 0) for i, name in enumerate("xy")]
+    with raises(CombineError, file=str(paths[1]), where="method"):
+        average_files(paths, tmp_path / "soup")
+    merge(MergeConfig(tuple(paths), method="parameters", heads="drop", out=tmp_path / "soup"))
+    [soup], (first, _), [second] = (read_stored(path) for path in (tmp_path / "soup.safetensors", *paths))
+    for key, tensor in soup.tensors.items():
+        torch.testing.assert_close(tensor, (first.tensors[key] + second.tensors[key]) / 2)
+    assert [a.method.name for a in veneer.load_all(tiny(), tmp_path / "soup.safetensors")] == ["houlsby"]
+    head = veneer.formats.native.save(attach(tiny(), "linear_probe"), tmp_path / "head")
+    with raises(CombineError, file=str(head), where="heads", expected="an adapter"):
+        average_files([paths[0], head], tmp_path / "none", heads=False)
+    with raises(OptionError, option="heads", given="drop"):
+        merge(MergeConfig(tuple(paths), heads="drop", out=tmp_path / "none"))
+
+
 @pytest.mark.parametrize("weights", [None, (2.0, 0.0, 1.0)])
 def test_the_mean_of_parameters(weights: Any, tmp_path: Path) -> None:
     paths = [saved(tmp_path, name, seed=i, head=True) for i, name in enumerate("xyz")]

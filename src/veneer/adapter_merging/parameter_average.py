@@ -30,10 +30,11 @@ def average_files(
     *,
     aligned: bool = False,
     activations: Sequence[Activations] | None = None,
+    heads: bool = True,
 ) -> Path:
     """Writes the weighted mean of the parameters of native files, θ = Σ w_n θ_n / Σ w_n, as one file of the same method.
 
-    The mean is computed in float64, and saved in the dtype of the first file. Heads of classifiers are averaged as well.
+    The mean is computed in float64, and saved in the dtype of the first file.
 
     Args:
         paths: the files. `out`: the new file.
@@ -42,12 +43,14 @@ def average_files(
         aligned: MerA: permute the neurons of each bottleneck so that they match those of the first file by optimal transport.
         activations: with `aligned`, what the neurons give for the same inputs, for each file by site, as `record_activations`
             returns it (default: alignment by the weights).
+        heads: average the heads of classifiers as well; False leaves them out, as for adapters of tasks with other classes.
     Returns:
         The file.
     Raises:
         LoadError: a file is of another format or corrupt. SaveError: `out` exists.
-        CombineError: base models, methods, options, sites, shapes or compositions differ, a method merges ΔW (`combine`), or
-            `aligned` and the adapters are no bottlenecks. OptionError: fewer than two files, or invalid weights.
+        CombineError: base models, methods, options, sites, shapes or compositions differ, a method merges ΔW (`combine`),
+            `aligned` and the adapters are no bottlenecks, or a file has a head only and `heads` is False.
+        OptionError: fewer than two files, or invalid weights.
     Source: Chronopoulou et al., AdapterSoup, Findings of EACL 2023: the uniform mean of the selected adapters, which were
     trained from one initialization. He et al., MerA: Merging Pretrained Adapters For Few-Shot Learning, 2023: alignment by
     weights or activations before the mean. Deviations: all neurons have equal mass, for which the optimal transport is a
@@ -55,6 +58,7 @@ def average_files(
     """
     target = new_file(out, "native")
     files = read_files(paths)
+    files = files if heads else [_without_heads(file) for file in files]
     shares = _weights(weights, len(files))
     for other in files[1:]:
         _compare_entries(files[0], other)
@@ -76,6 +80,18 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
         expected = f"{count} finite numbers, one for each file, with a sum other than 0"
         raise OptionError.of("merge", "weights", weights, expected)
     return [float(share) for share in shares / shares.sum()]
+
+
+def _without_heads(file: StoredFile) -> StoredFile:
+    """A file without its attachments of the head."""
+    pairs = zip(file.entries, file.states, strict=True)
+    adapters = [(entry, state) for entry, state in pairs if not is_head_method(entry["method"])]
+    if not adapters:
+        given = tuple(entry["method"] for entry in file.entries)
+        message = f"{file.path}: has only the head of a classifier ({', '.join(given)}); leave it out, or average the heads."
+        raise CombineError(message, file=file.path, where="heads", given=given, expected="an adapter")
+    header = {**file.header, "attachments": [entry for entry, _ in adapters]}
+    return StoredFile(file.path, header, tuple(state for _, state in adapters))
 
 
 def _compare_entries(first: StoredFile, other: StoredFile) -> None:
