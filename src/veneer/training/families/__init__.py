@@ -11,7 +11,8 @@ from typing import Any
 from veneer.injection.errors import BaseModelError
 
 from .errors import PromptError, PromptWarning
-from .family import Family, Sizes, generated_images
+from .family import Family, Sizes
+from .pipeline_outputs import generated_images
 
 __all__ = [
     "BaseModelError", "Family", "PromptError", "PromptWarning", "Sizes", "check_folder", "families", "family",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from veneer.injection.errors import BaseModelError, OptionError
 
 from ..objective.objectives import Objective, ObjectiveOptions, from_scheduler
+from .pipeline_outputs import generated_images, posterior
 from .prompt_limits import PromptLimits
 
 Sizes = Tensor | Sequence[Sequence[int]]
@@ -168,7 +169,7 @@ class Family(PromptLimits, ABC):
         if upcast:
             vae.to(torch.float32)
         try:
-            mean, std = _posterior(vae.encode(self.with_frame(pixels.to(vae.device, vae.dtype))))
+            mean, std = posterior(vae.encode(self.with_frame(pixels.to(vae.device, vae.dtype))))
         finally:
             if upcast:
                 vae.to(dtype)
@@ -283,12 +284,6 @@ class Family(PromptLimits, ABC):
         return {"prompt": list(prompts)}  # a copy: some pipelines apply their chat template in place
 
 
-def generated_images(output: Any) -> list[Any]:
-    """The images in the output of a pipeline, of videos the first frames."""
-    name = next((name for name in ("images", "image") if name in output), None)
-    return [frames[0] for frames in output.frames] if name is None else list(output[name])
-
-
 def _joined(parts: list[Tensor]) -> Tensor:
     """The concatenation of batches, (batch, …) or (batch, tokens, …); shorter sequences are padded with zeros."""
     longest = max(part.shape[1] for part in parts) if parts[0].ndim > 1 else 0
@@ -299,10 +294,3 @@ def pad(sequence: Tensor, tokens: int) -> Tensor:
     """(batch, n, …) with n at most `tokens` → (batch, tokens, …), with zeros at the end."""
     missing = sequence.new_zeros(len(sequence), tokens - sequence.shape[1], *sequence.shape[2:])
     return torch.cat([sequence, missing], dim=1)
-
-
-def _posterior(encoded: Any) -> tuple[Tensor, Tensor]:
-    """(mean, std) of the output of a VAE's `encode`; std is 0 for an autoencoder without a posterior, such as DC-AE."""
-    if "latent" in encoded:
-        return encoded.latent, torch.zeros_like(encoded.latent)
-    return encoded.latent_dist.mean, encoded.latent_dist.std
