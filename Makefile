@@ -1,7 +1,7 @@
 # Every target works on a machine with python3 (with venv), pip and make.
 PYTHON ?= python3
 VENV ?= .venv
-WORKERS ?= 2
+WORKERS ?= 3
 BIN := $(VENV)/bin
 EXAMPLES := src/veneer/base_models/examples
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.utils import backend_registration
@@ -67,24 +69,46 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return path.startswith(beginnings) or None
 
 
-LONG = ("training/test_sharded_base.py", "test_readme.py", "pipelines/", "apps/", "benchmarks/", "training/")
-"""Beginnings of paths of files with fixtures and tests that take the longest: they run first."""
+LONG = (
+    ("apps/test_browser", "apps/test_clients.py", "apps/"),
+    ("training/test_sharded_base.py", "test_readme.py", "pipelines/"),
+    ("benchmarks/", "test_example_package.py", "test_docs.py", "training/"),
+)
+"""Beginnings of paths of files with fixtures and tests that take the longest, in groups: each group runs first in a process."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Adds the marker of its tier to each test, and moves the longest to the front.
+    """Adds the marker of its tier to each test, and moves the longest to the fronts of the processes.
 
-    Two processes take tests from the end of the list of each other: a long test at the end would run alone, and a file that is
-    divided between them has its fixtures twice.
+    A process begins with an equal part of the list, and then takes tests from the end of that of another one: a long test at the
+    end would run alone, tests that wait leave a core unused if they run together, and a file that is divided has its fixtures
+    twice.
     """
     root = Path(__file__).parent
+    places = list[tuple[int, int]]()
     for item in items:
         path = item.path.relative_to(root).as_posix()
         for tier, beginnings in TIERS.items():
             if path.startswith(beginnings):
                 item.add_marker(tier)
-    items.sort(key=lambda item: _rank(item.path.relative_to(root).as_posix()))
+        places.append(_place(path))
+    order = sorted(range(len(items)), key=lambda index: places[index])
+    groups = [[items[index] for index in order if places[index][0] == group] for group in range(len(LONG) + 1)]
+    items[:] = in_parts(groups[:-1], groups[-1], int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
 
 
-def _rank(path: str) -> int:
-    return next((rank for rank, beginning in enumerate(LONG) if path.startswith(beginning)), len(LONG))
+def _place(path: str) -> tuple[int, int]:
+    """Group of a file, and its place in the group."""
+    found = ((group, place) for group, files in enumerate(LONG) for place, file in enumerate(files) if path.startswith(file))
+    return next(found, (len(LONG), 0))
+
+
+def in_parts(groups: Sequence[Sequence[Any]], others: Sequence[Any], parts: int) -> list[Any]:
+    """One list of `parts` nearly equal parts, which begin with the groups in turn; a longer group goes on in the next part."""
+    fronts = [[item for group in groups[part::parts] for item in group] for part in range(parts)]
+    left, rest, ordered = sum(map(len, fronts)) + len(others), list(others), list[Any]()
+    for part, front in enumerate(fronts):
+        size = max(left // (parts - part) - len(front), 0)
+        ordered += [*front, *rest[:size]]
+        rest, left = rest[size:], left - len(front) - min(size, len(rest))
+    return ordered + rest
