@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor
 
 from ..family import Family, Sizes
+from ..pipeline_resolution import CallResolution
 from ..text_masks import mask_shapes
 
 
-class AuraFlow(Family):
+class AuraFlow(CallResolution, Family):
     """ε − x₀ = transformer(x_σ, σ, text).
 
     Embeddings of padding tokens are zeros, and the transformer has no mask of the text.
@@ -21,11 +21,6 @@ class AuraFlow(Family):
     pipelines = ("AuraFlowPipeline",)
     needs = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
-
-    @property
-    def resolution(self) -> int:
-        """The pipeline's default, in pixels."""
-        return int(inspect.signature(type(self.pipe).__call__).parameters["height"].default)
 
     def token_limit(self, tokenizer: Any) -> int:
         return self.text_tokens

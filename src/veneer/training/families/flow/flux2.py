@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from ...objective.objectives import Flow, Objective, ObjectiveOptions
 from ..family import Sizes
+from ..pipeline_resolution import call_default
 from ..prompt_limits import LanguageModelLimits
 from .flux import Flux, pack, positions, unpack
 
@@ -34,7 +34,7 @@ class Flux2(LanguageModelLimits, Flux):
 
         objective = super().objective(options)
         if isinstance(objective, Flow):
-            steps = inspect.signature(type(self.pipe).__call__).parameters["num_inference_steps"].default
+            steps = call_default(type(self.pipe), "num_inference_steps")
             low, high = (compute_empirical_mu(tokens, steps) for tokens in (256, 4096))
             objective.mu = (low, high, 256, 4096)
         return objective

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,11 +9,12 @@ from torch import Tensor
 
 from ...objective.objectives import Flow, Objective, ObjectiveOptions
 from ..family import Family, Sizes
+from ..pipeline_resolution import CallResolution
 from ..prompt_limits import LanguageModelLimits
 from .flux import pack, positions, unpack
 
 
-class Krea2(LanguageModelLimits, Family):
+class Krea2(LanguageModelLimits, CallResolution, Family):
     """ε − x₀ = unpack(transformer(pack(x_σ), σ, layers of the text, text mask, positions)).
 
     A prompt is within the pipeline's template, with its padding before the template's end. The distilled model has a constant μ
@@ -27,11 +27,6 @@ class Krea2(LanguageModelLimits, Family):
     denoiser = "transformer"
     packing = 4
     frames = True
-
-    @property
-    def resolution(self) -> int:
-        """The pipeline's default."""
-        return int(inspect.signature(type(self.pipe).__call__).parameters["height"].default)
 
     def objective(self, options: ObjectiveOptions | None = None) -> Objective:
         objective = super().objective(options)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..family import Family, Sizes
+from ..pipeline_resolution import call_default
 from ..prompt_limits import LanguageModelLimits
 from ..text_masks import mask_shapes
 
@@ -29,7 +29,7 @@ class Sana(LanguageModelLimits, Family):
     @property
     def instruction(self) -> list[str]:
         """The instruction before a prompt, `complex_human_instruction` of the pipeline, in lines."""
-        return list(inspect.signature(type(self.pipe).__call__).parameters["complex_human_instruction"].default)
+        return list(call_default(type(self.pipe), "complex_human_instruction"))
 
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         """`prompt_embeds` (batch, tokens, width) and `mask` (batch, tokens), 1 for text and 0 for padding."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ..family import Family, Sizes
 from ..flow.flux2 import normalize_patches
+from ..pipeline_resolution import CallResolution
 from ..prompt_limits import LanguageModelLimits
 from ..text_masks import mask_shapes, with_mask
 
@@ -19,7 +19,7 @@ EPS = 1e-5
 """Of the batch norm, in the pipeline whatever the VAE's config says."""
 
 
-class ErnieImage(LanguageModelLimits, Family):
+class ErnieImage(LanguageModelLimits, CallResolution, Family):
     """ε − x₀ = transformer(x_σ in patches, σ·1000, text, lengths of the text).
 
     Text is the last but one hidden state of the language model. Images are generated from the prompt itself, without the
@@ -31,11 +31,6 @@ class ErnieImage(LanguageModelLimits, Family):
     needs = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
     denoiser = "transformer"
     packing = 4
-
-    @property
-    def resolution(self) -> int:
-        """The pipeline's default, in pixels."""
-        return int(inspect.signature(type(self.pipe).__call__).parameters["height"].default)
 
     @property
     def text_tokens(self) -> int:

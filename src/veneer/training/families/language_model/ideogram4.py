@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,11 +9,12 @@ from torch import Tensor
 
 from ..family import Family, Sizes, pad
 from ..flow.flux2 import normalize_patches
+from ..pipeline_resolution import CallResolution, call_default
 from ..prompt_limits import WholeTemplateLimits
 from ..text_masks import mask_shapes, text_lengths, with_mask
 
 
-class Ideogram4(WholeTemplateLimits, Family):
+class Ideogram4(WholeTemplateLimits, CallResolution, Family):
     """ε − x₀ = −transformer(text then x_σ in patches, 1 − σ): the model predicts x₀ − ε, and its time is 0 for noise.
 
     Text is what 13 layers of the language model return for the prompt in the chat template, one after the other in each token.
@@ -28,14 +28,9 @@ class Ideogram4(WholeTemplateLimits, Family):
     packing = 4
 
     @property
-    def resolution(self) -> int:
-        """The pipeline's default, in pixels."""
-        return int(_defaults(type(self.pipe))["height"].default)
-
-    @property
     def text_tokens(self) -> int:
         """`max_tokens`, or the default of the pipeline."""
-        return self.max_tokens or int(_defaults(type(self.pipe))["max_sequence_length"].default)
+        return self.max_tokens or int(call_default(type(self.pipe), "max_sequence_length"))
 
     def prepare(self, prompts: list[str], tokenizer: Any) -> list[str]:
         chats = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
@@ -81,15 +76,9 @@ class Ideogram4(WholeTemplateLimits, Family):
             return arguments | {"guidance_schedule": None}
         from diffusers import Ideogram4Pipeline
 
-        defaults = _defaults(Ideogram4Pipeline)
-        scales = defaults["guidance_schedule"].default
-        steps = int(arguments.get("num_inference_steps") or defaults["num_inference_steps"].default)
+        scales = call_default(Ideogram4Pipeline, "guidance_schedule")
+        steps = int(arguments.get("num_inference_steps") or call_default(Ideogram4Pipeline, "num_inference_steps"))
         return arguments | {"guidance_schedule": (scales[0],) * (steps - len(scales)) + scales[-steps:]}
-
-
-def _defaults(kind: Any) -> Any:
-    """Parameters of a call of a pipeline class."""
-    return inspect.signature(kind.__call__).parameters
 
 
 def pack_places_first(latents: Tensor) -> Tensor:

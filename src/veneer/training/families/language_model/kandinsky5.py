@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..family import Family, Sizes
+from ..pipeline_resolution import CallResolution
 from ..prompt_limits import LanguageModelLimits, PromptLimits
 from ..row_groups import predict_by_group
 from ..text_masks import mask_shapes, text_lengths, with_mask
 
 
-class Kandinsky5(LanguageModelLimits, Family):
+class Kandinsky5(LanguageModelLimits, CallResolution, Family):
     """ε − x₀ = transformer(x_σ, σ·1000, text, pooled CLIP), with an image as a video of one frame.
 
     Prompts are within the pipeline's template, whose first tokens are dropped from the last hidden state. The transformer has no
@@ -39,11 +39,6 @@ class Kandinsky5(LanguageModelLimits, Family):
     def multiple(self) -> int:
         """Pixels: the VAE's factor times the second side of a patch."""
         return self.vae_factor * int(self.config.patch_size[1])
-
-    @property
-    def resolution(self) -> int:
-        """The pipeline's default, in pixels."""
-        return int(inspect.signature(type(self.pipe).__call__).parameters["height"].default)
 
     def cast(self, tensor: Tensor) -> Tensor:
         """In the dtype of the layer that reads the latents: the embeddings of the time stay in float32."""

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..family import Family, Sizes
+from ..pipeline_resolution import CallResolution
 from ..prompt_limits import LanguageModelLimits
 from ..text_masks import mask_shapes
 
 
-class HunyuanVideo(LanguageModelLimits, Family):
+class HunyuanVideo(LanguageModelLimits, CallResolution, Family):
     """ε − x₀ = transformer(x_σ, σ·1000, 1000·guidance, text, text mask, pooled text), with an image as a video of one frame.
 
     Prompts are within the pipeline's template, whose first tokens are dropped from the last but two hidden state of Llama.
@@ -24,11 +25,6 @@ class HunyuanVideo(LanguageModelLimits, Family):
     needs = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "scheduler")
     denoiser = "transformer"
     frames = True
-
-    @property
-    def resolution(self) -> int:
-        """The shorter side of the pipeline's default, pixels."""
-        return int(inspect.signature(type(self.pipe).__call__).parameters["height"].default)
 
     @property
     def template(self) -> dict[str, Any]:

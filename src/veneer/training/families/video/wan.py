@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from veneer.injection.errors import BaseModelError
 
 from ...objective.objectives import Flow, Objective, ObjectiveOptions
 from ..family import Family, Sizes
+from ..pipeline_resolution import CallResolution, call_default
 from ..row_groups import predict_by_group
 
 EXPERTS = ("transformer", "transformer_2")
@@ -26,7 +26,7 @@ class FlowWithin(Flow):
         return max(self.low + sigma * (self.high - self.low), 1 / self.steps)
 
 
-class Wan(Family):
+class Wan(CallResolution, Family):
     """ε − x₀ = transformer(x_σ, σ·1000, text), with an image as a video of one frame.
 
     Text is padded with zeros, without a mask. With `boundary_ratio`, `transformer` predicts the noise levels from it on, and
@@ -57,14 +57,9 @@ class Wan(Family):
         return self.vae_factor * int(self.config.patch_size[1])
 
     @property
-    def resolution(self) -> int:
-        """The shorter side of the pipeline's default, pixels."""
-        return int(inspect.signature(type(self.pipe).__call__).parameters["height"].default)
-
-    @property
     def text_tokens(self) -> int:
         """`max_tokens`, or the default of the pipeline, which is above that of its `encode_prompt`."""
-        return self.max_tokens or int(inspect.signature(type(self.pipe).__call__).parameters["max_sequence_length"].default)
+        return self.max_tokens or int(call_default(type(self.pipe), "max_sequence_length"))
 
     def token_limit(self, tokenizer: Any) -> int:
         return self.text_tokens
