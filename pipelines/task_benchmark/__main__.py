@@ -27,7 +27,7 @@ TABLES: dict[str, tuple[str, Callable[[Runs, Sequence[int]], list[Row]], dict[st
     "few_images": (
         "Few images of one task, all images of the others",
         few_shot.few_shot_rows,
-        {few_shot.BEST: "over best single", few_shot.ALL: "over one for all"},
+        {few_shot.BEST: "over best single", joint.ALL: "over one for all"},
         None,
     ),
     "styles": (

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..merge import MergeConfig, merge
-from .joint import SINGLE, joint_job, single_runs
+from .joint import ALL, SINGLE, joint_job, single_runs
 from .report import Row
 from .runs import Run, Runs
 
 BEST = "best single adapter, by validation"
 TRANSFERRED = "adapter of another task, head trained"
-ALL = f"{SINGLE}, one for all tasks"
 BATCH = 8
 """Images of a step with few images."""
 SIMILAR = 2

@@ -14,6 +14,7 @@ from typing import Literal
 
 import pytest
 
+from tests.command_line.subcommands import SUBCOMMANDS
 from veneer.cli import main
 from veneer.command_line.flag_groups import GENERATION, GROUPS
 from veneer.command_line.help_text import HelpFormatter, with_default
@@ -141,15 +142,7 @@ def test_pages_fit_the_terminal_and_name_no_path_of_this_machine(words: str, mon
 
 
 def test_notes_are_those_of_commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {*NOTES} <= {
-        *COMMANDS,
-        "analyze heads",
-        "prompts similarity",
-        "prompts spot",
-        "prompts transfer",
-        "control train",
-        "control generate",
-    }
+    assert {*NOTES} <= {*COMMANDS, *SUBCOMMANDS}
     for words, paragraphs in NOTES.items():
         text = " ".join(printed(words, monkeypatch).split())
         assert all(paragraph in text for paragraph in paragraphs), words

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line.subcommands import SUBCOMMANDS
 from veneer.classification.config import TransferConfig
 from veneer.cli import main, parser_for
 from veneer.command_line.examples import EXAMPLES, examples_text
@@ -37,16 +38,7 @@ def test_every_example_parses(line: str) -> None:
 
 
 def test_every_command_that_works_on_files_has_an_example() -> None:
-    commands = {
-        *COMMANDS,
-        "analyze heads",
-        "prompts similarity",
-        "prompts spot",
-        "prompts transfer",
-        "control train",
-        "control generate",
-    }
-    commands -= {"analyze", "prompts", "control"}
+    commands = {*COMMANDS, *SUBCOMMANDS} - {"analyze", "prompts", "control"}
     assert commands - {*EXAMPLES} == {"methods", "hosts", "pretrain-base"}
     assert all(line.startswith(f"veneer {command}") for command, lines in EXAMPLES.items() for line in lines)
 
