@@ -11,7 +11,7 @@ from veneer.testing.pipelines import tiny_pipeline
 from veneer.training.data.photo_folder import Photo
 from veneer.training.families import family
 from veneer.training.loop.config import TrainConfig
-from veneer.training.preflight import checks
+from veneer.training.preflight import checks, estimates
 from veneer.training.preflight.preflight import PreflightError, preflight
 from veneer.training.report.previews import PreviewSettings
 
@@ -212,8 +212,9 @@ def test_nothing_attached_is_an_error(kind):
 
 
 @pytest.mark.parametrize("measure", [True, False])
-def test_two_passes_of_a_batch_have_twice_the_activations(kind, pipe, measure):
-    """Both are in memory until the backward pass."""
+def test_two_passes_of_a_batch_have_twice_the_activations(kind, pipe, measure, monkeypatch):
+    """Both are in memory until the backward pass. The measured speed of a matrix product would vary, so it is a constant."""
+    monkeypatch.setattr(estimates, "flops_per_second", lambda *_: 1e10)
     found = []
     for consistency in (0.0, 1.0):
         tuned = veneer.attach(pipe, "adamix", consistency=consistency)
@@ -223,7 +224,7 @@ def test_two_passes_of_a_batch_have_twice_the_activations(kind, pipe, measure):
     one, two = found
     assert two.activations == 2 * one.activations > 0
     if not measure:
-        assert two.seconds == pytest.approx(2 * one.seconds, rel=0.5)
+        assert two.seconds == pytest.approx(2 * one.seconds)
 
 
 def test_the_estimate_is_of_the_whole_run(kind, lora):
