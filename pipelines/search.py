@@ -74,7 +74,7 @@ def _run(config: SearchConfig, accelerator: Accelerator) -> Path:
         raise OptionError(message, option="model", given=config.model, expected="a vision model with a new head")
     sites = BlockSites(classifier.model, methods, config.groups, spindle=config.space == "s4")
     space = build_space(config.space, sites, config.budget_parameters)
-    log = TrialLog(out, sites.names, config.settings(data.splits.digest, classifier.weights), resume=config.resume)
+    log = TrialLog(out, sites.names, config.settings(data.splits.digest, classifier.identity), resume=config.resume)
     trials = _evolve(config, base, space, log, classifier, data, accelerator)
     best = best_trial(trials)
     if best.val_accuracy is None:

@@ -92,7 +92,7 @@ def _run(config: TransferConfig, accelerator: Accelerator) -> Path:
         config = search_hyperparameters(config, classifier, views, out, accelerator, features)
         attached = attach_methods(classifier, config, data)
         sources = source_identity(config.init_from, fixed)
-        identity = {**config.identity(), **sources, "splits": data.splits.digest, "weights": classifier.weights}
+        identity = {**config.identity(), **sources, "splits": data.splits.digest, **classifier.identity}
         kind = TaskTrainer if config.tasks else ClassifierTrainer
         trainer = kind(classifier, attached, views, config, out, accelerator, identity, on_step, features)
         if accelerator.is_main_process:

@@ -135,17 +135,17 @@ def test_memory_does_not_grow(app: App, names: list[str]) -> None:
 
     The server remembers the last `LIMITS.sessions` pages, about 1 MiB each, so these are opened before. Allocators still grow in
     the first round, by up to 20 MiB; afterwards memory varied by 15 MiB over twelve rounds. Without a limit on pages each round
-    takes 20 to 30 MiB.
+    takes 20 to 30 MiB: two rounds are more than the limit of the test.
     """
     with Client(app.address) as client:
         for _ in range(LIMITS.sessions - CLIENTS):
             client.session = secrets.token_hex(6)
             client.open()
     seen = []
-    for turn in range(1, 6):
+    for turn in range(1, 5):
         assert all(visit.pictures for visit in round_of(app, wishes(turn, CLIENTS, names)))
         seen.append(memory(app))
-    assert seen[-1] - seen[1] < 40, seen
+    assert seen[-1] - seen[1] < 30, seen
     assert threading.active_count() < CLIENTS
 
 

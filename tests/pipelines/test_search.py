@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from veneer.pipelines.predict import PredictConfig, predict
 from veneer.pipelines.search import SearchConfig, search
@@ -20,6 +21,7 @@ from veneer.pipelines.search import SearchConfig, search
 from tests.classification.small import CLASSES, image_folder, model_folder
 from tests.pipelines.blank_plots import rendered_plots
 from tests.raising import raises
+from veneer.classification.models.classifier import Classifier
 from veneer.cli import main
 from veneer.injection.errors import OptionError, VeneerError
 
@@ -202,12 +204,15 @@ def test_invalid_options_are_rejected(options: dict[str, Any], option: str, give
 
 @pytest.mark.parametrize(("weights", "same"), [("random", False), ("published", False), ("3f0c", True)])
 def test_trials_of_another_model_have_other_settings(weights: str, same: bool) -> None:
-    """A digest of the weights identifies the model, wherever its file is."""
-    config = SearchConfig(**OPTIONS, model="vit_tiny_patch16_224")
-    moved = dataclasses.replace(config, model="deit_tiny_patch16_224")
-    assert (config.settings("splits", weights) == moved.settings("splits", weights)) == same
-    assert config.settings("splits", weights) != config.settings("other", weights)
-    assert config.settings("splits", weights) != dataclasses.replace(config, seed=1).settings("splits", weights)
+    """A hash of the weights identifies the model, wherever its file is."""
+    config = SearchConfig(**OPTIONS)
+    base, moved = (
+        Classifier(torch.nn.Identity(), name, {}, (), weights, fresh=True).identity
+        for name in ("vit_tiny_patch16_224", "deit_tiny_patch16_224")
+    )
+    assert (config.settings("splits", base) == config.settings("splits", moved)) == same
+    assert config.settings("splits", base) != config.settings("other", base)
+    assert config.settings("splits", base) != dataclasses.replace(config, seed=1).settings("splits", base)
 
 
 def test_errors_before_the_first_trial_leave_no_folder(inputs: dict[str, str], tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ from veneer.injection import VeneerError
 from veneer.injection.errors import OptionError, SelectionError, UnknownName, UnknownOption, UnsupportedSite
 from veneer.methods.selective.structures.head_pruning import HeadPruning
 from veneer.training.data.image_io import DataError
+from veneer.training.loop.checkpoints import CheckpointError
+from veneer.training.loop.trainer import Trainer
 from veneer.training.preflight.preflight import PreflightError
 
 
@@ -163,6 +168,21 @@ def test_saved_equals_loaded_on_a_fresh_head(
         )
 
 
+@contextlib.contextmanager
+def stopping_after(step: int) -> Iterator[None]:
+    """Runs stop at the end of a step."""
+    report = Trainer._report
+
+    def stopping(self: Trainer, *rest: Any) -> None:
+        report(self, *rest)
+        if self.step == step:
+            self.stop()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_report", stopping)
+        yield
+
+
 @pytest.mark.parametrize("options", [{}, {"mixup": 0.4, "cutmix": 1.0, "ema": 0.9, "class_weights": "balanced"}], ids=str)
 def test_a_stopped_run_resumes_bitwise(tmp_path: Path, pictures: Path, models: dict[str, Path], options: dict[str, Any]) -> None:
     shared = {"method": "adaptformer", "epochs": 4, "augment": "flip", "patience": 3}
@@ -170,20 +190,8 @@ def test_a_stopped_run_resumes_bitwise(tmp_path: Path, pictures: Path, models: d
     transfer(whole)
     half = dataclasses.replace(whole, out=tmp_path / "half")
 
-    from veneer.training.loop.trainer import Trainer
-
-    told = Trainer._report
-
-    def stopping(self: Trainer, *rest: Any) -> None:
-        told(self, *rest)
-        if self.step == 3:
-            self.stop()
-
-    Trainer._report = stopping  # type: ignore[method-assign]
-    try:
+    with stopping_after(3):
         transfer(half)
-    finally:
-        Trainer._report = told  # type: ignore[method-assign]
     assert not (tmp_path / "half" / "result.json").exists(), "stopped in its second epoch"
     kept, best = (load_file(tmp_path / "half" / name) for name in ("adapter.safetensors", "best.safetensors"))
     assert len(read_epochs(tmp_path / "half")) == 1
@@ -198,6 +206,16 @@ def test_a_stopped_run_resumes_bitwise(tmp_path: Path, pictures: Path, models: d
     assert [asdict(epoch) for epoch in read_epochs(tmp_path / "half")] == second["epochs"]
     assert first["test"] == second["test"]
     assert second["training"]["resumed_from"] == 4, "the step after the one that it was told to stop in"
+
+
+def test_a_run_on_random_weights_resumes_on_the_same_model_only(tmp_path: Path, pictures: Path, models: dict[str, Path]) -> None:
+    """Random weights have no hash, and another model of the same shapes would load the adapter."""
+    run = config(pictures, models["vit"], tmp_path / "run", method="bitfit", weights="none")
+    with stopping_after(3):
+        transfer(run)
+    other = shutil.copytree(models["vit"], tmp_path / "other")
+    with raises(CheckpointError, given={"model": str(models["vit"])}, expected={"model": str(other)}):
+        transfer(dataclasses.replace(run, model=str(other), resume=True))
 
 
 def test_a_head_is_trained_on_features_that_are_computed_once(
@@ -355,10 +373,14 @@ def test_other_weights_under_a_taught_adapter_are_refused(tmp_path: Path, pictur
     file.write_bytes((models["vit"] / "model.safetensors").read_bytes())
     out = transfer(config(pictures, models["vit"], tmp_path / "run", weights=str(file), epochs=1))
     assert open_predictor(out)
-    save_file({name: -tensor for name, tensor in load_file(file).items()}, file)
-    with raises(VeneerError, file=file, where="weights") as caught:
-        open_predictor(out)
-    assert caught.value.given != caught.value.expected
+    folder = shutil.copytree(models["vit"], tmp_path / "model")
+    of_folder = transfer(config(pictures, folder, tmp_path / "of-folder", method="linear_probe", epochs=1))
+    assert open_predictor(of_folder)
+    for changed, run, origin in ((file, out, file), (folder / "model.safetensors", of_folder, str(folder))):
+        save_file({name: -tensor for name, tensor in load_file(changed).items()}, changed)
+        with raises(VeneerError, file=origin, where="weights") as caught:
+            open_predictor(run)
+        assert caught.value.given != caught.value.expected
     file.unlink()
     with raises(VeneerError, file=file, where="weights", given="missing"):
         open_predictor(out)

@@ -143,15 +143,16 @@ def test_a_supernet_with_other_sizes_does_not_continue_the_training(
 def test_a_supernet_of_another_model_does_not_continue_the_training(
     weights: str, same: bool, views: tuple[Views, Classifier, TransferConfig], tmp_path: Path
 ) -> None:
-    """Without a digest of the weights, the models are compared by name; with one, the file may have moved."""
+    """Without a hash of the weights, the models are compared by name; with one, the file may have moved."""
     images, classifier, base = views
-    other, moved = dataclasses.replace(classifier, weights=weights), dataclasses.replace(base, model="vit_other")
+    other = dataclasses.replace(classifier, weights=weights)
+    moved = dataclasses.replace(other, name="vit_other")
     build((images, other, base), tmp_path).fit()
     if same:
-        build((images, other, moved), tmp_path).fit()
+        build((images, moved, base), tmp_path).fit()
         return
-    with raises(CheckpointError, where="settings", given={"model": base.model}, expected={"model": "vit_other"}):
-        build((images, other, moved), tmp_path).fit()
+    with raises(CheckpointError, where="settings", given={"model": classifier.name}, expected={"model": "vit_other"}):
+        build((images, moved, base), tmp_path).fit()
 
 
 def test_the_model_is_the_same_after_training_and_weights_are_not(

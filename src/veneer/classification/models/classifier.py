@@ -14,6 +14,9 @@ from torch import nn
 from veneer.injection import VeneerError, sites
 from veneer.injection.sites import FeatureSite
 
+WITHOUT_HASH = ("random", "published")
+"""Origins of weights that are no hash of a file."""
+
 
 class ModelError(VeneerError):
     """A model or its weights cannot be loaded."""
@@ -36,7 +39,7 @@ class Classifier:
         model: in `eval` mode, frozen. `name`: the name it was opened by.
         data: timm's data config: input_size, mean, std, interpolation, crop_pct, crop_mode.
         classes: names of the classes.
-        weights: origin of the weights: `published`, `random`, or the SHA-256 of the file.
+        weights: origin of the weights: `published`, `random`, or the SHA-256 of the file, also of one in a folder.
         fresh: True if its head is new and must be trained.
         arguments: arguments of `timm.create_model` that its architecture depends on, beside the number of classes.
     """
@@ -48,6 +51,11 @@ class Classifier:
     weights: str
     fresh: bool
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a resumed run must share: the weights by their hash, or by their origin and the name of the model."""
+        return {"weights": self.weights} | ({"model": self.name} if self.weights in WITHOUT_HASH else {})
 
     @property
     def features(self) -> FeatureSite | None:
@@ -91,3 +99,9 @@ def digest_of(file: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def digest_of_folder(folder: Path) -> str:
+    """SHA-256 of the safetensors files in a folder: of the file, or of the digests of several."""
+    digests = [digest_of(file) for file in sorted(folder.glob("*.safetensors"))]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -15,7 +15,7 @@ from veneer import base_models
 from veneer.hub.connection import hub
 from veneer.training.loop.seeds import mix
 
-from .classifier import Classifier, ModelError, check_weights, digest_of, download_error
+from .classifier import Classifier, ModelError, check_weights, digest_of, digest_of_folder, download_error
 from .open_clip_loading import open_clip_classifier, source_of
 from .transformers_loading import check_transformers_name, is_transformers_name, transformers_classifier, transformers_outline
 
@@ -121,7 +121,7 @@ def _timm(name: str, weights: str | Path | None, size: int | None) -> tuple[nn.M
     """The model, the origin of its weights, and the arguments that its architecture depends on."""
     import timm
 
-    folder = Path(name).is_dir()
+    source, folder = name, Path(name).is_dir()
     if not folder:
         check_name(name)
     options: dict[str, Any] = {}
@@ -144,7 +144,8 @@ def _timm(name: str, weights: str | Path | None, size: int | None) -> tuple[nn.M
             raise ModelError(_mismatch_message(name, file, error), file=file, given="mismatch", expected=name) from error
     with hub(not folder) as why:
         try:
-            return timm.create_model(name, pretrained=True, **options), "published", arguments
+            model = timm.create_model(name, pretrained=True, **options)
+            return model, digest_of_folder(Path(source)) if folder else "published", arguments
         except Exception as error:  # the hub's clients raise a dozen kinds
             raise download_error(name, why, error) from error
 

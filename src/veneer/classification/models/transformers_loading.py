@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from veneer.injection.sites import PixelSite
 from veneer.models.image_classifier import ImageClassifier, pooling_of
 from veneer.training.loop.seeds import mix
 
-from .classifier import Classifier, ModelError, digest_of
+from .classifier import Classifier, ModelError, digest_of_folder
 from .image_processors import data_config
 
 PREFIX = "hf:"
@@ -122,7 +121,7 @@ def transformers_classifier(
         model = _classifier(name, backbone, data, len(classes), seed)
         if head is not None:
             model.head = head
-    origin = "random" if weights == "none" else _digest(Path(source.path)) if source.is_local else "published"
+    origin = "random" if weights == "none" else digest_of_folder(Path(source.path)) if source.is_local else "published"
     return Classifier(model.eval().requires_grad_(False), source.name, data, tuple(classes), origin, head is None)
 
 
@@ -254,12 +253,6 @@ def _options(config: Any) -> dict[str, Any]:
 
 def _with_size(data: dict[str, Any], size: int | None) -> dict[str, Any]:
     return data if size is None else {**data, "input_size": (3, size, size)}
-
-
-def _digest(folder: Path) -> str:
-    """SHA-256 of the weights in a folder: of the file, or of the digests of several."""
-    digests = [digest_of(file) for file in sorted(folder.glob("*.safetensors"))]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _first_line(error: Exception) -> str:

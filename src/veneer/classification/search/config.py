@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +25,6 @@ OF_TRIALS = ("space", "methods", "sizes", "groups", "trial_epochs", "supernet_ep
 """Options of the search on which the metrics of a trial depend."""
 NOT_OF_TRIALS = ("data", "model", "weights", "out", "resume", "dry_run", "workers", "tracker", "epochs", "method", "options")
 """Options of the training on which they do not depend, or whose content is compared."""
-WITHOUT_DIGEST = ("random", "published")
-"""Origins of weights that do not identify the model."""
 
 
 @dataclass(frozen=True)
@@ -154,15 +153,13 @@ class SearchConfig(OptimizerOptions):
         """Options of the evolutionary search."""
         return Evolution(self.trials, self.population, self.parents, self.mutation, self.seed)
 
-    def settings(self, splits: str, weights: str) -> str:
+    def settings(self, splits: str, base: Mapping[str, str]) -> str:
         """Hash of everything that the metrics of a trial depend on.
 
         Args:
-            splits: digest of the data. `weights`: digest of the model's weights, or `random` or `published`, whose model is
-                compared by its name.
+            splits: digest of the data. `base`: `Classifier.identity`.
         """
-        base = self.shared()
-        options = {f.name: getattr(base, f.name) for f in dataclasses.fields(base) if f.name not in NOT_OF_TRIALS}
-        content = {**options, **{name: getattr(self, name) for name in OF_TRIALS}, "splits": splits, "base": weights}
-        content |= {"model": self.model} if weights in WITHOUT_DIGEST else {}
+        shared = self.shared()
+        options = {f.name: getattr(shared, f.name) for f in dataclasses.fields(shared) if f.name not in NOT_OF_TRIALS}
+        content = {**options, **{name: getattr(self, name) for name in OF_TRIALS}, "splits": splits, "base": {**base}}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

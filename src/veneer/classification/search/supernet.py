@@ -27,7 +27,6 @@ from ..models.classifier import Classifier
 from ..train.attach_methods import attach_methods
 from ..train.train import ClassifierTrainer
 from .block_spaces import BlockSpace
-from .config import WITHOUT_DIGEST
 from .sub_network import SubNetwork
 from .sub_network_config import config_of
 
@@ -136,9 +135,7 @@ class Supernet(ClassifierTrainer):
         self._set_modes()
         sites = self.space.sites
         choices = {"sizes": [[*method.sizes] for method in sites.methods], "groups": [[*bounds] for bounds in sites.groups]}
-        data = {"splits": self.views.data.splits.digest, "weights": self.classifier.weights}
-        if self.classifier.weights in WITHOUT_DIGEST:
-            data["model"] = self.base.model
+        data = {"splits": self.views.data.splits.digest, **self.classifier.identity}
         trainer = Trainer(
             self.config.loop(self.per_epoch, self.steps), self._groups(), sampled_loss, self.named, self.folder,
             identity={**self.config.identity(), **data, **choices}, accelerator=self.accelerator, on_step=self.on_step,
