@@ -55,6 +55,10 @@ JOBS: dict[str, tuple[str, ...]] = {
         "veneer prompts transfer runs/prompt --to bundled_clip --data digits --shots 20 --epochs 3 --out runs/moved",
     ),
     "Compare methods": ("veneer compare digits --methods 'bitfit, ssf' --epochs 1 --seeds 2 --out runs/compared",),
+    "Search methods and sizes": (
+        "veneer search photos/digits --methods 'lora, adaptformer' --sizes 1 4 --budget-parameters 20000 --supernet-epochs 3 "
+        "--trials 8 --population 4 --epochs 3 --out runs/search",
+    ),
     "Write captions": ("veneer caption dog --model tagger --threshold 0.1 --prefix 'a photo of <dog>, '",),
     "Control the composition": (
         "veneer control train --method t2i_adapter --generated-images 64 --steps 60 --eval-seeds 1 --out runs/canny",
