@@ -11,7 +11,6 @@ EXPLICIT = {
     "adapter_drop": NOT_RUN,
     "bitfit": BASE,
     "ciat": "the authors' code is for TensorFlow",
-    "controlnext": NOT_RUN,
     "delta_lora": NO_CODE,
     "full": BASE,
     "hadamard": NO_CODE,
