@@ -48,7 +48,8 @@ def _ours() -> tuple[list[Any], list[int]]:
     model: Any = perturbed_classifier()
     tuned = attach(model, "autoprompt", words=WORDS, candidates=CANDIDATES)
     adapter: Any = tuned.parts["head.prompts"][1]
-    passes, path, positions, step = ForwardPasses([tuned]), [], [], 0
+    path: list[Any] = []
+    passes, positions, step = ForwardPasses([tuned]), [], 0
     model.train()
     while len(path) < SEARCHES:
         output, _ = passes(step, lambda: model(_images()), lambda a, b: a, lambda out: cross_entropy(out, LABELS))

@@ -40,7 +40,7 @@ def rows() -> list[Row]:
     inputs = {"pet_flags": flags, "label_ids": torch.arange(len(NAMES)), "attention_mask": None, "token_type_ids": flags}
 
     def official() -> Tensor:
-        batch = {**inputs, "input_ids": ids.clone()}
+        batch: dict[str, Any] = {**inputs, "input_ids": ids.clone()}
         theirs.forward_step(batch)
         weights: Tensor = batch["pet_logits"]
         return weights
