@@ -34,11 +34,30 @@ def clip(repository: Repository, *design: dict[str, Any]) -> list[Any]:
 
 def classifier(theirs: Any) -> Any:
     """veneer's classifier on open_clip's model with the weights of the repository's CLIP."""
-    vision = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4, "head_width": 64}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 4}
-    model = open_clip.model.CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text, quick_gelu=True).double()
+    model = _open_clip()
     model.load_state_dict(theirs.state_dict(), strict=False)
     return CLIPClassifier(model, TOKENIZER, NAMES).double().eval()
+
+
+def perturbed_classifier(names: list[str] = NAMES) -> Any:
+    """veneer's classifier of `names` on open_clip's model with perturbed weights, frozen."""
+    torch.manual_seed(0)
+    model = _open_clip()
+    perturb(model, 0.02)
+    return CLIPClassifier(model, TOKENIZER, names).double().eval().requires_grad_(False)
+
+
+def _open_clip() -> Any:
+    vision = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4, "head_width": 64}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 4}
+    return open_clip.model.CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text, quick_gelu=True).double()
+
+
+def encode_rows(model: Any, rows: Tensor, ids: Tensor) -> Tensor:
+    """Text features (n, features) of token rows (n, length, width) with the ids (n, length), by open_clip's modules."""
+    x = model.ln_final(model.transformer(rows + model.positional_embedding[: rows.shape[1]], attn_mask=model.attn_mask))
+    features: Tensor = x[torch.arange(len(x)), ids.argmax(-1)] @ model.text_projection
+    return features
 
 
 def tokenize(texts: Any, context_length: int = 77) -> Tensor:

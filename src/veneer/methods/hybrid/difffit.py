@@ -131,7 +131,7 @@ class DiffFit(Method):
     Source: Xie et al., DiffFit: Unlocking Transferability of Large Diffusion Models via Simple Parameter-Efficient Fine-Tuning,
     ICCV 2023, section 3.2; mkshing's port for what is trained. The authors' code for DiT is not public: that γ are after q, k, v
     and the MLP's first layer is a reading of their count, 7·width per block. Deviations: deltas on a frozen base; db is added
-    after γ, which is the same function class; class embeddings that a linear layer computes are not trained.
+    after γ, in the port before, which is the same function class; class embeddings that a linear layer computes are not trained.
     """
 
     name: ClassVar[str] = "difffit"

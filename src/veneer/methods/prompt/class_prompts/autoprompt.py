@@ -108,7 +108,8 @@ class AutoPrompt(PEZ):
     Source: Shin et al., AutoPrompt: Eliciting Knowledge from Language Models with Automatically Generated Prompts, EMNLP 2020,
     section 2.2, and the authors' code: one random position in a step, 10 candidates. Deviations: the paper's prompts are those of
     masked language models; the gradient is that of one optimizer step instead of 10 batches (use gradient accumulation); the
-    position is a hash of the step; initial tokens are random instead of the mask token.
+    position is a hash of the step; initial tokens are random instead of the mask token; losses decide, as in the paper, where
+    the code compares accuracies if it has words of the classes; words with capital letters are candidates too.
     """
 
     name: ClassVar[str] = "autoprompt"

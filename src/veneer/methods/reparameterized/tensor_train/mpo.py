@@ -148,9 +148,11 @@ class MPO(Method):
     Counts: Σ d_k-1·i_k·j_k·d_k of the auxiliary tensors; ViT-B/16's fused qkv, output and MLP layers 6,316,032, 131,584 each.
     Files have the initial auxiliary tensors too.
     Source: Liu et al., Enabling Lightweight Fine-tuning for Pre-trained Language Model Compression based on Matrix Product
-    Operators, ACL 2021, section 3; the authors' decomposition is published as a compiled library only. Deviations: with `bond`
-    the paper drops the rest of W, which compresses the model; here the rest stays, so a new adapter leaves outputs unchanged. The
-    paper leaves the singular values in the last tensor; here they are in the central one. The reachable weights are the same.
+    Operators, ACL 2021, section 3; the authors' decomposition is published as a compiled library, and as source with a later
+    paper (Gao et al., ACL 2023). Deviations: with `bond` the paper drops the rest of W, which compresses the model; here the rest
+    stays, so a new adapter leaves outputs unchanged. The paper leaves the singular values in the last tensor, the later code
+    divides them among all tensors; here they are in the central one. The reachable weights are the same, the steps of an
+    optimizer are not.
     The paper's dimension squeezing, which lowers the bonds during training, is not implemented.
     """
 
