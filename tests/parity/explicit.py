@@ -24,7 +24,6 @@ EXPLICIT = {
     "lion": NO_CODE,
     "llama_adapter_v2": NOT_RUN,
     "lora_fa": NOT_RUN,
-    "mask": NOT_RUN,
     "mpo": NOT_RUN,
     "norm_tuning": BASE,
     "null_prompt": NOT_RUN,
