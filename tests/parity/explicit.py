@@ -19,7 +19,6 @@ EXPLICIT = {
     "evp": NOT_RUN,
     "full": BASE,
     "hadamard": NO_CODE,
-    "head_pruning": NOT_RUN,
     "linear_probe": BASE,
     "lion": NO_CODE,
     "llama_adapter_v2": NOT_RUN,
