@@ -28,7 +28,6 @@ EXPLICIT = {
     "null_prompt": NOT_RUN,
     "ppt": NOT_RUN,
     "prompt_tuning": "the authors' code is for JAX",
-    "special_tokens": NO_CODE,
     "textual_inversion": NOT_RUN,
     "tiny_attention": NO_CODE,
     "y_tuning": NO_CODE,
