@@ -8,7 +8,6 @@ BASE = "trains tensors of the base model as they are"
 
 EXPLICIT = {
     "adamix_lora": NOT_RUN,
-    "adapter_drop": NOT_RUN,
     "autoprompt": NOT_RUN,
     "bitfit": BASE,
     "ciat": "the authors' code is for TensorFlow",
