@@ -7,7 +7,6 @@ NOT_RUN = "the public code was not run"
 BASE = "trains tensors of the base model as they are"
 
 EXPLICIT = {
-    "adamix_lora": NOT_RUN,
     "autoprompt": NOT_RUN,
     "bitfit": BASE,
     "ciat": "the authors' code is for TensorFlow",
@@ -19,7 +18,6 @@ EXPLICIT = {
     "hadamard": NO_CODE,
     "linear_probe": BASE,
     "lion": NO_CODE,
-    "lora_fa": NOT_RUN,
     "mpo": NOT_RUN,
     "norm_tuning": BASE,
     "null_prompt": NOT_RUN,
