@@ -23,7 +23,6 @@ EXPLICIT = {
     "null_prompt": NOT_RUN,
     "ppt": NOT_RUN,
     "prompt_tuning": "the authors' code is for JAX",
-    "textual_inversion": NOT_RUN,
     "tiny_attention": NO_CODE,
     "y_tuning": NO_CODE,
 }
