@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 NO_CODE = "no code is public"
-NOT_RUN = "the public code was not run"
 BASE = "trains tensors of the base model as they are"
 
 EXPLICIT = {
-    "adamix_lora": NOT_RUN,
-    "adapter_drop": NOT_RUN,
     "bitfit": BASE,
     "ciat": "the authors' code is for TensorFlow",
     "delta_lora": NO_CODE,
     "full": BASE,
     "hadamard": NO_CODE,
-    "head_pruning": NOT_RUN,
     "linear_probe": BASE,
     "lion": NO_CODE,
-    "llama_adapter_v2": NOT_RUN,
-    "lora_fa": NOT_RUN,
-    "mask": NOT_RUN,
     "norm_tuning": BASE,
     "prompt_tuning": "the authors' code is for JAX",
-    "special_tokens": NO_CODE,
-    "textual_inversion": NOT_RUN,
     "tiny_attention": NO_CODE,
     "y_tuning": NO_CODE,
 }

@@ -41,8 +41,9 @@ class TextualInversion(NewTokens):
         subtokens: for a word of several sub-tokens, use the `mean` of their rows, or the `first`.
         ids: ids of the vectors, in order, for a bare model without a tokenizer.
     Counts: tokens·n·width per text encoder; SD 1.5 768, SDXL 768 + 1,280 for one vector.
-    Source: Gal et al., An Image is Worth One Word, ICLR 2023, equation 2; several vectors: section 5. Deviation: learned rows
-    are stored beside the table, so that the table need not be restored after each step.
+    Source: Gal et al., An Image is Worth One Word, ICLR 2023, equation 2; several vectors: section 5, and the authors' code.
+    Deviations: without an initializer word, rows are uniform from 0 to 1 in the code. Compared with diffusers' script, learned
+    rows are stored beside the table, so that the table need not be restored after each step.
     """
 
     name: ClassVar[str] = "textual_inversion"

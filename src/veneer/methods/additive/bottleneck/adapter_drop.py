@@ -125,8 +125,8 @@ class AdapterDrop(Method):
     Layers are counted by depth among the adapted ones of each tower.
     Counts: 2·width·h + h + width per block, h = width // reduction; ViT-B/16 894,528 with h = 48, and 521,808 in the upper seven.
     Source: Rücklé et al., AdapterDrop: On the Efficiency of Adapters in Transformers, EMNLP 2021, section 3; n uniform in 0 to 11
-    of 12 layers. Adapters and initialization as in `pfeiffer`. Deviation: n is sampled for an optimizer step, so all parts of an
-    accumulated batch have the same n.
+    of 12 layers. Adapters and initialization as in `pfeiffer`. Deviation: n is sampled for an optimizer step, as in AdapterHub's
+    example, which samples 0 to 10, so all parts of an accumulated batch have the same n.
     """
 
     name: ClassVar[str] = "adapter_drop"

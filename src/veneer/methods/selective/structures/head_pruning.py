@@ -74,10 +74,11 @@ class HeadPruning(Method):
         every: steps between two prunings; between them pruned gates are trained again.
     Counts: number of heads; ViT-B/16 144.
     Source: Kovaleva, Romanov, Rogers, Rumshisky, Revealing the Dark Secrets of BERT, EMNLP 2019 (disabled heads); Michel, Levy,
-    Neubig, Are Sixteen Heads Really Better than One?, NeurIPS 2019, section 2.3 and equation 2 (gates and importance).
-    Deviations: importance comes from the training batches, where Michel et al. average |∂L/∂g_h| at g = 1 over samples after
-    training; pruning is gradual; disabled heads are zero, where Kovaleva et al. give them constant attention, 1 / number of
-    tokens, which cannot be pruned from the weights (`veneer analyze heads` measures both).
+    Neubig, Are Sixteen Heads Really Better than One?, NeurIPS 2019, section 2.3 and equation 2 (gates and importance), and
+    their code. Deviations: importance comes from the training batches, where Michel et al. average |∂L/∂g_h| at g = 1 over
+    samples after training, their code the absolute value of each token, divided by the norm in each layer; pruning is gradual;
+    disabled heads are zero, where Kovaleva et al. give them constant attention, 1 / number of tokens, which cannot be pruned
+    from the weights (`veneer analyze heads` measures both).
     """
 
     name: ClassVar[str] = "head_pruning"

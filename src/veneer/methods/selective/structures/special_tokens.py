@@ -46,10 +46,10 @@ class SpecialTokens(Method):
     Args:
         tokens: number of special tokens that are adapted, from the first: 1 for the class token alone. 0: all.
     Counts: tokens·width per block; ViT-B/16 9,216.
-    Source: Yang et al., Parameter-Efficient Tuning with Special Token Adaptation (PASTA), EACL 2023, section 2; zero
-    initialization and the learning rate are those of `bitfit`, because the authors have published no code. Deviations: their
-    models have [CLS] and [SEP]; the counterpart of [SEP], the end token of a text, has another position in each sequence and is
-    not adapted.
+    Source: Yang et al., Parameter-Efficient Tuning with Special Token Adaptation (PASTA), EACL 2023, section 2, and the authors'
+    code. Deviations: vectors are initialized to zero, in the code N(0, 0.02²), and have no dropout; the learning rate is that
+    of `bitfit`; their models have [CLS] and [SEP]; the counterpart of [SEP], the end token of a text, has another position in
+    each sequence and is not adapted.
     """
 
     name: ClassVar[str] = "special_tokens"
