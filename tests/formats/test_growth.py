@@ -22,7 +22,7 @@ from veneer.injection.select import select
 from veneer.injection.sites import WeightSite
 from veneer.testing.pipelines import tiny_pipeline
 
-FEW, MANY = 1_000, 4_000
+FEW, MANY = 500, 2_000
 MOST = 9.0  # times as long for four times as many layers: 4 if linear, 16 if quadratic
 PAIR = ("lora_down.weight", "lora_up.weight", "alpha")
 NAMES = {

@@ -20,7 +20,7 @@ from veneer.formats._io import reader
 from veneer.formats._lycoris import loha
 from veneer.injection import LoadError, attach, attachments
 
-NUMBERS = range(12)
+NUMBERS = range(6)
 SLOWER = 20.0  # times the limit of the command: other work on the machine is no fault of the files
 
 
