@@ -123,6 +123,7 @@ def test_a_new_process_answers_as_the_run_did(taught: Path, pictures: Path) -> N
         ("resnet", "full", {"batch_norm": "moving"}),
         ("resnet", "full", {"weights": "none"}),
         ("vit", "vpt+lora+ssf", {}),
+        ("vit", "y_tuning", {}),
         ("vit", "ilm_vp", {}),
         ("vit", "evp", {"head": "fresh", "where": ("pixels",)}),
         ("bundled_clip", "lora", {"where": ("attn",)}),

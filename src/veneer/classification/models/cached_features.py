@@ -21,12 +21,12 @@ SPLITS = ("train", "validation", "test")
 
 
 def reads_features_only(classifier: Classifier, attached: Sequence[Attachment]) -> bool:
-    """True if all adapters and trained parameters act on the features or the head, not on the backbone."""
+    """True if all adapters and trained parameters read and change the features or the head only, not tokens and the backbone."""
     site = classifier.features
     if site is None or not site.head:
         return False
     parts = [part for a in attached for part in a.parts.values()]
-    if any(isinstance(adapter, ImagePromptAdapter) for _, adapter in parts):
+    if any(isinstance(adapter, ImagePromptAdapter) or adapter.input_port == "tokens" for _, adapter in parts):
         return False
     trained = [path for a in attached for _, path in a.extras.values()]
     return all(isinstance(s, FeatureSite) or _within(getattr(s, "path", None), site.head) for s, _ in parts) and all(
