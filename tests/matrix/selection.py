@@ -45,6 +45,9 @@ SLOW = frozenset({"compiles_to_one_graph", "two_adapters_compose"})
 HEAVY = 100
 """Number of modules above which a small model is used for a method only if it has no other."""
 
+LIGHT = 60
+"""The same for the checks of `SLOW`, whose time grows with the number of modules."""
+
 METHODS_OF_A_HOST = 3
 """With how many representatives each other check runs on each host."""
 
@@ -95,8 +98,9 @@ def of_methods(checks: Iterable[Check]) -> Iterator[Check]:
         places = sorted(one_model_per_host(several), key=lambda place: weights[place] > HEAVY)
         kinds = {place: kinds_in(case) for place, case in cases.items()}
         every_kind = cover([*places, *kinds], kinds, weights)
+        light = min(places, key=lambda place: max(weights[place], LIGHT))
         for check in several:
-            among = every_kind if check.name in EVERY_KIND else places[:1]
+            among = every_kind if check.name in EVERY_KIND else [light] if check.name in SLOW else places[:1]
             if check.name in METHOD_AXIS or place_of(check) in among:
                 yield check
 
