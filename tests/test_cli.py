@@ -15,7 +15,7 @@ import pytest
 
 import veneer
 from tests.methods.controls import picture
-from veneer.cli import BROKEN_PIPE, main, parser_for
+from veneer.cli import BROKEN_PIPE, log_to_stderr, main, parser_for
 from veneer.commands import COMMANDS
 from veneer.testing.pipelines import tiny_pipeline
 
@@ -313,3 +313,21 @@ def test_commands_print_what_the_library_logs(capsys: pytest.CaptureFixture[str]
     logging.getLogger("veneer.somewhere").info("%d of %d", 1, 3)
     logging.getLogger("veneer.somewhere").debug("detail")
     assert capsys.readouterr().err == "1 of 3\n"
+
+
+def test_messages_are_printed_once_beside_the_handler_of_another_library(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`logging.info` of a library, such as open_clip's, adds a handler to the root logger if it has none."""
+    root, logger = logging.getLogger(), logging.getLogger("veneer")
+    level, propagate = logger.level, logger.propagate
+    for each in (root, logger):
+        monkeypatch.setattr(each, "handlers", [])
+    try:
+        log_to_stderr()
+        logging.info("loaded")
+        logging.getLogger("veneer.training").info("step 1")
+    finally:
+        logger.setLevel(level)
+        logger.propagate = propagate
+    assert capsys.readouterr().err.count("step 1") == 1

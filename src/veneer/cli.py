@@ -74,6 +74,7 @@ def log_to_stderr() -> None:
     if not logger.handlers:
         logger.setLevel(logging.INFO)
         logger.addHandler(Handler())
+        logger.propagate = bool(logging.getLogger().handlers)  # a later one would print them again
 
 
 def _reported_errors() -> tuple[type[Exception], ...]:
