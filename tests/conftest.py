@@ -64,11 +64,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 LONG = (
-    ("apps/test_browser", "apps/test_clients.py", "apps/"),
-    ("training/test_sharded_base.py", "test_readme.py", "pipelines/"),
-    ("benchmarks/", "test_example_package.py", "test_docs.py", "training/"),
+    ("apps/test_browser_pages.py", "test_docs.py", "test_readme.py", "pipelines/"),
+    ("apps/test_browser_trouble.py", "training/test_sharded_base.py", "benchmarks/", "training/"),
+    ("apps/test_browser", "apps/test_clients.py", "test_example_package.py", "apps/"),
 )
-"""Beginnings of paths of files with fixtures and tests that take the longest, in groups: each group runs first in a process."""
+"""Beginnings of paths of files with fixtures and tests that take the longest, in groups: each group runs first in a process.
+
+Tests in a browser wait for a server, its jobs and pages: in one process they would take longer than all other tests.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
