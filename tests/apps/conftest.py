@@ -50,12 +50,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
 
 
 @pytest.fixture(scope="module")
-def app(chromium: Browser, server: App) -> App:
-    """The running app with an empty workspace. Depends on `chromium`, so that no server is started without a browser."""
+def app(chromium: Browser, server: App) -> Iterator[App]:
+    """The running app with an empty workspace, whose jobs are killed at the end: a training run would slow down other tests.
+
+    Depends on `chromium`, so that no server is started without a browser.
+    """
     if server.process is None or server.process.poll() is not None:
         server.start()
     server.empty_workspace()
-    return server
+    yield server
+    server.empty_workspace()
 
 
 @pytest.fixture
