@@ -51,15 +51,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
 
 @pytest.fixture(scope="module")
 def app(chromium: Browser, server: App) -> Iterator[App]:
-    """The running app with an empty workspace, whose jobs are killed at the end: a training run would slow down other tests.
+    """The running app with an empty workspace. Depends on `chromium`, so that no server is started without a browser.
 
-    Depends on `chromium`, so that no server is started without a browser.
+    The server and its jobs are killed at the end: a training run and the polls of a server would slow down other tests.
     """
     if server.process is None or server.process.poll() is not None:
         server.start()
     server.empty_workspace()
     yield server
-    server.empty_workspace()
+    server.end()
 
 
 @pytest.fixture
