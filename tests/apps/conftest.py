@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.apps.adapters import perturbed
-from tests.apps.browser import App, Browser, browser
+from tests.apps.browser import App, Browser, browser, served
 from veneer import base_models
 from veneer.formats import native
 
@@ -41,25 +41,14 @@ def chromium() -> Iterator[Browser]:
         yield found
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
-    """The server of all tests with a browser, not started: that takes ten seconds."""
-    found = App(tmp_path_factory.mktemp("app"))
-    yield found
-    found.end()
-
-
 @pytest.fixture(scope="module")
-def app(chromium: Browser, server: App) -> Iterator[App]:
-    """The running app with an empty workspace. Depends on `chromium`, so that no server is started without a browser.
+def app(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    """The running app of one module. Depends on `chromium`, so that no server is started without a browser.
 
-    The server and its jobs are killed at the end: a training run and the polls of a server would slow down other tests.
+    It does not run on: its training runs and the polls of its server would slow down other tests.
     """
-    if server.process is None or server.process.poll() is not None:
-        server.start()
-    server.empty_workspace()
-    yield server
-    server.end()
+    with served(tmp_path_factory.mktemp("app")) as found:
+        yield found
 
 
 @pytest.fixture

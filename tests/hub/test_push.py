@@ -187,7 +187,7 @@ def test_command_line_without_a_token(hub: Hub, run: Path, capsys: pytest.Captur
 
 
 def test_command_line(hub: Hub, run: Path, tmp_path: Path) -> None:
-    """An upload by the installed command, in a process of its own."""
+    """An upload by the installed command, in another process."""
     start = "import sys; from veneer.cli import main; sys.exit(main(sys.argv[1:]))"
     settings = environment(hub, tmp_path / "elsewhere", HF_TOKEN=TOKEN)
     words = [sys.executable, "-c", start, "push", str(run), "user/toy"]
