@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from tests.hosts.cases import ALL, TINY, UNCOMMON, Case, build, case, outputs
-from veneer.injection.attention_sites import SelfAttentionSite
+from veneer.injection.attention_sites import AttentionSite, SelfAttentionSite
 from veneer.injection.registry import host_of
 from veneer.injection.sites import (
-    AttentionSite,
     BranchSite,
     FeatureSite,
     ParamSite,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tests.raising import raises
 from veneer.injection import HostChanged, attach
+from veneer.injection.attention_sites import AttentionSite
 from veneer.injection.method import Adapter, Method, Need
 from veneer.injection.registry import hosts
-from veneer.injection.sites import AttentionSite
 from veneer.testing.snapshot import assert_same, snapshot
 
 

@@ -14,8 +14,8 @@ from tests.methods.bottlenecks import stirred
 from tests.raising import raises
 from veneer.injection import UnsupportedSite, attach, hosts
 from veneer.injection.attachment.probe import tensors
+from veneer.injection.attention_sites import AttentionSite
 from veneer.injection.errors import OptionError
-from veneer.injection.sites import AttentionSite
 from veneer.methods.additive.attention.llama_adapter import LLaMAAdapter
 
 

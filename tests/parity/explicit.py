@@ -13,6 +13,7 @@ EXPLICIT = {
     "hadamard": NO_CODE,
     "linear_probe": BASE,
     "lion": NO_CODE,
+    "lora_sparse": NO_CODE,
     "norm_tuning": BASE,
     "prompt_tuning": "the authors' code is for JAX",
     "tiny_attention": NO_CODE,

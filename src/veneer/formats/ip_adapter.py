@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from veneer.injection import Attachment, LoadError, SaveError
-from veneer.injection.sites import AttentionSite
+from veneer.injection.attention_sites import AttentionSite
 from veneer.injection.towers import Tower, towers_of
 
 from ._control.networks import (

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from veneer.injection.sites import AttentionSite, Port, Site
+from veneer.injection.attention_sites import AttentionSite
+from veneer.injection.sites import Port, Site
 
 from ._describe import LAYERS, TowerPart, is_norm, own_parameters
 
@@ -86,7 +87,8 @@ def attention(part: TowerPart, path: str, index: int, names: AttentionNames = NA
     yield from part.layer(f"{path}.{names.added_out}", f"{role}.context.out")
     yield AttentionSite(
         name=f"{path}.processor", role=f"{role}.processor", path=path, **attention_shape(attn, names),
-        cross=role == "xattn", index=index, plain=_attends_to_more(attn, names), **part.labels,
+        cross=role == "xattn", index=index, plain=_attends_to_more(attn, names),
+        sdpa=role == "attn" and _attends_to_itself(attn), **part.labels,
     )  # fmt: skip
 
 
@@ -104,6 +106,14 @@ def _attends_to_more(attn: Any, names: AttentionNames) -> bool:
     norm, query = getattr(attn, names.norms[0], None), getattr(attn, names.projections[0])
     whole = norm is None or getattr(getattr(norm, "weight", None), "shape", None) == (query.out_features,)
     return whole and not names.rotary and hasattr(attn, "rescale_output_factor")
+
+
+def _attends_to_itself(attn: Any) -> bool:
+    """True if the processor, without those of adapters, calls attention with the module's tokens as queries and keys."""
+    processor = attn.processor
+    while "_inner" in getattr(processor, "__dict__", {}):
+        processor = processor.__dict__["_inner"]
+    return type(processor).__name__ in ("AttnProcessor2_0", "FusedAttnProcessor2_0")
 
 
 def _has_context(part: TowerPart, path: str, names: AttentionNames) -> bool:

@@ -20,6 +20,7 @@ the forms are protocols, checked once, when the adapter is attached.
 | `KeyValueAdapter` | `keys_values()` | weights of output projections with `sdpa` | `KeyValueSeam` |
 | | the same | `SelfAttentionSite` with `can_extend` | `KeyValueSeam` |
 | `InputKeyValueAdapter` | `keys_values_of(x)` | the same two | `KeyValueSeam` |
+| `KeyChoiceAdapter` | `choose(x, mask, exact)` | `SelfAttentionSite`, `AttentionSite` | `KeyChoiceSeam` |
 | `ResidualAdapter` | `residuals(call)` | `ResidualSite` | `ResidualSeam` |
 | `FeatureAdapter` | and `change(features)` at `place` | `ResidualSite` | `ResidualSeam` |
 
@@ -201,6 +202,19 @@ class InputKeyValueAdapter(Blended, Protocol):
 
     def keys_values_of(self, x: Tensor, /) -> tuple[Tensor, Tensor]:
         """Keys and values, both (batch, heads, added tokens, channels of a head). x: the module's first argument, batch first."""
+
+
+@runtime_checkable
+class KeyChoiceAdapter(Blended, Protocol):
+    """Chooses the keys that each query of a self-attention reads."""
+
+    def choose(self, x: Tensor, mask: Tensor, exact: Callable[[], Tensor], /) -> Tensor:
+        """True for the chosen keys, (batch, heads or 1, tokens, tokens).
+
+        Args:
+            x: what the attention module reads, (batch, tokens, width). `mask`: added to the scores, -inf for keys not read.
+            exact: returns the scores with the mask, (batch, heads, tokens, tokens), without gradients.
+        """
 
 
 @dataclass(frozen=True)

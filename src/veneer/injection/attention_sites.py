@@ -1,4 +1,4 @@
-"""The site of a self-attention whose layers an adapter may call, and the cross-attention modules that read a text."""
+"""The sites of attention modules, with and without a processor, and the cross-attention modules that read a text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,26 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .sites import Site, WeightSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSite(Site):
+    """An attention module with a processor: queries, keys, values and the context may be changed.
+
+    Args:
+        path, width, context_width, heads: the module that holds `processor`, and its sizes. `index`: its number in the tower.
+        cross: True for cross-attention. `plain`: True if queries are to_q(x), at most normalized over their whole width.
+        sdpa: True if its tokens alone are the queries and keys of one call of `F.scaled_dot_product_attention`.
+    """
+
+    path: str
+    width: int
+    context_width: int
+    heads: int
+    cross: bool
+    index: int
+    plain: bool = True
+    sdpa: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +56,11 @@ class SelfAttentionSite(Site):
     query_norm: str = ""
     key_norm: str = ""
     can_extend: bool = False
+
+    @property
+    def sdpa(self) -> bool:
+        """True if its tokens alone are the queries and keys of one call of `F.scaled_dot_product_attention`."""
+        return self.out.sdpa
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class Adapter(nn.Module):
     | `training_buffers` | tuple of str | `()` | non-persistent buffers that training checkpoints keep and saved files do not |
     | `unsaved` | tuple of str | `()` | parameters that checkpoints keep and files do not: saved buffers have their result |
     | `replaces` | bool | False | the adapter replaces its tensor: the result does not depend on the base value |
+    | `chooses` | bool | False | the output depends on a choice by the parameters: only `Method.penalty` has gradients to them |
     | `changes_shape` | bool | False | `output` has another shape than y: strength is 0 or 1, and nothing is blended |
 
     Attributes:
@@ -77,6 +78,7 @@ class Adapter(nn.Module):
     training_buffers: ClassVar[tuple[str, ...]] = ()
     unsaved: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
     changes_shape: bool = False
     group: int = 0
     strength: Tensor

@@ -170,24 +170,6 @@ class TokenSite(Site):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionSite(Site):
-    """An attention module with a processor: queries, keys, values and the context may be changed.
-
-    Args:
-        path, width, context_width, heads: the module that holds `processor`, and its sizes. `index`: its number in the tower.
-        cross: True for cross-attention. `plain`: True if queries are to_q(x), at most normalized over their whole width.
-    """
-
-    path: str
-    width: int
-    context_width: int
-    heads: int
-    cross: bool
-    index: int
-    plain: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
 class ParamSite(Site):
     """A base parameter (bias, norm weight, free parameter) that may be trained or given a delta.
 

@@ -209,6 +209,13 @@ def loss(model: Any, inputs: dict[str, Any]) -> Tensor:
     return torch.stack([(t * torch.randn(t.shape, generator=generator).to(t.device)).mean() for t in outputs]).sum()
 
 
+def training_loss(model: Any, attachment: Attachment, inputs: dict[str, Any]) -> Tensor:
+    """`loss`, with the penalty of adapters whose parameters have no gradient without it."""
+    value = loss(model, inputs)
+    penalty = attachment.penalty() if any(adapter.chooses for _, adapter in attachment.parts.values()) else None
+    return value if penalty is None else value + penalty
+
+
 def same(got: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
     """Asserts bitwise equality; the `AssertionError` states the largest difference."""
     if not equal(got, expected):

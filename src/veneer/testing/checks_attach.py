@@ -16,7 +16,7 @@ from veneer.injection.method import Adapter, Method
 from veneer.injection.quantized_weight import inner_tensors
 from veneer.injection.sites import Site
 
-from .case import Case, different, equal, loss, perturb, run, same
+from .case import Case, different, equal, perturb, run, same, training_loss
 from .snapshot import assert_same, snapshot
 
 
@@ -183,7 +183,7 @@ def train(case: Case, model: nn.Module, attachment: Attachment, steps: int = 2) 
     optimizer = torch.optim.Adam(list(attachment.parameters()), 1e-2)
     model.train()
     for _ in range(steps):
-        loss(model, inputs).backward()
+        training_loss(model, attachment, inputs).backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()

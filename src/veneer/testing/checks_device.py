@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from veneer.injection import Attachment
 
-from .case import Case, close, loss, perturb, run
+from .case import Case, close, perturb, run, training_loss
 from .checks_run import one_of_each
 from .simulated_accelerator import DEVICE, on_device, simulated_accelerator
 
@@ -59,7 +59,7 @@ def _synchronizations(model: nn.Module, inputs: dict[str, Any]) -> dict[str, int
 
 def _outputs_and_gradients(model: nn.Module, attachment: Attachment, inputs: dict[str, Any]) -> dict[str, list[Tensor]]:
     parameters = list(attachment.parameters())
-    gradients = torch.autograd.grad(loss(model, inputs), parameters, allow_unused=True)
+    gradients = torch.autograd.grad(training_loss(model, attachment, inputs), parameters, allow_unused=True)
     return {"outputs": run(model, inputs), "gradients": [g for g in gradients if g is not None]}
 
 

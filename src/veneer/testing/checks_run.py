@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from veneer.injection.attachment.attachment import Attachment
 from veneer.injection.sites import Site
 
-from .case import Case, close, different, loss, run, same
+from .case import Case, close, different, run, same, training_loss
 from .records import Skip
 
 SWITCHES = (
@@ -151,7 +151,7 @@ def _check_half_precision(case: Case, bare: nn.Module, model: nn.Module, attachm
         raise AssertionError(
             f"{case.method.name}: outputs are {[t.dtype for t in got]}, the host's {[t.dtype for t in expected]}"
         )
-    loss(model, inputs).backward()
+    training_loss(model, attachment, inputs).backward()
     lost = [n for n, p in attachment.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
     if lost or not all(torch.isfinite(t).all() for t in got):
         raise AssertionError(f"{case.method.name}: outputs or gradients are not finite: {', '.join(lost[:5])}")
@@ -164,7 +164,7 @@ def _gradients(case: Case, model: nn.Module, attachment: Attachment) -> dict[str
     inputs = case.inputs(model, attachment)
     parameters = dict(attachment.named_parameters())
     torch.manual_seed(11)  # hosts with dropout
-    grads = torch.autograd.grad(loss(model, inputs), list(parameters.values()), allow_unused=True)
+    grads = torch.autograd.grad(training_loss(model, attachment, inputs), list(parameters.values()), allow_unused=True)
     return {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}
 
 

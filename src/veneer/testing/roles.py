@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from veneer.injection.attention_sites import SelfAttentionSite
+from veneer.injection.attention_sites import AttentionSite, SelfAttentionSite
 from veneer.injection.sites import (
-    AttentionSite,
     BranchSite,
     FeatureSite,
     NormSite,

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from veneer.injection import Attachment, LoadError, SaveError
-from veneer.injection.sites import AttentionSite, ResidualSite
+from veneer.injection.attention_sites import AttentionSite
+from veneer.injection.sites import ResidualSite
 from veneer.injection.towers import Tower, towers_of
 
 from .._core.families import TEXT_WIDTHS, family_of

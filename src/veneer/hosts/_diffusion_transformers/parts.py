@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from veneer.injection.sites import AttentionSite, Port, Site
+from veneer.injection.attention_sites import AttentionSite
+from veneer.injection.sites import Port, Site
 
 from .._describe import TowerPart, geometry
 from .._diffusers import NAMES, AttentionNames, adaptive_norm, attention, attention_shape

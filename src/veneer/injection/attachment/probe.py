@@ -20,8 +20,8 @@ def probe(attachment: AttachmentProtocol, sample: Any = None) -> None:
     """Runs one forward and one backward pass per tower, with noise added to the adapters' parameters.
 
     The noise is needed because of zero initializations: with LoRA's B = 0, A has no gradient and the output does not change,
-    although both are used. Parameters, training modes and the random state are restored. Inert sites (`Site.inert`) are skipped;
-    the report counts them.
+    although both are used. Of adapters with `chooses`, the penalty is differentiated besides. Parameters, training modes and the
+    random state are restored. Inert sites (`Site.inert`) are skipped; the report counts them.
 
     Raises:
         DeadSite: no output depends on some parameters; has their names.
@@ -76,6 +76,8 @@ def _dead_parameters(attachment: AttachmentProtocol, component: str, tower: nn.M
             with check_gradient_flow([tower]):
                 outputs = list(tensors(tower(**_with_gradients(inputs))))
             loss = sum(((t.float() * torch.randn_like(t.float())).sum() for t in outputs), torch.zeros(()))
+            if any(adapter.chooses for adapter in adapters.values()) and (penalty := attachment.penalty()) is not None:
+                loss = loss + penalty
             if not loss.requires_grad:
                 yield from (name for name, _ in named)
                 return

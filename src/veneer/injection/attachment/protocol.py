@@ -43,6 +43,9 @@ class AttachmentProtocol(Protocol):
     def require_task(self) -> None:
         """Raises in a forward pass while the method needs a task and none is selected."""
 
+    def penalty(self) -> Tensor | None:
+        """The method's penalty of the last forward passes, or None."""
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the adapters and of `trained`."""
 

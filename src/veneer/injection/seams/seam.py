@@ -1,8 +1,8 @@
 """Base classes of seams, which connect adapters to host modules.
 
 `CallSeam` has hooks on modules that the host calls, `WeightSeam` parametrizes tensors that it reads, and `ProcessorSeam` wraps an
-attention processor; `TokenSeam`, `VocabularySeam` and `ResidualSeam` have hooks on two modules; `KeyValueSeam` enters a torch
-function mode while an attention module runs. No module is replaced and no
+attention processor; `TokenSeam`, `VocabularySeam` and `ResidualSeam` have hooks on two modules; `KeyValueSeam` and
+`KeyChoiceSeam` enter a torch function mode while an attention module runs. No module is replaced and no
 `forward` patched. Hooks are bound methods of the seam, and the seam is a child of the host module, so that copies, moves and
 casts of the host include the adapters.
 """

@@ -13,6 +13,7 @@ from ..adapter_forms import (
     ImagePromptAdapter,
     InputAdapter,
     InputKeyValueAdapter,
+    KeyChoiceAdapter,
     KeyValueAdapter,
     LayeredVocabularyAdapter,
     OutputAdapter,
@@ -21,13 +22,12 @@ from ..adapter_forms import (
     VocabularyAdapter,
     WeightAdapter,
 )
-from ..attention_sites import SelfAttentionSite
+from ..attention_sites import AttentionSite, SelfAttentionSite
 from ..errors import UnsupportedSite
 from ..method import Adapter
 from ..multimodal_prompt_site import MultimodalPromptSite
 from ..quantized_weight import is_ordinary
 from ..sites import (
-    AttentionSite,
     BranchSite,
     FeatureSite,
     NormSite,
@@ -43,10 +43,12 @@ from ..sites import (
     WeightSite,
 )
 from .adapter_calls import base_tensor
+from .attention_call_seam import attention_of
 from .attention_seam import ProcessorSeam
 from .call_seam import CallSeam, SwitchSeam
 from .effective_weight import BiasForm, EffectiveWeight, bias_site
-from .key_value_seam import KeyValueSeam, attention_of
+from .key_choice_seam import KeyChoiceSeam
+from .key_value_seam import KeyValueSeam
 from .layered_vocabulary_seam import LayeredVocabularySeam
 from .prompt_seam import PromptSeam
 from .residual_seam import ResidualSeam
@@ -85,6 +87,8 @@ def _key(site: Site, adapter: Adapter, tower: nn.Module) -> Key:
     """The class of a part's seam, and the fields that parts of one seam have in common."""
     if isinstance(site, (WeightSite, SelfAttentionSite)) and isinstance(adapter, (KeyValueAdapter, InputKeyValueAdapter)):
         return (KeyValueSeam, attention_of(site))
+    if isinstance(site, (SelfAttentionSite, AttentionSite)) and isinstance(adapter, KeyChoiceAdapter):
+        return (KeyChoiceSeam, site.path)
     if isinstance(site, (WeightSite, ParamSite, NormSite)):
         if adapter.prefers_weight and is_ordinary(base_tensor(tower, site.path, site.param)):
             return (WeightSeam, site.path, site.param)
@@ -167,7 +171,7 @@ def inner_port(site: BranchSite) -> Port:
     return Port(path, "in") if site.name.endswith(f"{path}.branch") else site.normed or site.read
 
 
-FORMS = ("output", "input", "weight", "insert", "attend", "keys_values", "keys_values_of", "residuals")
+FORMS = ("output", "input", "weight", "insert", "attend", "keys_values", "keys_values_of", "choose", "residuals")
 
 
 def _require(site: Site, adapter: Adapter, protocol: type, form: str) -> None:

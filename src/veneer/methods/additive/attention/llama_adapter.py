@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from veneer.injection.attachment.deferred_init import zeros
-from veneer.injection.attention_sites import SelfAttentionSite
+from veneer.injection.attention_sites import AttentionSite, SelfAttentionSite
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
-from veneer.injection.sites import AttentionSite
 
 
 class PromptAttention(Adapter):

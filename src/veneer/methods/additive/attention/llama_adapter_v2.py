@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from veneer.functional.channel_scale import scale_features
 from veneer.injection.attachment.deferred_init import zeros
-from veneer.injection.attention_sites import SelfAttentionSite
+from veneer.injection.attention_sites import AttentionSite, SelfAttentionSite
 from veneer.injection.errors import OptionError
 from veneer.injection.method import Adapter, Method, Need
-from veneer.injection.sites import AttentionSite, ParamSite, WeightSite
+from veneer.injection.sites import ParamSite, WeightSite
 from veneer.methods.selective.tensors.norm_tuning import DeltaAdapter
 
 from .llama_adapter import PromptAttention, prompt_width

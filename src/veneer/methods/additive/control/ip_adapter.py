@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from veneer.injection.attachment.deferred_init import is_init_deferred
+from veneer.injection.attention_sites import AttentionSite
 from veneer.injection.errors import ConditionError, OptionError
 from veneer.injection.method import Adapter, Method, Need, ParsedConditions
 from veneer.injection.quantized_weight import float_tensor
-from veneer.injection.sites import AttentionSite, Site
+from veneer.injection.sites import Site
 
 from ._image_prompt import ImageTokens, Resampler, image_embeddings, read_masks, resize_masks
 

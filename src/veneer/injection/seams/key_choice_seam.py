@@ -1,0 +1,78 @@
+"""The seam of attention that reads a choice of its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..adapter_forms import KeyChoiceAdapter
+from ..errors import HostChanged, StateError
+from .attention_call_seam import AttentionCallSeam, ChangedAttention, additive_mask
+
+
+class KeyChoiceSeam(AttentionCallSeam):
+    """softmax(q Kᵀ / √d + log(1 − s·[not chosen])) V: each query reads the keys that an adapter chooses, at strength s.
+
+    The strength takes that share of the unnormalized attention weights of the other keys, so that 0 is the host.
+    """
+
+    adapters: Sequence[KeyChoiceAdapter]
+
+    def check_strength(self, strength: float) -> None:
+        """Raises `StateError` for a strength outside 0 to 1, for which weights would be negative or larger than the host's."""
+        if not 0 <= strength <= 1:
+            site = self.sites[0].name
+            message = f"{site}: the strength is the share that is left out of attention weights, so in [0, 1], got {strength}."
+            raise StateError(message, where=site, given=strength, expected=(0, 1))
+
+    def mode(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ChosenKeys:
+        """Leaves out the keys that the adapter does not choose."""
+        return ChosenKeys(self.adapters[0], self.tokens(attn, args, kwargs))
+
+
+class ChosenKeys(ChangedAttention):
+    """Leaves out keys of the first scaled dot-product attention that is called inside it.
+
+    Args:
+        adapter: chooses the keys. `x`: what the attention module reads, (batch, tokens, width).
+    """
+
+    def __init__(self, adapter: KeyChoiceAdapter, x: Tensor) -> None:
+        super().__init__()
+        self.adapter, self.x = adapter, x
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        """`F.scaled_dot_product_attention` of the chosen keys."""
+        expected = (len(self.x), self.x.shape[-2], self.x.shape[-2])
+        if (got := (len(query), query.shape[-2], key.shape[-2])) != expected:
+            message = (
+                f"attention has {got[1]} queries and {got[2]} keys in a batch of {got[0]}, and its module reads tokens "
+                f"{tuple(self.x.shape)}: keys are chosen only where both are these tokens. Select other modules by where=…"
+            )
+            raise HostChanged(message, where="attention", given=got, expected=expected)
+        mask = additive_mask(attn_mask, is_causal, query, key.shape[-2])
+        chosen = self.adapter.choose(self.x, mask, lambda: exact_scores(query, key, mask, options.get("scale")))
+        share = torch.log1p(-self.adapter.strength).to(query.dtype)
+        mask = mask + torch.where(chosen, share.new_zeros(()), share)
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, False, **options)
+
+
+@torch.no_grad()
+def exact_scores(query: Tensor, key: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """q Kᵀ·scale + mask (batch, heads, queries, keys) in single precision or more, without gradients."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    return query.to(dtype) @ key.to(dtype).mT * (query.shape[-1] ** -0.5 if scale is None else scale) + mask
