@@ -117,28 +117,32 @@ def write_accuracy_plot(lines: Sequence[SummaryRow], title: str, path: Path, met
         color = ORANGE if line.row in BASELINES else GREY if line.row.startswith(("full", "scratch")) else BLUE
         count = max(1, line.runs[0].trainable_parameters)
         axes.errorbar(count, 100 * line.accuracy, yerr=half, fmt="o", color=color, capsize=2, markersize=5, linewidth=1)
-    _labels(axes, lines)
     baseline = next((line for line in lines if line.row == baseline_of([each.row for each in lines])), None)
     if baseline is not None:
         axes.axhline(100 * baseline.accuracy, color=ORANGE, linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
+    _labels(axes, lines)
     axes.set(xlabel="trainable parameters", ylabel=f"test {metric}, %", title=title)
     axes.grid(alpha=0.25)
     write_figure(figure, path)
 
 
 def _labels(axes: Any, lines: Sequence[SummaryRow]) -> None:
-    """Labels the points, moved down where labels would overlap."""
-    placed: list[tuple[float, float]] = []
+    """Labels the points to their right, moved down where labels would overlap."""
+    left, right = (math.log10(limit) for limit in axes.get_xlim())
+    right += 0.15 * (right - left)  # for the labels of the largest
+    axes.set_xlim(10**left, 10**right)
+    low, high = axes.get_ylim()
+    width, height = (right - left) / 95, 0.032 * (high - low)  # of a character, of a line
+    placed: list[tuple[float, float, int]] = []
     for line in sorted(lines, key=lambda each: -each.accuracy):
-        x, y = math.log10(max(1, line.runs[0].trainable_parameters)), 100 * line.accuracy
-        span = max(0.5, 100 * (max(each.accuracy for each in lines) - min(each.accuracy for each in lines)))
+        x, y = math.log10(max(1, line.runs[0].trainable_parameters)) + 1.5 * width, 100 * line.accuracy
         lowered = y
-        while any(abs(x - a) < 0.9 and abs(lowered - b) < 0.032 * span for a, b in placed):
-            lowered -= 0.033 * span
-        placed.append((x, lowered))
+        while any(a - width * len(line.row) < x < a + width * n and abs(lowered - b) < height for a, b, n in placed):
+            lowered -= height
+        placed.append((x, lowered, len(line.row)))
         axes.annotate(
-            line.row, (10**x, y), (10 ** (x + 0.06), lowered), fontsize=8, va="center",
+            line.row, (10 ** (x - 1.5 * width), y), (10**x, lowered), fontsize=8, va="center",
             arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": GREY} if lowered != y else None,
         )  # fmt: skip
 
