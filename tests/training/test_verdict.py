@@ -230,6 +230,13 @@ def test_classification(evidence, outcome):
     assert found.reasons
 
 
+def test_advice_names_no_flag_that_is_set() -> None:
+    evidence = Evidence(scores(70, 100), scores(35, 50), scores(75, 100), answers(90, 100), answers(70, 100))
+    advice = {lp_ft: transfer_verdict(evidence, TransferConfig(lp_ft=lp_ft)).advice for lp_ft in (False, True)}
+    assert [sum("--lp-ft" in line for line in lines) for lines in advice.values()] == [1, 0]
+    assert set(advice[True]) < set(advice[False])
+
+
 @pytest.mark.parametrize(("epochs", "advised"), [(1, 20), (20, 40)])
 def test_a_short_classifier_is_advised_to_train_for_the_default_number_of_epochs(epochs: int, advised: int) -> None:
     evidence = Evidence(scores(70, 100), scores(35, 50), scores(75, 100), answers(90, 100), answers(70, 100))

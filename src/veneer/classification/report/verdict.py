@@ -107,8 +107,9 @@ def verdict(evidence: Evidence, config: TransferConfig) -> Verdict:
         return Verdict("overfitted", summary, tuple(reasons), (*_less(config), "train less: --method linear_probe"))
     if against[0] < 0:
         summary = "It tells the classes apart, but a linear probe does better."
-        more = (_longer(config), "initialize the head with a linear probe: --lp-ft")
-        return Verdict("partly", summary, tuple(reasons), (*more, "train the head only: --method linear_probe"))
+        more = () if config.lp_ft else ("initialize the head with a linear probe: --lp-ft",)
+        advice = (_longer(config), *more, "train the head only: --method linear_probe")
+        return Verdict("partly", summary, tuple(reasons), advice)
     beyond = ", and better than a linear probe" if against[0] > 0 else ""
     advice = _less(config) if gap[0] else ()
     return Verdict("learned", f"It tells the classes apart{beyond}.", tuple(reasons), advice)
