@@ -64,7 +64,7 @@ def as_numbers(options: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_written_out(mask: str, strength: float) -> None:
     """Outputs and gradients of queries, keys and values; the loss and its gradients."""
-    adapter, x = predictor(), random(3, 6, 5)
+    adapter, x = predictor(), random(3, 6, 5).requires_grad_()
     adapter.strength = torch.tensor(strength, dtype=torch.float64)
     q, k, v = (random(3, 2, 6, 4, seed=s).requires_grad_() for s in (1, 2, 3))
     with ChosenKeys(adapter, x):
@@ -78,6 +78,9 @@ def test_attention_written_out(mask: str, strength: float) -> None:
     loss, written = adapter.take_loss(), torch.stack([divergence for _, divergence in rows]).sum() / (3 * 2 * 6)
     assert loss is not None
     torch.testing.assert_close(loss, written)
+    assert torch.autograd.grad(loss, (x, q, k), retain_graph=True, allow_unused=True) == (None, None, None), (
+        "trains A_q, A_k alone"
+    )
     parameters = list(adapter.parameters())
     for a, b in zip(*(torch.autograd.grad(y, parameters) for y in (loss, written)), strict=True):
         torch.testing.assert_close(a, b)
