@@ -56,8 +56,8 @@ JOBS: dict[str, tuple[str, ...]] = {
     ),
     "Compare methods": ("veneer compare digits --methods 'bitfit, ssf' --epochs 1 --seeds 2 --out runs/compared",),
     "Search methods and sizes": (
-        "veneer search photos/digits --methods 'lora, adaptformer' --sizes 1 4 --budget-parameters 20000 --supernet-epochs 3 "
-        "--trials 8 --population 4 --epochs 3 --out runs/search",
+        "veneer search photos/digits --methods 'lora, adaptformer' --sizes 1 4 --budget-parameters 20000 --supernet-epochs 10 "
+        "--trials 8 --population 4 --epochs 15 --learning-rate 0.01 --out runs/search",
     ),
     "Write captions": ("veneer caption dog --model tagger --threshold 0.1 --prefix 'a photo of <dog>, '",),
     "Control the composition": (
