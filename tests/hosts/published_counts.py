@@ -141,7 +141,6 @@ VIT = [
     _vit("adapter_bias", 12_289, share=True),
     _vit("hadamard", 18_432, FORMULA),
     _vit("special_tokens", 9_216, FORMULA),
-    _vit("lora_sparse", 1_769_472, FORMULA),
     _vit("tiny_attention", 36_864, FORMULA, heads=1),
     _vit("tiny_attention", 46_116, FORMULA, heads=1, bias=True),
     _vit("tiny_attention", 147_456, FORMULA),

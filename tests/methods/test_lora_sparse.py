@@ -17,7 +17,7 @@ from tests.raising import raises
 from veneer.injection import HostChanged, StateError, attach
 from veneer.injection.attention_sites import SelfAttentionSite
 from veneer.injection.errors import DeadSite, OptionError
-from veneer.injection.seams.key_choice_seam import ChosenKeys
+from veneer.injection.seams.key_choice_seam import ChosenKeys, exact_scores
 from veneer.injection.sites import WeightSite
 from veneer.methods.additive.attention.lora_sparse import KeyPredictor, LoRASparse
 
@@ -63,12 +63,14 @@ def as_numbers(options: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("strength", [1.0, 0.3])
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_written_out(mask: str, strength: float) -> None:
-    """Outputs and gradients of queries, keys and values; the loss and its gradients."""
-    adapter, x = predictor(), random(3, 6, 5).requires_grad_()
+    """Outputs and gradients of queries, keys and values; the loss and its gradients, which reach A_q and A_k alone."""
+    adapter, x, options = predictor(), random(3, 6, 5).requires_grad_(), dict(MASKS[mask])
+    if mask == "float":
+        options["attn_mask"] = options["attn_mask"].clone().requires_grad_()  # as a relative position bias
     adapter.strength = torch.tensor(strength, dtype=torch.float64)
     q, k, v = (random(3, 2, 6, 4, seed=s).requires_grad_() for s in (1, 2, 3))
     with ChosenKeys(adapter, x):
-        got = F.scaled_dot_product_attention(q, k, v, **MASKS[mask])
+        got = F.scaled_dot_product_attention(q, k, v, **options)
     rows = [rows_of(adapter, x[b], q[b], k[b], as_numbers(MASKS[mask]), strength) for b in range(3)]
     expected = torch.stack([weights @ v[b] for b, (weights, _) in enumerate(rows)])
     torch.testing.assert_close(got, expected)
@@ -78,9 +80,8 @@ def test_attention_written_out(mask: str, strength: float) -> None:
     loss, written = adapter.take_loss(), torch.stack([divergence for _, divergence in rows]).sum() / (3 * 2 * 6)
     assert loss is not None
     torch.testing.assert_close(loss, written)
-    assert torch.autograd.grad(loss, (x, q, k), retain_graph=True, allow_unused=True) == (None, None, None), (
-        "trains A_q, A_k alone"
-    )
+    others = [x, q, k, *(m for m in options.values() if isinstance(m, Tensor) and m.requires_grad)]
+    assert {*torch.autograd.grad(loss, others, retain_graph=True, allow_unused=True)} == {None}
     parameters = list(adapter.parameters())
     for a, b in zip(*(torch.autograd.grad(y, parameters) for y in (loss, written)), strict=True):
         torch.testing.assert_close(a, b)
@@ -106,7 +107,7 @@ def test_a_vit_written_out() -> None:
         return x + b.mlp(b.norm2(x))
 
     image = picture()[:, :, :32, :32]
-    expected, got = blocks_written_out(bare, block, image), model(image)
+    expected, got = blocks_written_out(bare, block, image), model.train()(image)
     torch.testing.assert_close(got, expected)
     assert (expected - bare(image)).abs().max() > 1e-3
     torch.testing.assert_close(tuned.penalty(), 2.0 * torch.stack(losses).mean())
@@ -190,22 +191,97 @@ def test_training_finds_the_best_keys() -> None:
 
 
 def test_the_loss_is_recorded_once() -> None:
-    """Without a forward pass with autograd the penalty is an error, not a run that trains nothing; frozen, there is none."""
+    """Without a forward pass in training mode the penalty is an error, not a run that trains nothing."""
     model = tiny("vit")
     tuned = attach(model, "lora_sparse")
     with raises(StateError, where="blocks.0.attn.module", given="no loss"):
         tuned.penalty()
+    model(picture())
     with torch.no_grad():
-        model(picture())
+        model.train()(picture())
     with raises(StateError, given="no loss"):
         tuned.penalty()
     model(picture())
     assert tuned.penalty() is not None
     with raises(StateError, given="no loss"):
         tuned.penalty()
+
+
+def test_no_penalty_at_strength_0_and_of_frozen_adapters() -> None:
+    model = tiny("vit").train()
+    tuned = attach(model, "lora_sparse")
+    with tuned.enabled(False):
+        model(picture())
+        assert tuned.penalty() is None
+    model(picture())
     for p in tuned.parameters():
         p.requires_grad_(False)
     assert tuned.penalty() is None
+
+
+def test_recomputed_blocks_record_nothing() -> None:
+    """With gradient checkpointing, the backward pass runs the blocks again, but leaves no loss behind."""
+    model: Any = tiny("vit").train()
+    model.set_grad_checkpointing()
+    tuned = attach(model, "lora_sparse")
+    attach(model, "lora", where="mlp")
+    out = model(picture())
+    penalty = tuned.penalty()
+    assert penalty is not None
+    (out.square().sum() + penalty).backward()
+    with raises(StateError, given="no loss"):
+        tuned.penalty()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_queries_that_read_no_key(dtype: torch.dtype) -> None:
+    """A query of padding, of whose keys all are masked, counts as 0; in every dtype and form of mask the gradients are finite."""
+    adapter, x = predictor().to(dtype), random(1, 6, 5).to(dtype)
+    q, k, v = (random(1, 2, 6, 4, seed=s).to(dtype) for s in (1, 2, 3))
+    read = torch.ones(6, 6, dtype=torch.bool).tril()
+    read[2] = False
+    lowest = torch.zeros(6, 6, dtype=dtype).masked_fill(~read, torch.finfo(dtype).min)
+    losses = []
+    for mask in (read, lowest):
+        with ChosenKeys(adapter, x):
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        loss = adapter.take_loss()
+        assert loss is not None
+        assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, list(adapter.parameters())))
+        losses.append(loss)
+    rest = [0, 1, 3, 4, 5]
+    wide = adapter.double()
+    exact = (q.double() @ k.double().mT / 2).masked_fill(~read, -math.inf)[0][:, rest]
+    scores = wide.scores(x.double()).masked_fill(~read, -math.inf)[0][:, rest]
+    p = exact.softmax(-1)
+    divergence = torch.where(p > 0, p * (p.clamp(min=1e-300).log() - scores.log_softmax(-1)), 0.0).sum()
+    torch.testing.assert_close(losses[0].double(), divergence / 12, rtol=2e-2, atol=1e-4)
+
+
+def test_scores_of_autocast_are_in_single_precision() -> None:
+    q, k = random(1, 2, 6, 4, seed=1).float(), random(1, 2, 6, 4, seed=2).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = exact_scores(q, k, torch.zeros(1, 6), None)
+    torch.testing.assert_close(got, q @ k.mT / 2)
+
+
+@pytest.mark.parametrize(("keep", "tokens", "expected"), [(0.07, 100, 7), (0.071, 100, 8), (0.01, 6, 1), (1.0, 6, 6)])
+def test_the_share_is_rounded_up(keep: float, tokens: int, expected: int) -> None:
+    adapter, x = predictor(keep=keep).eval(), random(1, tokens, 5)
+    chosen = adapter.choose(x, torch.zeros(1, tokens), lambda: x)
+    assert set(chosen.sum(-1).flatten().tolist()) == {expected}
+
+
+def test_an_export_takes_any_batch_size() -> None:
+    model = tiny("vit")
+    tuned = attach(model, "lora_sparse")
+    stirred(tuned)
+    one, image = picture()[:1], picture()
+    with torch.no_grad():
+        batch = torch.export.Dim("batch", min=2, max=64)
+        exported = torch.export.export(model, (image,), dynamic_shapes=({0: batch},)).module()
+        more = torch.cat([image, one])
+        torch.testing.assert_close(exported(more), model(more))
 
 
 def test_a_module_that_is_not_called_is_dead() -> None:

@@ -212,7 +212,7 @@ class KeyChoiceAdapter(Blended, Protocol):
         """True for the chosen keys, (batch, heads or 1, tokens, tokens).
 
         Args:
-            x: what the attention module reads, (batch, tokens, width). `mask`: added to the scores, -inf for keys not read.
+            x: what the attention module reads, (batch, tokens, width). `mask`: float mask, added to the scores.
             exact: returns the scores with the mask, (batch, heads, tokens, tokens), without gradients.
         """
 

@@ -60,7 +60,7 @@ class Adapter(nn.Module):
     | `training_buffers` | tuple of str | `()` | non-persistent buffers that training checkpoints keep and saved files do not |
     | `unsaved` | tuple of str | `()` | parameters that checkpoints keep and files do not: saved buffers have their result |
     | `replaces` | bool | False | the adapter replaces its tensor: the result does not depend on the base value |
-    | `chooses` | bool | False | the output depends on a choice by the parameters: only `Method.penalty` has gradients to them |
+    | `chooses` | bool | False | the parameters make a choice, which has no gradient: `Method.penalty` alone trains them |
     | `changes_shape` | bool | False | `output` has another shape than y: strength is 0 or 1, and nothing is blended |
 
     Attributes:

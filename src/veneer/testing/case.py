@@ -209,10 +209,15 @@ def loss(model: Any, inputs: dict[str, Any]) -> Tensor:
     return torch.stack([(t * torch.randn(t.shape, generator=generator).to(t.device)).mean() for t in outputs]).sum()
 
 
-def training_loss(model: Any, attachment: Attachment, inputs: dict[str, Any]) -> Tensor:
+def training_loss(model: nn.Module, attachment: Attachment, inputs: dict[str, Any]) -> Tensor:
     """`loss`, with the penalty of adapters whose parameters have no gradient without it."""
+    choosing = [adapter for _, adapter in attachment.parts.values() if adapter.chooses]
+    for adapter in choosing:
+        adapter.train()
     value = loss(model, inputs)
-    penalty = attachment.penalty() if any(adapter.chooses for _, adapter in attachment.parts.values()) else None
+    penalty = attachment.penalty() if choosing else None
+    for adapter in choosing:
+        adapter.train(model.training)
     return value if penalty is None else value + penalty
 
 

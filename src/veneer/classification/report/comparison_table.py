@@ -133,16 +133,19 @@ def _labels(axes: Any, lines: Sequence[SummaryRow]) -> None:
     right += 0.15 * (right - left)  # for the labels of the largest
     axes.set_xlim(10**left, 10**right)
     low, high = axes.get_ylim()
-    width, height = (right - left) / 95, 0.032 * (high - low)  # of a character, of a line
+    character_width, line_height = (right - left) / 95, 0.032 * (high - low)
     placed: list[tuple[float, float, int]] = []
     for line in sorted(lines, key=lambda each: -each.accuracy):
-        x, y = math.log10(max(1, line.runs[0].trainable_parameters)) + 1.5 * width, 100 * line.accuracy
+        x, y = math.log10(max(1, line.runs[0].trainable_parameters)) + 1.5 * character_width, 100 * line.accuracy
         lowered = y
-        while any(a - width * len(line.row) < x < a + width * n and abs(lowered - b) < height for a, b, n in placed):
-            lowered -= height
+        while any(
+            a - character_width * len(line.row) < x < a + character_width * n and abs(lowered - b) < line_height
+            for a, b, n in placed
+        ):
+            lowered -= line_height
         placed.append((x, lowered, len(line.row)))
         axes.annotate(
-            line.row, (10 ** (x - 1.5 * width), y), (10**x, lowered), fontsize=8, va="center",
+            line.row, (10 ** (x - 1.5 * character_width), y), (10**x, lowered), fontsize=8, va="center",
             arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": GREY} if lowered != y else None,
         )  # fmt: skip
 

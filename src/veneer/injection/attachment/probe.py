@@ -70,6 +70,8 @@ def _dead_parameters(attachment: AttachmentProtocol, component: str, tower: nn.M
     try:
         with conditions, eval_mode(tower), torch.random.fork_rng(devices), torch.enable_grad():
             torch.manual_seed(0)
+            for adapter in adapters.values():
+                adapter.train(adapter.chooses)  # which has a penalty in training mode only
             with torch.no_grad():
                 for p in parameters:
                     p.add_(torch.randn_like(p), alpha=0.02)

@@ -71,7 +71,8 @@ class AttentionCallSeam(HookSeam):
             site = self.sites[0].name
             message = (
                 f"{site}: {type(attn).__name__} at '{self.home}' computed its attention without F.scaled_dot_product_attention, "
-                "so that its keys cannot be changed. Choose this implementation, such as attn_implementation='sdpa'."
+                "so that its keys cannot be changed. Choose this implementation: attn_implementation='sdpa' in transformers, "
+                "AttnProcessor2_0 in diffusers."
             )
             raise HostChanged(message, where=site, given=type(attn).__name__, expected="F.scaled_dot_product_attention")
 
@@ -118,10 +119,10 @@ class ChangedAttention(TorchFunctionMode, ABC):
 
 
 def additive_mask(mask: Tensor | None, causal: bool, query: Tensor, length: int) -> Tensor:
-    """The mask of a call of attention as numbers that are added to the scores, (…, queries or 1, length).
+    """The mask of a call of attention as a float mask, which is added to the scores, (…, queries or 1, length).
 
     Args:
-        mask: numbers, booleans (False for keys that are not read) or None. `causal`: True for the mask of earlier tokens.
+        mask: float, boolean (False for keys that are not read) or None. `causal`: True for the mask of earlier tokens.
         length: number of keys.
     """
     if causal:

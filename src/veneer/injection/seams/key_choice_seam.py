@@ -56,11 +56,13 @@ class ChosenKeys(ChangedAttention):
         **options: Any,
     ) -> Tensor:
         """`F.scaled_dot_product_attention` of the chosen keys."""
-        expected = (len(self.x), self.x.shape[-2], self.x.shape[-2])
-        if (got := (len(query), query.shape[-2], key.shape[-2])) != expected:
+        batch, tokens = self.x.shape[:2]  # not by `len`, which would fix the batch size in an export
+        expected = (batch, tokens, tokens)
+        if (got := (query.shape[0], query.shape[-2], key.shape[-2])) != expected:
             message = (
                 f"attention has {got[1]} queries and {got[2]} keys in a batch of {got[0]}, and its module reads tokens "
-                f"{tuple(self.x.shape)}: keys are chosen only where both are these tokens. Select other modules by where=…"
+                f"{tuple(self.x.shape)}: keys are chosen only where both are these tokens. Attach methods that add keys before "
+                "this one, or select other modules by where=…"
             )
             raise HostChanged(message, where="attention", given=got, expected=expected)
         mask = additive_mask(attn_mask, is_causal, query, key.shape[-2])
@@ -75,4 +77,5 @@ def exact_scores(query: Tensor, key: Tensor, mask: Tensor, scale: float | None) 
     """q Kᵀ·scale + mask (batch, heads, queries, keys) in single precision or more, without gradients."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-    return query.to(dtype) @ key.to(dtype).mT * (query.shape[-1] ** -0.5 if scale is None else scale) + mask
+    with torch.autocast(query.device.type, enabled=False):
+        return query.to(dtype) @ key.to(dtype).mT * (query.shape[-1] ** -0.5 if scale is None else scale) + mask

@@ -33,46 +33,57 @@ class KeyPredictor(Adapter):
         return q @ k.mT * self.rank**-0.5
 
     def choose(self, x: Tensor, mask: Tensor, exact: Callable[[], Tensor]) -> Tensor:
-        """True for the keys with the highest scores of each query; with autograd, it also records the order-mimic loss."""
-        scores = self.scores(x.detach()) + mask.to(x.dtype)
-        if torch.is_grad_enabled() and self.query.requires_grad:
-            self.call.prepared = order_loss(exact(), scores)
+        """True for the keys with the highest scores of each query; in training mode, it also records the order-mimic loss."""
+        scores = self.scores(x.detach()) + mask.detach().to(x.dtype)
+        if self.training and torch.is_grad_enabled() and self.query.requires_grad:
+            self._record(order_loss(exact(), scores))
         scores = scores.detach()
-        best = scores.topk(max(1, math.ceil(self.keep * scores.shape[-1])), -1).indices
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+        count = max(1, math.ceil(self.keep * scores.shape[-1] - 1e-9))  # 0.07·100 is a little more than 7
+        best = scores.topk(count, -1).indices
+        return torch.zeros_like(scores).scatter(-1, best, 1.0) > 0
+
+    def _record(self, loss: Tensor) -> None:
+        """Keeps the loss, unless a backward pass recomputes a block for gradient checkpointing."""
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self.call.prepared = loss
 
     def take_loss(self) -> Tensor | None:
-        """The recorded loss (), once; None if no forward pass with autograd has recorded one."""
+        """The recorded loss (), once; None if no forward pass in training mode has recorded one."""
         loss: Tensor | None = self.call.prepared
         self.call.prepared = None
         return loss
 
 
 def order_loss(exact: Tensor, scores: Tensor) -> Tensor:
-    """Mean over queries of KL(softmax(exact) ‖ softmax(scores)), (): ListNet's loss without its constant entropy."""
-    target, predicted = exact.softmax(-1), scores.to(exact.dtype).log_softmax(-1)
-    predicted = predicted.masked_fill(exact == float("-inf"), 0.0)  # keys that no query reads
+    """Mean over queries of KL(softmax(exact) ‖ softmax(scores)), (): ListNet's loss without its constant entropy.
+
+    Queries that read no key, such as those of padding, count as 0.
+    """
+    lowest = torch.finfo(exact.dtype).min  # instead of -inf, with which a query that reads no key would give NaN
+    target, predicted = exact.clamp(min=lowest).softmax(-1), scores.to(exact.dtype).clamp(min=lowest).log_softmax(-1)
     return F.kl_div(predicted, target, reduction="none").sum(-1).mean()
 
 
 @dataclass(frozen=True)
 class LoRASparse(Method):
-    """o = softmax(q K_Tᵀ / √d) V_T: T, for each query and head, is the best share of the keys by ŝ = (A_q x)(A_k x)ᵀ / √r.
+    """o = softmax(q K_Tᵀ / √d) V_T: T are, for each query and head, the keep·n keys with the highest ŝ = (A_q x)(A_k x)ᵀ / √r.
 
-    x is what the attention module reads. The exact scores s = q Kᵀ / √d are computed for the keys in T only. A_q and A_k are
-    trained by the order-mimic loss weight·mean KL(softmax(s) ‖ softmax(ŝ)) with s of all keys as constants; the loss of the task
-    does not reach them, because T is a choice. So the method trains what attention may leave out, and no task: attach another
-    method, or train a head, besides. Masks and relative positions are added to both scores.
+    x, n tokens, is what the attention module reads. The exact scores s = q Kᵀ / √d are computed for the keys in T only. A_q and
+    A_k are trained by the order-mimic loss weight·mean KL(softmax(s) ‖ softmax(ŝ)) with s of all keys as constants; the loss of
+    the task does not reach them, because T is a choice. So the method learns what attention may leave out and no task: combine
+    it with another method or a head. Masks and relative positions are added to both scores.
 
     Args:
         rank: r, rank of the scores of each head, at least 1.
-        keep: share of the keys that a query reads, above 0 to 1; at 1 the output is the host's.
+        keep: share of the keys that a query reads, above 0 to 1, rounded up; at 1 the output is the host's.
         order_weight: weight of the order-mimic loss, above 0.
-    In a training loop of your own: add `attachment.penalty()` to the loss.
+    In a training loop of your own: add `attachment.penalty()` to the loss after each forward pass in training mode; it has the
+    loss of the last one.
     Supports self-attention of timm, open_clip, transformers and UNets that calls `F.scaled_dot_product_attention` with the
     module's tokens as queries and keys. Keys are left out by a mask: this library's forward pass takes the time of full
     attention and of ŝ; less time needs a sparse kernel, which PyTorch does not have. Strength 0 to 1 is the share by which the
-    attention weights of the other keys are reduced. Beside other methods, ŝ reads the tokens that they have changed.
+    attention weights of the other keys are reduced. Beside other methods, ŝ reads the tokens that they have changed; attach those
+    that add keys, such as `prefix_tuning`, first.
     Counts: 2·width·heads·r per attention module; ViT-B/16 1,769,472.
     Source: Song et al., Low-Rank Approximation for Sparse Attention in Multi-Modal LLMs, CVPR 2024: low-rank projections of
     queries and keys, top keys, order-mimic training. No code is public, and the paper's loss, rank and share were not available
@@ -119,18 +130,18 @@ class LoRASparse(Method):
         return 2 * site.width * site.heads * self.rank
 
     def penalty(self, adapters: Iterable[tuple[Site, Any]]) -> Tensor | None:
-        """weight·mean over attention modules of the order-mimic loss; None if nothing is trained.
+        """weight·mean over attention modules of the order-mimic loss; None if nothing is trained or the strength is 0.
 
         Raises:
-            StateError: no forward pass with autograd has recorded it.
+            StateError: no forward pass in training mode has recorded it.
         """
         trained = [(site, a) for site, a in adapters if a.query.requires_grad]
         losses = [loss for _, adapter in trained if (loss := adapter.take_loss()) is not None]
-        if trained and not losses:
+        if not losses and any(adapter.strength > 0 for _, adapter in trained):
             where = trained[0][0].name
             message = (
                 f"{self.name}: no attention from {where} on has recorded the order-mimic loss: run a forward pass with autograd "
-                "and enabled adapters first, and choose gradient checkpointing with use_reentrant=False."
+                "in training mode first, and choose gradient checkpointing with use_reentrant=False."
             )
             raise StateError(message, where=where, given="no loss", expected="a forward pass with autograd")
         return self.order_weight * torch.stack(losses).mean() if losses else None
