@@ -230,6 +230,13 @@ def test_classification(evidence, outcome):
     assert found.reasons
 
 
+@pytest.mark.parametrize(("model", "expected"), [("bundled", 1), ("bundled_clip", 0)])
+def test_advice_names_another_model(model: str, expected: int) -> None:
+    found = transfer_verdict(Evidence(scores(55, 100), scores(45, 50)), TransferConfig(model=model, learning_rate=0.1))
+    assert sum("bundled_clip" in line for line in found.advice) == expected
+    assert "a lower learning rate: --learning-rate 0.033" in found.advice
+
+
 def test_advice_names_no_flag_that_is_set() -> None:
     evidence = Evidence(scores(70, 100), scores(35, 50), scores(75, 100), answers(90, 100), answers(70, 100))
     advice = {lp_ft: transfer_verdict(evidence, TransferConfig(lp_ft=lp_ft)).advice for lp_ft in (False, True)}

@@ -139,11 +139,9 @@ def _gap(evidence: Evidence) -> tuple[bool, str]:
 def _advice(config: TransferConfig, gap: bool) -> tuple[str, ...]:
     if gap:
         return (*_less(config), "give more images of each class")
-    return (
-        _longer(config),
-        f"a lower learning rate: --learning-rate {config.rate() / 3:g}",
-        "a pretrained model: --model vit_small_patch16_224.augreg_in21k_ft_in1k, or --model bundled_clip without network access",
-    )
+    pretrained = "a pretrained model: --model vit_small_patch16_224.augreg_in21k_ft_in1k"
+    offline = "" if config.model == "bundled_clip" else ", or --model bundled_clip without network access"
+    return _longer(config), f"a lower learning rate: --learning-rate {config.rate() / 3:.2g}", pretrained + offline
 
 
 def _longer(config: TransferConfig) -> str:
@@ -153,4 +151,4 @@ def _longer(config: TransferConfig) -> str:
 
 def _less(config: TransferConfig) -> tuple[str, ...]:
     found = ["augment more: --augment strong"] if config.augment != "strong" else []
-    return (*found, f"a lower learning rate: --learning-rate {config.rate() / 3:g}")
+    return (*found, f"a lower learning rate: --learning-rate {config.rate() / 3:.2g}")
