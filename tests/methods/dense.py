@@ -80,3 +80,20 @@ def check_written_out(host: str, key: str, method: str, written: Written, **opti
         for a, b in zip(tensors(model(**inputs)), tensors(expected), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     return tuned
+
+
+def check_causal_text(method: str) -> None:
+    """With a method on the text tower of a CLIP, a change of the last token changes no earlier feature."""
+    model, inputs = small_model("open_clip", "vit")
+    tuned = attach(model, method, where="name:transformer.*")
+    stirred(tuned)
+    assert {site.tower for site, _ in tuned.parts.values()} == {"text"}
+    seen: list[Tensor] = []
+    model.transformer.register_forward_hook(lambda module, args, output: seen.append(output))
+    text = inputs["text"].clone()
+    with torch.no_grad():
+        model.encode_text(text)
+        text[:, -1] = (text[:, -1] + 1) % 5
+        model.encode_text(text)
+    torch.testing.assert_close(seen[0][:, :-1], seen[1][:, :-1])
+    assert (seen[0][:, -1] - seen[1][:, -1]).abs().max() > 1e-3

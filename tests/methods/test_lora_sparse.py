@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.methods.bottlenecks import blocks_written_out, picture, random, stirred, tiny
-from tests.methods.dense import small_model
+from tests.methods.dense import check_causal_text
 from tests.raising import raises
 from veneer.injection import HostChanged, StateError, attach
 from veneer.injection.attention_sites import SelfAttentionSite
 from veneer.injection.errors import DeadSite, OptionError
-from veneer.injection.seams.key_choice_seam import ChosenKeys, exact_scores
+from veneer.injection.seams.attention_call import AttentionCall
+from veneer.injection.seams.key_choice_seam import ChosenKeys
 from veneer.injection.sites import WeightSite
 from veneer.methods.additive.attention.lora_sparse import KeyPredictor, LoRASparse
 
@@ -120,17 +121,7 @@ def test_all_keys_are_the_host() -> None:
 
 
 def test_the_text_tower_of_a_clip_stays_causal() -> None:
-    """A change of the last token changes no earlier feature."""
-    model, inputs = small_model("open_clip", "vit")
-    stirred(attach(model, "lora_sparse", where="name:transformer.*"))
-    seen: list[Tensor] = []
-    model.transformer.register_forward_hook(lambda module, args, output: seen.append(output))
-    text = inputs["text"].clone()
-    with torch.no_grad():
-        model.encode_text(text)
-        text[:, -1] = (text[:, -1] + 1) % 5
-        model.encode_text(text)
-    torch.testing.assert_close(seen[0][:, :-1], seen[1][:, :-1])
+    check_causal_text("lora_sparse")
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -148,22 +139,16 @@ def test_the_order_of_dimensions(batch_first: bool) -> None:
     torch.testing.assert_close(got if batch_first else got.transpose(0, 1), attn.out_proj(attended.transpose(1, 2).flatten(2)))
 
 
-def found_keys(model: nn.Module, adapter: KeyPredictor, image: Tensor) -> float:
+def found_keys(model: Any, adapter: KeyPredictor, image: Tensor) -> float:
     """Share of the keys with the highest exact scores that the first block reads."""
-    shares = []
-
-    def compare(x: Tensor, mask: Tensor, exact: Any) -> Tensor:
-        chosen = KeyPredictor.choose(adapter, x, mask, exact)
-        count = int(chosen[0, 0, 0].sum())
-        best = torch.zeros_like(chosen).scatter(-1, exact().topk(count, -1).indices, True)
-        shares.append((chosen & best).sum().item() / best.sum().item())
-        return chosen
-
-    adapter.choose = compare  # type: ignore[method-assign]
-    with torch.no_grad():
+    block, tokens = model.blocks[0], []
+    with torch.no_grad(), block.attn.register_forward_pre_hook(lambda module, args: tokens.append(args[0])):
         model(image)
-    del adapter.choose
-    return shares[0]
+        q, k, _ = block.attn.qkv(tokens[0]).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        exact = q @ k.mT * q.shape[-1] ** -0.5
+        chosen = adapter.choose(tokens[0], torch.zeros(exact.shape[-1]), lambda: exact)
+    best = torch.zeros_like(exact).scatter(-1, exact.topk(int(chosen[0, 0, 0].sum()), -1).indices, 1.0) > 0
+    return (chosen & best).sum().item() / best.sum().item()
 
 
 def test_training_finds_the_best_keys() -> None:
@@ -261,7 +246,7 @@ def test_queries_that_read_no_key(dtype: torch.dtype) -> None:
 def test_scores_of_autocast_are_in_single_precision() -> None:
     q, k = random(1, 2, 6, 4, seed=1).float(), random(1, 2, 6, 4, seed=2).float()
     with torch.autocast("cpu", torch.bfloat16):
-        got = exact_scores(q, k, torch.zeros(1, 6), None)
+        got = AttentionCall(q, k, k).scores()
     torch.testing.assert_close(got, q @ k.mT / 2)
 
 

@@ -5,7 +5,9 @@ with disabled_heads(model, {layers[0].name: (3,)}):    # head 3 of the first lay
     logits = model(pixels)
 """
 
-from .attention_calls import AttentionCall, visit_attention
+from veneer.injection.seams.attention_call import AttentionCall
+
+from .attention_calls import visit_attention
 from .disabled_heads import disabled_heads
 from .layers import AttentionLayer, HeadsError, attention_layers
 from .patterns import PATTERNS, HeadPattern, pattern_of

@@ -1,79 +1,19 @@
-"""Calls of scaled dot-product attention: what enters them, their maps, and a way to change their output."""
+"""A way to read and change the calls of scaled dot-product attention of a model."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from veneer.injection.seams.attention_call import ATTENTION, AttentionCall
+
 from .layers import AttentionLayer, HeadsError
-
-ATTENTION = F.scaled_dot_product_attention
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """softmax(q kᵀ·scale + mask) v, for each head.
-
-    Args:
-        query: (batch, heads, tokens, channels). `key`, `value`: (batch, heads or groups of heads, other tokens, channels).
-        mask: added to the scores, or boolean, False for tokens that are not read; None for none.
-        causal: True if a token reads itself and earlier ones only. `scale`: of the scores, or None for 1 / √channels.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None = None
-    causal: bool = False
-    scale: float | None = None
-
-    def output(self) -> Tensor:
-        """(batch, heads, tokens, channels), without dropout."""
-        grouped = self.query.shape[-3] != self.key.shape[-3]
-        options: dict[str, Any] = {"is_causal": self.causal, "scale": self.scale, "enable_gqa": grouped}
-        return ATTENTION(self.query, self.key, self.value, self.mask, **options)
-
-    def map(self) -> Tensor:
-        """The attention map (batch, heads, tokens, other tokens), in single precision; its rows sum to 1."""
-        groups = self.query.shape[-3] // self.key.shape[-3]
-        key = self.key.repeat_interleave(groups, -3).float()
-        scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        scores = self.query.float() @ key.mT * scale
-        if self.causal:
-            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(later, float("-inf"))
-        if self.mask is not None:
-            read = self.mask.dtype == torch.bool
-            scores = scores.masked_fill(~self.mask, float("-inf")) if read else scores + self.mask.float()
-        return scores.softmax(-1)
-
-    def uniform(self) -> AttentionCall:
-        """The same call with equal attention to all tokens that may be read, so that a map has 1 / number of tokens."""
-        mask = self.mask
-        if mask is not None and mask.dtype != torch.bool:
-            mask = torch.where(mask == float("-inf"), mask, torch.zeros_like(mask))
-        return replace(self, query=torch.zeros_like(self.query), mask=mask)
-
-
-def _call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> AttentionCall:
-    """The call with the arguments of `F.scaled_dot_product_attention`."""
-    return AttentionCall(query, key, value, attn_mask, is_causal, scale)
-
 
 Visit = Callable[[AttentionLayer, AttentionCall], Tensor]
 """What is called instead of attention: layer and call to the output."""
@@ -139,4 +79,4 @@ class _Visitor:
         if not self.stack:
             return ATTENTION(*args, **kwargs)
         self.seen.add(self.stack[-1].name)
-        return self.visit(self.stack[-1], _call(*args, **kwargs))
+        return self.visit(self.stack[-1], replace(AttentionCall.of(*args, **kwargs), dropout=0.0))

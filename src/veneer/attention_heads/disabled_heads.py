@@ -9,7 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .attention_calls import AttentionCall, visit_attention
+from veneer.injection.seams.attention_call import AttentionCall
+
+from .attention_calls import visit_attention
 from .layers import AttentionLayer, HeadsError, attention_layers
 
 How = Literal["uniform", "zero"]

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_calls import AttentionCall, visit_attention
+from veneer.injection.seams.attention_call import AttentionCall
+
+from .attention_calls import visit_attention
 from .disabled_heads import How, without_heads
 from .layers import AttentionLayer
 from .patterns import HeadPattern, pattern_of

@@ -18,6 +18,7 @@ from ..method import Adapter
 from ..sites import WeightSite
 from .adapter_calls import cast as to_adapter_dtype
 from .adapter_calls import first_argument
+from .attention_call import AttentionCall
 from .seam import HookSeam
 
 AttentionPart = WeightSite | SelfAttentionSite | AttentionSite
@@ -96,7 +97,7 @@ class ChangedAttention(TorchFunctionMode, ABC):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if self.calls == 0 and func is F.scaled_dot_product_attention:
             self.calls = 1
-            return self.attend(*args, **(kwargs or {}))
+            return self.attend(AttentionCall.of(*args, **(kwargs or {})))
         if self.calls == 0 and func is F.multi_head_attention_forward:
             self.calls = 1
             return multi_head(self, *args, **(kwargs or {}))
@@ -105,33 +106,8 @@ class ChangedAttention(TorchFunctionMode, ABC):
         return func(*args, **(kwargs or {}))
 
     @abstractmethod
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **options: Any,
-    ) -> Tensor:
-        """What `F.scaled_dot_product_attention` is replaced by, with the same arguments."""
-
-
-def additive_mask(mask: Tensor | None, causal: bool, query: Tensor, length: int) -> Tensor:
-    """The mask of a call of attention as a float mask, which is added to the scores, (…, queries or 1, length).
-
-    Args:
-        mask: float, boolean (False for keys that are not read) or None. `causal`: True for the mask of earlier tokens.
-        length: number of keys.
-    """
-    if causal:
-        mask = torch.ones(query.shape[-2], length, dtype=torch.bool, device=query.device).tril()
-    if mask is None:
-        mask = query.new_zeros(1, length)
-    elif mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
-    return mask.expand(*mask.shape[:-1], length)
+    def attend(self, call: AttentionCall) -> Tensor:
+        """What the output of the call is replaced by."""
 
 
 def multi_head(
@@ -178,5 +154,5 @@ def multi_head(
     q, k, v = (x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for x in projected)
     causal = bool(options.get("is_causal")) and attn_mask is None
     mask = attn_mask.view(-1, heads, *attn_mask.shape[-2:]) if attn_mask is not None and attn_mask.ndim == 3 else attn_mask
-    output = mode.attend(q, k, v, mask, dropout_p if training else 0.0, causal)
+    output = mode.attend(AttentionCall(q, k, v, mask, causal, dropout=dropout_p if training else 0.0))
     return F.linear(output.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias), None

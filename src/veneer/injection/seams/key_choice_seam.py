@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch.nn import functional as F
 
 from ..adapter_forms import KeyChoiceAdapter
 from ..errors import HostChanged, StateError
-from .attention_call_seam import AttentionCallSeam, ChangedAttention, additive_mask
+from .attention_call import AttentionCall
+from .attention_call_seam import AttentionCallSeam, ChangedAttention
 
 
 class KeyChoiceSeam(AttentionCallSeam):
@@ -45,37 +47,19 @@ class ChosenKeys(ChangedAttention):
         super().__init__()
         self.adapter, self.x = adapter, x
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **options: Any,
-    ) -> Tensor:
-        """`F.scaled_dot_product_attention` of the chosen keys."""
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention to the chosen keys."""
         batch, tokens = self.x.shape[:2]  # not by `len`, which would fix the batch size in an export
         expected = (batch, tokens, tokens)
-        if (got := (query.shape[0], query.shape[-2], key.shape[-2])) != expected:
+        if (got := (call.query.shape[0], call.query.shape[-2], call.key.shape[-2])) != expected:
             message = (
                 f"attention has {got[1]} queries and {got[2]} keys in a batch of {got[0]}, and its module reads tokens "
                 f"{tuple(self.x.shape)}: keys are chosen only where both are these tokens. Attach methods that add keys before "
                 "this one, or select other modules by where=…"
             )
             raise HostChanged(message, where="attention", given=got, expected=expected)
-        mask = additive_mask(attn_mask, is_causal, query, key.shape[-2])
-        chosen = self.adapter.choose(self.x, mask, lambda: exact_scores(query, key, mask, options.get("scale")))
-        share = torch.log1p(-self.adapter.strength).to(query.dtype)
+        mask = call.additive_mask()
+        chosen = self.adapter.choose(self.x, mask, torch.no_grad()(call.scores))
+        share = torch.log1p(-self.adapter.strength).to(call.query.dtype)
         mask = mask + torch.where(chosen, share.new_zeros(()), share)
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, False, **options)
-
-
-@torch.no_grad()
-def exact_scores(query: Tensor, key: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-    """q Kᵀ·scale + mask (batch, heads, queries, keys) in single precision or more, without gradients."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-    with torch.autocast(query.device.type, enabled=False):
-        return query.to(dtype) @ key.to(dtype).mT * (query.shape[-1] ** -0.5 if scale is None else scale) + mask
+        return replace(call, mask=mask, causal=False).output(F.scaled_dot_product_attention)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,8 @@ from ..errors import HostChanged, StateError
 from ..method import Adapter
 from ..sites import WeightSite
 from .adapter_calls import is_tracing
-from .attention_call_seam import AttentionCallSeam, ChangedAttention, additive_mask
+from .attention_call import AttentionCall
+from .attention_call_seam import AttentionCallSeam, ChangedAttention
 
 
 class KeyValueSeam(AttentionCallSeam):
@@ -64,18 +66,9 @@ class AddedKeys(ChangedAttention):
         super().__init__()
         self.keys, self.values, self.strength = keys, values, strength
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **options: Any,
-    ) -> Tensor:
-        """`F.scaled_dot_product_attention` with the added keys and values."""
-        added = self.keys.shape
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention to the added keys and values, too."""
+        added, key, value = self.keys.shape, call.key, call.value
         same_samples = len(added) == 3 or key.shape[:-3] == added[:-3]
         if key.shape[-3] != added[-3] or key.shape[-1] != added[-1] or value.shape[-1] != key.shape[-1] or not same_samples:
             message = (
@@ -83,15 +76,15 @@ class AddedKeys(ChangedAttention):
                 f"{tuple(added)} ([batch,] heads, tokens, channels). Select other attention modules by where=…"
             )
             raise HostChanged(message, where="attention", given=tuple(key.shape), expected=tuple(self.keys.shape))
-        mask = self._widen(attn_mask, is_causal, query, key.shape[-2])
         pairs = ((self.keys, key), (self.values, value))
         keys, values = (torch.cat([p.to(x.dtype).expand(*x.shape[:-3], -1, -1, -1), x], -2) for p, x in pairs)
-        return F.scaled_dot_product_attention(query, keys, values, mask, dropout_p, False, **options)
+        changed = replace(call, key=keys, value=values, mask=self._widened_mask(call), causal=False)
+        return changed.output(F.scaled_dot_product_attention)
 
-    def _widen(self, mask: Tensor | None, causal: bool, query: Tensor, length: int) -> Tensor | None:
+    def _widened_mask(self, call: AttentionCall) -> Tensor | None:
         """The mask with log s, which is 0 at strength 1, in front for the added keys. None if nothing is masked."""
-        if mask is None and not causal and self.strength is None:
+        if call.mask is None and not call.causal and self.strength is None:
             return None
-        mask = additive_mask(mask, causal, query, length)
-        score = query.new_zeros(()) if self.strength is None else self.strength.log().to(query.dtype)
+        mask = call.additive_mask()
+        score = mask.new_zeros(()) if self.strength is None else self.strength.log().to(call.query.dtype)
         return torch.cat([score.to(mask.dtype).expand(*mask.shape[:-1], self.keys.shape[-2]), mask], -1)
