@@ -17,6 +17,7 @@ from tests.raising import raises
 from veneer.hosts._describe import calls_sdpa
 from veneer.injection import HostChanged, hosts
 from veneer.injection.method import Adapter
+from veneer.injection.seams.attention_call import AttentionCall
 from veneer.injection.seams.key_value_seam import AddedKeys, KeyValueSeam
 from veneer.injection.sites import WeightSite
 
@@ -94,6 +95,16 @@ def test_attention_is_the_softmax_over_all_keys(mask: str, strength: float | Non
     assert torch.equal(second, F.scaled_dot_product_attention(q, k, v))
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (got, expected)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_dropout_of_attention_is_kept() -> None:
+    q, k, v = (random(2, HEADS, n, CHANNELS, seed=s) for n, s in ((LENGTH, 6), (OTHER, 7), (OTHER, 8)))
+    outputs = []
+    for call in (F.scaled_dot_product_attention, lambda *given, **named: AttentionCall.of(*given, **named).output()):
+        torch.manual_seed(0)
+        outputs.append(call(q, k, v, dropout_p=0.5))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
+    assert (outputs[0] - F.scaled_dot_product_attention(q, k, v)).abs().max() > 1e-3
 
 
 class Block(nn.Module):
