@@ -7,14 +7,17 @@ EXAMPLES := src/veneer/base_models/examples
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One thread per process: more slow down test workers and small models.
-test test-fast: export OMP_NUM_THREADS := 1
+test test-all test-fast: export OMP_NUM_THREADS := 1
+# An empty one: the processes of a run would compile every module again.
+test test-all test-fast: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help app demo test test-fast lint docs bench clean
+.PHONY: help app demo test test-all test-fast lint docs bench clean
 
 help:
 	@echo "make app     a page in the browser: train, generate, control, classify"
 	@echo "make demo    fine-tune the bundled base model on an octopus and a sneaker (about three minutes on two cores)"
-	@echo "make test    the test suite; WORKERS=$(WORKERS) processes, ARGS='-k lora' for pytest"
+	@echo "make test    the tests of every commit; WORKERS=$(WORKERS) processes, ARGS='-k lora' for pytest"
+	@echo "make test-all   also the nightly tests: further models, methods and files, load and crashes"
 	@echo "make test-fast  the quick tests, in about a minute and a half"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    build the documentation site in build/site"
@@ -31,9 +34,12 @@ demo: $(VENV)/.installed
 	  'a {concept}, street background, photo style' 'a small {concept}, top right, green background, photo style' $(ARGS)
 
 test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(if $(ARGS),,-m "not nightly") $(ARGS)
+
+test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-fast: FAST := not matrix and not browser and not training and not slow
+test-fast: FAST := not nightly and not matrix and not browser and not training and not slow
 test-fast: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "$(FAST)" $(ARGS)
 

@@ -19,12 +19,13 @@ from .context import page_error
 from .limits import LIMITS
 from .request_limits import UPLOAD_FOLDER
 from .uploads import load_image
+from .watching import WatchingBlocks
 from .workspace import printable
 
 _accept_blobs = gr.ImageEditor.accept_blobs
 
 
-class AppBlocks(gr.Blocks):
+class AppBlocks(WatchingBlocks):
     """Blocks whose error names the field that has an invalid value; the log gets one line."""
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *rest: Any, **kwargs: Any) -> Any:

@@ -33,6 +33,8 @@ from .workspace import CACHE
 
 FILE_LIFETIME = 24 * 3600
 """Seconds for which uploaded and displayed files are kept."""
+QUEUE_INTERVAL = 0.05
+"""Seconds between the looks of Gradio's queue for events, as on Windows: its 0.001 elsewhere take a tenth of a core at rest."""
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 """Names of the loopback address."""
 
@@ -186,7 +188,7 @@ def _import_early() -> None:
     from diffusers import AutoencoderKL, DiffusionPipeline  # noqa: F401
 
 
-def build(context: Context) -> gr.Blocks:
+def build(context: Context) -> components.AppBlocks:
     """Builds the interface with all tabs."""
     components.install_limits()
     with components.AppBlocks(title="veneer", analytics_enabled=False, delete_cache=(3600, FILE_LIFETIME)) as page:
@@ -202,6 +204,7 @@ def build(context: Context) -> gr.Blocks:
         connect_gallery(context, tabs, built)
         connect_showcase(tabs, built["train"][2])
     page.queue(max_size=LIMITS.waiting, api_open=False)
+    page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = QUEUE_INTERVAL
     return page
 
 

@@ -1,4 +1,4 @@
-"""For all tests: tiers by path, and a garbage collector that skips what imports and collection have created."""
+"""For all tests: tiers, seeds without a GPU, and a garbage collector that skips what imports and collection have created."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils import backend_registration
 
+from tests.nightly import NIGHTLY, nightly
 from veneer.testing.simulated_accelerator import register
 
 if hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):  # torch from 2.10 on
     register()  # before the first backward pass
+if not torch.cuda.is_available():  # its seed is kept for later, each time with the formatted stack of all calls
+    torch.cuda.manual_seed_all = torch.xpu.manual_seed_all = lambda seed: None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -30,6 +34,7 @@ def pytest_collection() -> Iterator[None]:
 
 
 TIERS = {
+    "nightly": tuple(path for path in NIGHTLY if "::" not in path),
     "matrix": ("matrix/",),
     "browser": ("apps/test_browser", "apps/test_clients.py"),
     "slow": (
@@ -59,6 +64,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     expression = config.option.markexpr
     excluded = set() if " or " in expression else {*re.findall(r"\bnot (\w+)", expression)}
     beginnings = tuple(beginning for tier in TIERS.keys() & excluded for beginning in TIERS[tier])
+    if str(collection_path) in (str(Path(word.split("::")[0]).absolute()) for word in config.args):
+        return None
     path = collection_path.relative_to(Path(__file__).parent).as_posix() + "/" * collection_path.is_dir()
     return path.startswith(beginnings) or None
 
@@ -89,6 +96,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if path.startswith(beginnings):
                 item.add_marker(tier)
         places.append(_place(path))
+    for item, late in zip(items, nightly([item.nodeid.removeprefix("tests/") for item in items]), strict=True):
+        if late:
+            item.add_marker("nightly")
     order = sorted(range(len(items)), key=lambda index: places[index])
     groups = [[items[index] for index in order if places[index][0] == group] for group in range(len(LONG) + 1)]
     items[:] = in_parts(groups[:-1], groups[-1], int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))

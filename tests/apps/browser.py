@@ -24,7 +24,9 @@ from veneer.apps.pages import pages
 
 PATIENCE = 180
 """Timeout of a server or page in seconds."""
-CHROMIUM = os.environ.get("VENEER_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+NAMES = ("chromium-headless-shell", "chromium", "chromium-browser")
+"""Programs of Debian and Ubuntu; the first one has no window and takes a sixth less time."""
+CHROMIUM = os.environ.get("VENEER_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 AXE = Path(os.environ.get("VENEER_AXE") or Path(__file__).parents[2] / "node_modules" / "axe-core" / "axe.min.js")
 """The accessibility checker: `npm install --no-save axe-core`, or a path of its script."""
 GRADIO_ASSETS = Path(gradio.__file__).parent / "templates" / "frontend" / "assets"
@@ -198,7 +200,7 @@ def browser() -> Iterator[Browser]:
     """Headless Chromium; skips the test if it is not installed."""
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'veneer[test]'")
     if CHROMIUM is None:
-        pytest.skip("no chromium: install Debian's package `chromium`, or name its program in VENEER_CHROMIUM")
+        pytest.skip("no chromium: install Debian's package `chromium-headless-shell`, or name its program in VENEER_CHROMIUM")
     with playwright.sync_playwright() as play:
         arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]  # as root, and in a container
         chromium = play.chromium.launch(executable_path=CHROMIUM, args=arguments, timeout=PATIENCE * 1000)

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 import torch
 from safetensors.torch import save_file
+from veneer.apps.components import AppBlocks
 from veneer.apps.context import Context
 from veneer.apps.jobs import create_job
 from veneer.apps.pages.generate.generate_page import form_for_job
@@ -25,10 +26,10 @@ def test_list_updates_only_when_adapters_change(tmp_path: Path) -> None:
     here = context.workspace(None)
     here.adapters.mkdir(parents=True)
     (here.adapters / "a.safetensors").touch()
-    with gr.Blocks() as page:
+    with AppBlocks() as page:
         choice = gr.Dropdown([], label="Adapters", allow_custom_value=True)
         refresh_on_change(context, [choice], lambda workspace, chosen: [f"{chosen} of {len(workspace.all_adapters())}"], choice)
-    first, news = (event.fn for event in page.fns.values())
+    first, news, _ = (event.fn for event in page.fns.values())
     assert first is not None
     assert news is not None
     opened: list[Any] = first(None, "a")

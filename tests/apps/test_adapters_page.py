@@ -10,6 +10,7 @@ import gradio as gr
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from veneer.apps.components import AppBlocks
 from veneer.apps.context import Context
 from veneer.apps.limits import LIMITS
 from veneer.apps.pages.adapters import adapters_page, files
@@ -258,7 +259,7 @@ def test_every_writable_format_is_listed() -> None:
 
 
 def test_page_builds(tmp_path: Path) -> None:
-    with gr.Blocks() as page:
+    with AppBlocks() as page:
         adapters_page.build(Context.create(tmp_path))
     unnamed = [c for c in page.blocks.values() if isinstance(c, (gr.Dropdown, gr.Textbox, gr.File)) and not c.label]
     assert not unnamed

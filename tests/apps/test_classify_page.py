@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import pytest
 from veneer.apps import jobs
 from veneer.apps.classifier_cache import MAX_CLASSIFIERS, ClassifierCache
+from veneer.apps.components import AppBlocks
 from veneer.apps.context import Context
 from veneer.apps.limits import LIMITS
 from veneer.apps.pages.classify import classify_page
@@ -189,7 +189,7 @@ def test_invalid_requests_submit_no_job(tmp_path: Path, wanted: ClassifyRequest,
 
 
 def test_page_builds_and_lists_supported_methods(tmp_path: Path) -> None:
-    with gr.Blocks():
+    with AppBlocks():
         classify_page.build(Context.create(tmp_path))
     assert "folder" in dict(map(reversed, classify_page.source_choices(Workspace(tmp_path))))  # type: ignore[arg-type]
     assert "folder" not in dict(map(reversed, classify_page.source_choices(Workspace(tmp_path, "ann"))))  # type: ignore[arg-type]

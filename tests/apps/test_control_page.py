@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from veneer.apps import jobs
+from veneer.apps.components import AppBlocks
 from veneer.apps.context import Context
 from veneer.apps.limits import LIMITS
 from veneer.apps.pages.control import control_page
@@ -307,6 +307,6 @@ def test_invalid_training_requests_leave_no_files(context: Context, base: str, t
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_page_builds(tmp_path: Path) -> None:
     """Closes event loops that Gradio leaves open."""
-    with gr.Blocks():
+    with AppBlocks():
         control_page.PAGE.build(Context.create(tmp_path))
     gc.collect()

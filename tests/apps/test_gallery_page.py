@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import pytest
 from PIL import Image
+from veneer.apps.components import AppBlocks
 from veneer.apps.context import Context
 from veneer.apps.image_store import ImageStore
 from veneer.apps.jobs import create_job
@@ -95,6 +95,6 @@ def test_results_of_finished_runs(workspace: Workspace) -> None:
 
 
 def test_page_builds(tmp_path: Path) -> None:
-    with gr.Blocks():
+    with AppBlocks():
         view = gallery_page.build(Context.create(tmp_path))
     assert view.again.elem_id == "gallery-again"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 from PIL import Image, PngImagePlugin
+from veneer.apps.components import AppBlocks
 from veneer.apps.context import Context, show_errors
 from veneer.apps.limits import LIMITS
 from veneer.apps.pages.generate import generate_page
@@ -302,7 +303,7 @@ def test_fields_follow_the_base_model_and_old_images_are_deleted(
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_page_builds(tmp_path: Path) -> None:
     """Closes event loops that Gradio leaves open."""
-    with gr.Blocks():
+    with AppBlocks():
         generate_page.PAGE.build(Context.create(tmp_path))
     assert [part["visible"] for part in (each.get_config() for each in generate_page.strength_sliders(["a"]))].count(True) == 1
     gc.collect()

@@ -12,6 +12,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 from veneer.apps import jobs
+from veneer.apps.components import AppBlocks
 from veneer.apps.context import Context, escape_markup
 from veneer.apps.jobs import Job
 from veneer.apps.limits import LIMITS
@@ -199,9 +200,11 @@ def test_results_update_when_the_stamp_changes(tmp_path: Path) -> None:
     (job.run / "previews").mkdir(parents=True)
     (job.run / "previews" / "step-000001.png").touch()
     assert seen(context, job.name, first[-1], results)[-2] == "two"
-    with gr.Blocks() as page:
+    with AppBlocks() as page:
         job_view(context, "train", results)
-    assert {len(event.outputs) for event in page.fns.values()} == {len(first)}
+    *events, timer = page.fns.values()
+    assert {len(event.outputs) for event in events} == {len(first)}
+    assert len(timer.outputs) == 1
 
 
 def test_selecting_another_job_updates_curve_and_preview(tmp_path: Path) -> None:

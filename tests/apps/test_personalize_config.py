@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from veneer.apps.components import AppBlocks
 from veneer.apps.context import Context
 from veneer.apps.jobs import Job, create_job
 from veneer.apps.limits import LIMITS
@@ -220,7 +221,7 @@ def test_config_file_fills_the_page(tmp_path: Path) -> None:
     """The following change of the method does not overwrite what the file has."""
     form = request("glora", other="warmup = 3", steps="7", quantize="nf4", options={"rank": "5"})
     (tmp_path / "run.toml").write_text(form_to_toml(form))
-    with gr.Blocks() as page:
+    with AppBlocks() as page:
         personalize_page.build(Context.create(tmp_path / "app"))
     events = [event for event in page.fns.values() if event.fn]
     load_event = next(e for e in events if any(getattr(o, "elem_id", "") == "train-config-note" for o in e.outputs))

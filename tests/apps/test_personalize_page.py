@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 import pytest
 from PIL import Image
+from veneer.apps.components import AppBlocks
 from veneer.apps.context import Context
 from veneer.apps.jobs import Job
 from veneer.apps.limits import LIMITS
@@ -146,7 +147,7 @@ def test_presets_and_slots() -> None:
     quick, balanced = preset_settings("quick", "bundled", "lora"), preset_settings("balanced", "bundled", "lora")
     assert (balanced["steps"], balanced["batch"], balanced["learning_rate"]) == ("300", "4", "0.002")
     assert int(quick["steps"]) == 100
-    with gr.Blocks():
+    with AppBlocks():
         slots = Slots.build([fields_of(methods.get(name)) for name in ("lora", "glora")])
     fields = options_of("glora")
     shown = [part for part in slots.fill(fields, {"rank": 3}) if part.visible]
@@ -168,7 +169,7 @@ def test_form_must_match_the_selection() -> None:
 
 def test_initial_form_shows_the_default_method() -> None:
     """No update is sent after loading, which could overwrite the user's selection."""
-    with gr.Blocks():
+    with AppBlocks():
         slots = Slots.build([fields_of(methods.get(name)) for name in ("lora", "glora")], options_of("pivotal"), {"rank": 16})
     filled = slots.fill(options_of("pivotal"), {"rank": 16})
     for part, later in zip(slots.components, filled, strict=True):
@@ -177,7 +178,7 @@ def test_initial_form_shows_the_default_method() -> None:
 
 
 def test_page_builds(tmp_path: Path) -> None:
-    with gr.Blocks() as page:
+    with AppBlocks() as page:
         personalize_page.build(Context.create(tmp_path))
     parts = [block for block in page.blocks.values() if isinstance(block, gr.components.FormComponent | gr.Image | gr.File)]
     assert all(part.label for part in parts)

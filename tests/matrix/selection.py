@@ -78,6 +78,11 @@ def select(checks: Sequence[Check]) -> list[Check]:
     ]
 
 
+def is_nightly(check: Check) -> bool:
+    """True for the compilation with a method that is no representative: each takes a second."""
+    return check.name == "compiles_to_one_graph" and check.method not in REPRESENTATIVES
+
+
 def at_one_site_of_each_kind(check: Check) -> Check:
     """The same check at fewer sites."""
     body: Any = check.body

@@ -11,6 +11,7 @@ from tests.matrix.selection import (
     REPRESENTATIVES,
     SLOW,
     case_of,
+    is_nightly,
     kinds_in,
     place_of,
     select,
@@ -24,9 +25,12 @@ from veneer.testing.suite import METHOD_AXIS, METHOD_CHECKS, method_checks
 
 CHECKS = [check for name in methods.names() for check in method_checks(name)]
 SELECTED = select(CHECKS)
+NIGHTLY = pytest.mark.nightly
 
 
-@pytest.mark.parametrize("check", [pytest.param(check, id=check.id) for check in SELECTED])
+@pytest.mark.parametrize(
+    "check", [pytest.param(check, id=check.id, marks=NIGHTLY if is_nightly(check) else ()) for check in SELECTED]
+)
 def test_method(check: Check) -> None:
     check()
 

@@ -16,7 +16,7 @@ from ...context import Context, show_errors
 from ...limits import LIMITS
 from ...workspace import Workspace, check_text
 from ..page import Page
-from ..shared.adapter_lists import INTERVAL
+from ..shared.adapter_lists import watch_adapters
 from ..shared.events import FILES, QUIET
 from ..shared.html import note, section
 from ..shared.job_view import copy_for_download
@@ -147,7 +147,7 @@ def build(context: Context) -> None:
         return show_errors(run)
 
     gr.on(None, handler(lambda w: refresh_list(w, None, None)), None, lists, **QUIET)
-    gr.Timer(INTERVAL).tick(handler(refresh_list), [chosen, known_names], lists, **QUIET)
+    watch_adapters(context).change(handler(refresh_list), [chosen, known_names], lists, **QUIET)
     chosen.change(
         handler(lambda w, n: (describe_adapter(w, n), "", gr.File(visible=False))),
         chosen,

@@ -11,6 +11,7 @@ import gradio as gr
 from ...context import Context, show_errors
 from ...image_store import ImageStore
 from ...limits import LIMITS
+from ...watching import watch
 from ...workspace import Workspace
 from ..generate.generate_page import form_for_image
 from ..page import Page
@@ -22,8 +23,6 @@ from .entries import describe_image, finished_runs, run_thumbnails, thumbnails
 
 PER_PAGE = 24
 """Images of a page."""
-INTERVAL = 5.0
-"""Seconds between checks for new images and runs."""
 NO_IMAGES = "No image yet. Images are kept here with their prompt, seed and adapters."
 ABOUT = "From the pages Generate and Control. Select one for its settings, to download it or to use it again."
 NO_RUNS = "No finished run yet."
@@ -135,10 +134,13 @@ def _wire_updates(context: Context, page_outputs: list[Any], run_outputs: list[A
     known = gr.State(list[Any]())
     number = page_outputs[2]
 
+    def stamp(request: gr.Request) -> list[Any]:
+        workspace = context.workspace(request)
+        return [[file.name for file in ImageStore.of(workspace).files()], [job.name for job in finished_runs(workspace)]]
+
     def refresh(request: gr.Request, page: int, previous: list[Any] | None) -> list[Any]:
         workspace = context.workspace(request)
-        jobs = finished_runs(workspace)
-        now = [[file.name for file in ImageStore.of(workspace).files()], [job.name for job in jobs]]
+        now, jobs = stamp(request), finished_runs(workspace)
         old = previous or [None, None]
         pages = show_page(workspace, page) if now[0] != old[0] else [gr.skip()] * len(page_outputs)
         run_values = [gr.skip()] * len(run_outputs)
@@ -152,7 +154,7 @@ def _wire_updates(context: Context, page_outputs: list[Any], run_outputs: list[A
 
     outputs = [*page_outputs, *run_outputs, known]
     gr.on(None, show_errors(load), [number], outputs, **QUIET)
-    gr.Timer(INTERVAL).tick(show_errors(refresh), [number, known], outputs, **QUIET)
+    watch("gallery", stamp).change(show_errors(refresh), [number, known], outputs, **QUIET)
 
 
 def connect_gallery(context: Context, tabs: gr.Tabs, built: Mapping[str, Any]) -> None:

@@ -13,11 +13,9 @@ from veneer.training.fixed_adapters import split_strength
 
 from ...context import Context, show_errors
 from ...jobs import Job
+from ...watching import watch
 from ...workspace import Workspace
 from .events import QUIET
-
-INTERVAL = 5.0
-"""Seconds between checks for new adapters from jobs, other pages and other tabs."""
 
 
 def fixed_adapters(workspace: Workspace, job: Job) -> dict[str, float]:
@@ -29,12 +27,13 @@ def fixed_adapters(workspace: Workspace, job: Job) -> dict[str, float]:
     return {name: strength_of[file] for name, file in workspace.all_adapters().items() if file in strength_of}
 
 
+def watch_adapters(context: Context) -> gr.Textbox:
+    """A field that changes with the user's adapters: by jobs, other pages and other tabs."""
+    return watch("adapters", lambda request: [*context.workspace(request).all_adapters()])
+
+
 def refresh_on_change(
-    context: Context,
-    parts: Sequence[Any],
-    values: Callable[[Workspace, Any], Sequence[Any]],
-    chosen: Any,
-    interval: float = INTERVAL,
+    context: Context, parts: Sequence[Any], values: Callable[[Workspace, Any], Sequence[Any]], chosen: Any
 ) -> None:
     """Updates `parts` when the page is opened and whenever the user's adapters change.
 
@@ -54,4 +53,4 @@ def refresh_on_change(
         return refresh(request, name, None)
 
     gr.on(None, show_errors(load), [chosen], [*parts, known_names], **QUIET)
-    gr.Timer(interval).tick(show_errors(refresh), [chosen, known_names], [*parts, known_names], **QUIET)
+    watch_adapters(context).change(show_errors(refresh), [chosen, known_names], [*parts, known_names], **QUIET)

@@ -20,14 +20,14 @@ from veneer.injection import StateError
 
 from ...context import Context, show_errors
 from ...jobs import Job
+from ...watching import watch
 from ...workspace import Workspace, safe_name
 from .job_text import describe, job_choices, loss_curve, progress_bar
 
-INTERVAL = 2.0
-"""Seconds between updates."""
 CONFIRM_DELETE = """(name) => { if (!confirm("Delete this run and its files?")) throw new Error("kept"); return [name] }"""
 ADAPTER = "adapter.safetensors"
 ENDED = ("stopped", "done", "failed")
+Parts = dict[str, tuple[Any, Callable[[], Any]]]
 
 
 def _state(job: Job) -> Any:
@@ -58,11 +58,10 @@ class JobView:
 
     Args:
         choice: dropdown of jobs; its value is a job's name. A handler that starts a job returns `select_job(...)` for it.
-        timer: ticks every `INTERVAL` seconds. `extra`: the components of `Results.build`.
+        extra: the components of `Results.build`.
     """
 
     choice: gr.Dropdown
-    timer: gr.Timer
     extra: list[Any]
 
 
@@ -110,15 +109,18 @@ def job_view(context: Context, kind: str, results: Results = NO_RESULTS, empty: 
         delete_job(context.workspace(request), name)
         return newest(request)
 
+    def stamps(request: gr.Request, name: str | None) -> dict[str, Any]:
+        job, parts = _parts_of(context, context.workspace(request), kind, name, empty)
+        return _stamps(job, parts, results)
+
     quiet: dict[str, Any] = {"outputs": outputs, "show_progress": "hidden", "queue": False, "api_visibility": "private"}
-    timer = gr.Timer(INTERVAL)
     gr.on(None, show_errors(newest), None, **quiet)
     choice.change(show_errors(update), [choice, known], **quiet)
-    timer.tick(show_errors(update), [choice, known], **quiet)
+    watch(f"{kind} jobs", stamps, [choice]).change(show_errors(update), [choice, known], **quiet)
     stop.click(show_errors(handle_stop), [choice, known], **quiet)
     resume.click(show_errors(handle_resume), [choice, known], **quiet)
     delete.click(show_errors(handle_delete), [choice], **quiet, js=CONFIRM_DELETE)
-    return JobView(choice, timer, extra)
+    return JobView(choice, extra)
 
 
 def select_job(workspace: Workspace, kind: str, job: Job) -> Any:
@@ -135,19 +137,28 @@ def refresh(
     context: Context, workspace: Workspace, kind: str, name: str | None, previous: dict[str, Any], results: Results, empty: str
 ) -> list[Any]:
     """New values of the components, `gr.skip()` for unchanged ones; the last value is the state to compare with next time."""
-    jobs = of_kind(workspace, kind)
-    job = next((job for job in jobs if job.name == name), jobs[0] if jobs else None)
-    now: dict[str, tuple[Any, Callable[[], Any]]] = {"choice": _choice(jobs, job)}
-    now |= _parts(context, job, empty)
-    values = [create() if key not in previous or previous[key] != stamp else gr.skip() for key, (stamp, create) in now.items()]
-    stamps = {key: stamp for key, (stamp, _) in now.items()}
-    stamps["results"] = (job and job.name, job and results.stamp(job))
+    job, parts = _parts_of(context, workspace, kind, name, empty)
+    values = [create() if key not in previous or previous[key] != stamp else gr.skip() for key, (stamp, create) in parts.items()]
+    stamps = _stamps(job, parts, results)
     if previous.get("results") != stamps["results"]:
         values += results.show(job)
     else:
         values += [gr.skip()] * previous.get("count", 0)
-    stamps["count"] = len(values) - len(now)
+    stamps["count"] = len(values) - len(parts)
     return [*values, stamps if stamps != previous else gr.skip()]
+
+
+def _parts_of(context: Context, workspace: Workspace, kind: str, name: str | None, empty: str) -> tuple[Job | None, Parts]:
+    """The selected job, else the newest one, and the parts of the view for it."""
+    jobs = of_kind(workspace, kind)
+    job = next((job for job in jobs if job.name == name), jobs[0] if jobs else None)
+    return job, {"choice": _choice(jobs, job), **_parts(context, job, empty)}
+
+
+def _stamps(job: Job | None, parts: Parts, results: Results) -> dict[str, Any]:
+    """What the view shows, to compare with."""
+    stamps = {key: stamp for key, (stamp, _) in parts.items()}
+    return {**stamps, "results": (job and job.name, job and results.stamp(job))}
 
 
 def _choice(jobs: Sequence[Job], job: Job | None) -> tuple[Any, Callable[[], Any]]:
@@ -155,7 +166,7 @@ def _choice(jobs: Sequence[Job], job: Job | None) -> tuple[Any, Callable[[], Any
     return (choices, name), lambda: gr.Dropdown(choices=choices, value=name, visible=bool(jobs))
 
 
-def _parts(context: Context, job: Job | None, empty: str) -> dict[str, tuple[Any, Callable[[], Any]]]:
+def _parts(context: Context, job: Job | None, empty: str) -> Parts:
     """Component name to cache key and factory of its new value, in the order of the view."""
     steps = job.progress() if job else []
     state = job.state if job else ""

@@ -1,0 +1,60 @@
+"""Tests that run every night and before a release, and not with every commit: `make test-all`.
+
+What they check is reached with every commit, too, by a test of one page, model, method or file; they repeat it with the others,
+under load, or after a crash.
+"""
+
+from __future__ import annotations
+
+NIGHTLY = (
+    # The app with twenty clients, after crashes and with hostile files, in a browser: `test_jobs`, `test_uploads`,
+    # `test_upload_edges`, `test_request_limits` and `test_html` check the same parts without it.
+    "apps/test_browser_trouble.py", "apps/test_clients.py", "apps/test_browser_showcase.py",
+    "apps/test_jobs.py::test_jobs_run_one_at_a_time", "apps/test_server_values.py::test_a_wrong_value",
+    # Commands that measure: their parts are checked in the same files and in `benchmarks`.
+    "pipelines/test_task_benchmark.py::test_all_tables", "pipelines/test_memory_benchmark.py::test_a_step_of_the_bundled",
+    "pipelines/test_bench.py::test_all_rows_come_out", "benchmarks/test_switching.py::test_contenders",
+    "benchmarks/test_few_photos.py::test_all_runs",
+    # Separate processes, and models of full size.
+    "test_example_package.py::test_its_own_conformance_tests_pass", "base_models/test_hub.py::test_unreachable_hub",
+    "pipelines/test_convert_full_size.py::test_a_conversion", "hub/test_push.py::test_command_line",
+    # Runs that are stopped and resumed: `test_continuation`, `test_resume` and `test_transfer` check others.
+    "pipelines/test_search.py::test_a_search_that_is_killed_twice",
+    "pipelines/test_transfer_tasks.py::test_a_run_that_was_killed",
+    "pipelines/test_datasets.py::test_stop_and_resume_of_a_mixture",
+)  # fmt: skip
+"""Beginnings of the IDs of tests below `tests`."""
+
+BUT_FIRST = (
+    # Compiled models: the matrix compiles each of its representatives, and each host.
+    "methods/test_chain.py::test_training_compiles_to_one_graph", "injection/test_activation.py::test_a_compiled",
+    "injection/test_swap.py::test_a_compiled", "hosts/test_open_clip.py::test_attention_in_training",
+    # The same with further methods.
+    "classification/test_export_weights.py::test_every_method_is_exported", "classification/test_export_graphs.py::test_",
+    "hosts/test_every_architecture.py::test_every_method_attaches", "injection/test_layer_order.py::test_ordered_pairs",
+    "training/test_optimizer_names.py::test_every_optimizer", "pipelines/test_continuation.py::test_stopped_and_resumed",
+    "pipelines/test_control.py::test_every_method", "pipelines/test_transfer.py::test_saved_equals_loaded",
+    # The same with further models.
+    "hosts/test_open_clip.py::test_published_models", "base_models/test_skeletons.py::test_an_architecture_has",
+    "pipelines/test_accelerator.py::test_a_run_equals", "training/test_memory_prediction.py::test_",
+    "pipelines/test_convert.py::test_a_file_of_a_published_model",
+    "pipelines/test_personalize.py::test_a_base_model_in_bfloat16", "pipelines/test_quantization_benchmark.py::test_errors",
+    "training/flow_families/test_runs.py::test_", "training/transformer_families/test_transformer_families.py::test_counted",
+    "training/language_model_families/test_language_model_families.py::test_counted",
+    "training/video_families/test_video_families.py::test_counted",
+    # The same with further files and pages.
+    "formats/test_malformed.py::test_a_wrong_loader", "formats/test_lora_reader.py::test_converted", "test_docs.py::test_blocks",
+    "formats/test_growth.py::test_", "pipelines/test_save_dtype.py::test_files", "test_allocator.py::test_openmp",
+    "apps/test_personalize_config.py::test_form_survives",
+)  # fmt: skip
+"""Beginnings of the IDs of tests with parameters that run with every commit for their first parameters alone."""
+
+
+def nightly(ids: list[str]) -> list[bool]:
+    """Whether each of the tests runs nightly alone, by its ID below `tests`, in the order of collection."""
+    functions = [name.split("[")[0] for name in ids]
+    first = {function: place for place, function in reversed([*enumerate(functions)])}
+    return [
+        name.startswith(NIGHTLY) or (name.startswith(BUT_FIRST) and first[function] != place)
+        for place, (name, function) in enumerate(zip(ids, functions, strict=True))
+    ]
