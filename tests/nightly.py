@@ -10,6 +10,8 @@ NIGHTLY = (
     # The app with twenty clients, after crashes and with hostile files, in a browser: `test_jobs`, `test_uploads`,
     # `test_upload_edges`, `test_request_limits` and `test_html` check the same parts without it.
     "apps/test_browser_trouble.py", "apps/test_clients.py", "apps/test_browser_showcase.py",
+    "apps/test_browser_pages.py::test_generate_from_a_sketch", "apps/test_browser_pages.py::test_train_on_digits",
+    "apps/test_browser_pages.py::test_inspect", "apps/test_browser_pages.py::test_image_from_the_gallery",
     "apps/test_jobs.py::test_jobs_run_one_at_a_time", "apps/test_server_values.py::test_a_wrong_value",
     # Commands that measure: their parts are checked in the same files and in `benchmarks`.
     "pipelines/test_task_benchmark.py::test_all_tables", "pipelines/test_memory_benchmark.py::test_a_step_of_the_bundled",
@@ -18,10 +20,13 @@ NIGHTLY = (
     # Separate processes, and models of full size.
     "test_example_package.py::test_its_own_conformance_tests_pass", "base_models/test_hub.py::test_unreachable_hub",
     "pipelines/test_convert_full_size.py::test_a_conversion", "hub/test_push.py::test_command_line",
+    "captioning/test_caption.py::test_command_line", "training/test_memory_check.py::test_several_changes",
     # Runs that are stopped and resumed: `test_continuation`, `test_resume` and `test_transfer` check others.
     "pipelines/test_search.py::test_a_search_that_is_killed_twice",
     "pipelines/test_transfer_tasks.py::test_a_run_that_was_killed",
     "pipelines/test_datasets.py::test_stop_and_resume_of_a_mixture",
+    "pipelines/test_transfer_unlabeled.py::test_a_run_that_stops", "pipelines/test_continuation.py::test_the_losses_on_top",
+    "pipelines/test_continuation.py::test_control_continues",
 )  # fmt: skip
 """Beginnings of the IDs of tests below `tests`."""
 
@@ -34,18 +39,23 @@ BUT_FIRST = (
     "hosts/test_every_architecture.py::test_every_method_attaches", "injection/test_layer_order.py::test_ordered_pairs",
     "training/test_optimizer_names.py::test_every_optimizer", "pipelines/test_continuation.py::test_stopped_and_resumed",
     "pipelines/test_control.py::test_every_method", "pipelines/test_transfer.py::test_saved_equals_loaded",
+    "injection/test_quantized_weights.py::test_a_method_trains", "methods/test_controls_exported.py::test_alone",
+    "methods/test_chain.py::test_no_state", "pipelines/test_convert.py::test_every_method_is_compared",
     # The same with further models.
     "hosts/test_open_clip.py::test_published_models", "base_models/test_skeletons.py::test_an_architecture_has",
     "pipelines/test_accelerator.py::test_a_run_equals", "training/test_memory_prediction.py::test_",
     "pipelines/test_convert.py::test_a_file_of_a_published_model",
     "pipelines/test_personalize.py::test_a_base_model_in_bfloat16", "pipelines/test_quantization_benchmark.py::test_errors",
+    "pipelines/test_accelerator.py::test_encoders_stay", "training/test_param_groups.py::test_the_text_encoder",
+    "pipelines/test_personalize.py::test_every_family", "pipelines/test_personalize.py::test_an_ordinary_concept",
     "training/flow_families/test_runs.py::test_", "training/transformer_families/test_transformer_families.py::test_counted",
     "training/language_model_families/test_language_model_families.py::test_counted",
     "training/video_families/test_video_families.py::test_counted",
     # The same with further files and pages.
     "formats/test_malformed.py::test_a_wrong_loader", "formats/test_lora_reader.py::test_converted", "test_docs.py::test_blocks",
     "formats/test_growth.py::test_", "pipelines/test_save_dtype.py::test_files", "test_allocator.py::test_openmp",
-    "apps/test_personalize_config.py::test_form_survives",
+    "apps/test_personalize_config.py::test_form_survives", "pipelines/test_convert_config.py::test_a_converted_config",
+    "formats/test_image_embeddings.py::test_the_command", "test_config_file.py::test_a_run_is_repeated",
 )  # fmt: skip
 """Beginnings of the IDs of tests with parameters that run with every commit for their first parameters alone."""
 

@@ -78,9 +78,15 @@ def select(checks: Sequence[Check]) -> list[Check]:
     ]
 
 
-def is_nightly(check: Check) -> bool:
-    """True for the compilation with a method that is no representative: each takes a second."""
-    return check.name == "compiles_to_one_graph" and check.method not in REPRESENTATIVES
+def of_every_commit(checks: Sequence[Check]) -> set[str]:
+    """IDs of the checks that run with every commit; the other selected ones run every night.
+
+    Those of each method, but for compilation, which takes a second, with a method that is no representative; and each check on
+    each host once. Nightly, the latter run with further methods, and the axis of small models.
+    """
+    runnable = [check for check in checks if check.name != "library"]
+    by_method = (c for c in of_methods(runnable) if c.name != "compiles_to_one_graph" or c.method in REPRESENTATIVES)
+    return {check.id for check in (*by_method, *of_hosts(runnable, 1)) if check.name != "library"}
 
 
 def at_one_site_of_each_kind(check: Check) -> Check:
@@ -110,13 +116,13 @@ def of_methods(checks: Iterable[Check]) -> Iterator[Check]:
                 yield check
 
 
-def of_hosts(checks: Iterable[Check]) -> Iterator[Check]:
+def of_hosts(checks: Iterable[Check], count: int = METHODS_OF_A_HOST) -> Iterator[Check]:
     """For each host: each check with several representatives in turn, each on one of its models."""
     core = [check for check in checks if check.method in REPRESENTATIVES and check.name not in METHOD_AXIS]
     places = {method: one_model_per_host(several) for method, several in _groups(core, lambda check: check.method).items()}
     on_places = (check for check in core if place_of(check) in places[check.method])
     for (host, name), several in _groups(on_places, lambda check: (check.host, check.name)).items():
-        yield from turned(several, f"{host} {name}")[: 1 if name in SLOW else METHODS_OF_A_HOST]
+        yield from turned(several, f"{host} {name}")[: 1 if name in SLOW else count]
 
 
 def of_models(checks: Iterable[Check]) -> Iterator[Check]:

@@ -11,8 +11,8 @@ from tests.matrix.selection import (
     REPRESENTATIVES,
     SLOW,
     case_of,
-    is_nightly,
     kinds_in,
+    of_every_commit,
     place_of,
     select,
     with_names,
@@ -25,12 +25,11 @@ from veneer.testing.suite import METHOD_AXIS, METHOD_CHECKS, method_checks
 
 CHECKS = [check for name in methods.names() for check in method_checks(name)]
 SELECTED = select(CHECKS)
+OF_EVERY_COMMIT = of_every_commit(CHECKS)
 NIGHTLY = pytest.mark.nightly
 
 
-@pytest.mark.parametrize(
-    "check", [pytest.param(check, id=check.id, marks=NIGHTLY if is_nightly(check) else ()) for check in SELECTED]
-)
+@pytest.mark.parametrize("check", [pytest.param(c, id=c.id, marks=() if c.id in OF_EVERY_COMMIT else NIGHTLY) for c in SELECTED])
 def test_method(check: Check) -> None:
     check()
 
@@ -53,6 +52,16 @@ def test_every_method_runs_every_check() -> None:
     pairs = {(check.method, check.name) for check in SELECTED if check.name != "library"}
     assert pairs == {(method, body.__name__) for method in methods.names() for body in METHOD_CHECKS}
     assert all(sum(c.method == method and c.name == name for c in SELECTED) == 1 for method, name in pairs if name in METHOD_AXIS)
+
+
+def test_with_every_commit_each_check_runs_for_each_method_and_on_each_host() -> None:
+    commit = [check for check in SELECTED if check.id in OF_EVERY_COMMIT]
+    left = {(c.method, c.name) for c in SELECTED if c.name != "library"} - {(c.method, c.name) for c in commit}
+    assert {name for _, name in left} == {"compiles_to_one_graph"}
+    assert not {method for method, _ in left} & REPRESENTATIVES
+    assert {(c.host, c.name) for c in SELECTED} - {(c.host, c.name) for c in commit} <= {
+        (host, "library") for host in hosts.names()
+    }
 
 
 def test_every_check_runs_on_every_host() -> None:
