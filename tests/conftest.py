@@ -29,7 +29,7 @@ def pytest_collection() -> Iterator[None]:
         return (yield)
     finally:
         gc.freeze()
-        gc.set_threshold(2000, 10, 50)  # at Python's own thresholds, full collections take a sixth of the matrix's time
+        gc.set_threshold(5000, 20, 100)  # at Python's own thresholds, full collections take a sixth of the matrix's time
         gc.enable()
 
 

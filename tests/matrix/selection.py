@@ -81,11 +81,11 @@ def select(checks: Sequence[Check]) -> list[Check]:
 def of_every_commit(checks: Sequence[Check]) -> set[str]:
     """IDs of the checks that run with every commit; the other selected ones run every night.
 
-    Those of each method, but for compilation, which takes a second, with a method that is no representative; and each check on
-    each host once. Nightly, the latter run with further methods, and the axis of small models.
+    Each check of each method on one model, but for compilation, which takes a second, with a method that is no representative;
+    and each check on each host with one method. Nightly: further kinds of sites, further methods, and the axis of small models.
     """
     runnable = [check for check in checks if check.name != "library"]
-    by_method = (c for c in of_methods(runnable) if c.name != "compiles_to_one_graph" or c.method in REPRESENTATIVES)
+    by_method = (c for c in of_methods(runnable, every_kind=False) if c.name != "compiles_to_one_graph" or c.method in REPRESENTATIVES)
     return {check.id for check in (*by_method, *of_hosts(runnable, 1)) if check.name != "library"}
 
 
@@ -101,17 +101,17 @@ def with_fewer_sites(case: Case) -> Case:
     return first_of_each(case, lambda site: kinds[site.name])
 
 
-def of_methods(checks: Iterable[Check]) -> Iterator[Check]:
-    """For each method: on models with every kind of site that it can use, or on one model."""
+def of_methods(checks: Iterable[Check], every_kind: bool = True) -> Iterator[Check]:
+    """For each method: on one model, the checks of `EVERY_KIND` on models with every kind of site that it can use."""
     for several in _groups(checks, lambda check: check.method).values():
         cases = {place_of(check): case_of(check) for check in several}
         weights = {place: weight(case) for place, case in cases.items()}
         places = sorted(one_model_per_host(several), key=lambda place: weights[place] > HEAVY)
         kinds = {place: kinds_in(case) for place, case in cases.items()}
-        every_kind = cover([*places, *kinds], kinds, weights)
+        on_every_kind = cover([*places, *kinds], kinds, weights)
         light = min(places, key=lambda place: max(weights[place], LIGHT))
         for check in several:
-            among = every_kind if check.name in EVERY_KIND else [light] if check.name in SLOW else places[:1]
+            among = on_every_kind if check.name in EVERY_KIND and every_kind else [light] if check.name in SLOW else places[:1]
             if check.name in METHOD_AXIS or place_of(check) in among:
                 yield check
 
