@@ -85,7 +85,9 @@ def of_every_commit(checks: Sequence[Check]) -> set[str]:
     and each check on each host with one method. Nightly: further kinds of sites, further methods, and the axis of small models.
     """
     runnable = [check for check in checks if check.name != "library"]
-    by_method = (c for c in of_methods(runnable, every_kind=False) if c.name != "compiles_to_one_graph" or c.method in REPRESENTATIVES)
+    by_method = (
+        c for c in of_methods(runnable, every_kind=False) if c.name != "compiles_to_one_graph" or c.method in REPRESENTATIVES
+    )
     return {check.id for check in (*by_method, *of_hosts(runnable, 1)) if check.name != "library"}
 
 
