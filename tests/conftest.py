@@ -72,7 +72,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 LONG = (
     ("apps/test_browser_pages.py", "test_docs.py", "test_readme.py", "pipelines/"),
-    ("apps/test_browser_trouble.py", "apps/test_jobs.py", "apps/test_p", "training/test_sharded_base.py", "benchmarks/", "training/"),
+    (
+        "apps/test_browser_trouble.py",
+        "apps/test_jobs.py",
+        "apps/test_p",
+        "training/test_sharded_base.py",
+        "benchmarks/",
+        "training/",
+    ),
     ("apps/test_browser", "apps/test_clients.py", "test_example_package.py", "apps/"),
 )
 """Beginnings of paths of files with fixtures and tests that take the longest, in groups: each group runs first in a process.
