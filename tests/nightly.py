@@ -27,7 +27,9 @@ NIGHTLY = (
     "captioning/test_caption.py::test_command_line", "training/test_memory_check.py::test_several_changes",
     "training/test_memory_prediction.py::test_the_prediction_is", "training/test_option_conflicts.py::test_memory_is",
     "methods/test_p_plus.py::test_counts_of_full_size", "pipelines/test_quantized.py::test_the_file_records",
-    "pipelines/test_prompt_transfer.py::test_task_tuning",
+    "pipelines/test_prompt_transfer.py::test_task_tuning", "pipelines/test_accelerator.py::test_encoders_leave",
+    "pipelines/test_accelerator.py::test_the_host_waits", "pipelines/test_control.py::test_a_dry_run",
+    "pipelines/test_search.py::test_the_run_folder",
     # Compiled models: the matrix compiles each of its representatives, and each host.
     "methods/test_chain.py::test_training_compiles_to_one_graph", "injection/test_activation.py::test_a_compiled",
     "injection/test_swap.py::test_a_compiled", "hosts/test_open_clip.py::test_attention_in_training",
@@ -66,6 +68,7 @@ BUT_FIRST = (
     # The same with further files and pages, and in other sizes of the window.
     "apps/test_browser.py::test_every_page_opens", "apps/test_browser_layout.py::test_placeholder_contrast",
     "formats/test_malformed.py::test_a_wrong_loader", "formats/test_lora_reader.py::test_converted", "test_docs.py::test_blocks",
+    "formats/test_onetrainer_methods.py::test_every_method", "training/test_memory_check.py::test_quantization_is_not",
     "formats/test_growth.py::test_", "pipelines/test_save_dtype.py::test_files", "test_allocator.py::test_openmp",
     "apps/test_personalize_config.py::test_form_survives", "pipelines/test_convert_config.py::test_a_converted_config",
     "formats/test_image_embeddings.py::test_the_command", "test_config_file.py::test_a_run_is_repeated",
