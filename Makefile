@@ -8,7 +8,7 @@ EXAMPLES := src/veneer/base_models/examples
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One thread per process: more slow down test workers and small models.
 test test-all test-fast: export OMP_NUM_THREADS := 1
-# An empty one: the processes of a run would compile every module again.
+# Cleared: where it is set, each process of a run compiles every module again.
 test test-all test-fast: export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help app demo test test-all test-fast lint docs bench clean

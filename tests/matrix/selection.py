@@ -88,7 +88,7 @@ def of_every_commit(checks: Sequence[Check]) -> set[str]:
     by_method = (
         c for c in of_methods(runnable, every_kind=False) if c.name != "compiles_to_one_graph" or c.method in REPRESENTATIVES
     )
-    return {check.id for check in (*by_method, *of_hosts(runnable, 1)) if check.name != "library"}
+    return {check.id for check in (*by_method, *of_hosts(runnable, 1))}
 
 
 def at_one_site_of_each_kind(check: Check) -> Check:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import gradio as gr
 
 from ...context import Context, show_errors
 from ...image_store import ImageStore
+from ...jobs import Job
 from ...limits import LIMITS
 from ...watching import watch
 from ...workspace import Workspace
@@ -136,11 +137,15 @@ def _wire_updates(context: Context, page_outputs: list[Any], run_outputs: list[A
 
     def stamp(request: gr.Request) -> list[Any]:
         workspace = context.workspace(request)
-        return [[file.name for file in ImageStore.of(workspace).files()], [job.name for job in finished_runs(workspace)]]
+        return names(workspace, finished_runs(workspace))
+
+    def names(workspace: Workspace, jobs: Sequence[Job]) -> list[Any]:
+        return [[file.name for file in ImageStore.of(workspace).files()], [job.name for job in jobs]]
 
     def refresh(request: gr.Request, page: int, previous: list[Any] | None) -> list[Any]:
         workspace = context.workspace(request)
-        now, jobs = stamp(request), finished_runs(workspace)
+        jobs = finished_runs(workspace)
+        now = names(workspace, jobs)
         old = previous or [None, None]
         pages = show_page(workspace, page) if now[0] != old[0] else [gr.skip()] * len(page_outputs)
         run_values = [gr.skip()] * len(run_outputs)

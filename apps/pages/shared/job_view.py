@@ -28,6 +28,7 @@ CONFIRM_DELETE = """(name) => { if (!confirm("Delete this run and its files?")) 
 ADAPTER = "adapter.safetensors"
 ENDED = ("stopped", "done", "failed")
 Parts = dict[str, tuple[Any, Callable[[], Any]]]
+"""Component name to cache key and factory of its new value."""
 
 
 def _state(job: Job) -> Any:
